@@ -1,0 +1,201 @@
+"""TrialConfig: everything that decides what one trial computes. Imports no torch.
+
+Defaults are ChiroDiff's on KanjiVG (PAPER: the sparse paper's section 4.1; Ge et al. 2020 for evaluation).
+Options of a data set or a model are declared in that plugin's own file and checked there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from raysparse import plugins
+from raysparse.errors import UsageError, unknown, usage_error_from
+
+# Where things lie on one machine, and how fast it is: never part of what a trial is.
+PLACES = (("data", "source"), ("data", "root"), ("evaluate", "weights"), ("train", "threads"))
+
+# The values of a method's settings where a file does not say: the papers' main runs.
+METHOD_DEFAULTS: dict[str, Any] = {
+    "sparsity": 0.5,
+    "allocation": "erk",
+    "prune_ratio": 0.5,
+    "update_interval": 800,
+    "prune_schedule": "constant",
+    "update_end_fraction": 1.0,
+}
+
+
+def method_settings(method: str) -> frozenset[str]:
+    """The names of the settings that a method has. ValueError (for pydantic) where the method is unknown."""
+    try:
+        return frozenset(plugins.load("methods", method).SETTINGS)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class DataConfig(Section):
+    name: str = "hershey"  # a file in raysparse/data/datasets/
+    source: str | None = None  # raw file or folder; None: embedded, or downloaded by `raysparse prepare`
+    root: str | None = None  # where prepared arrays lie; None: $RAYSPARSE_DATA or the user's cache folder
+    train_examples: int | None = Field(None, ge=1)  # use only the first so many training examples
+    options: dict[str, Any] = {}  # of the data set; see its file
+
+
+class ModelConfig(Section):
+    name: str = "chirodiff"  # a file in raysparse/models/
+    options: dict[str, Any] = {}  # of the model; see its file
+
+
+class SparseConfig(Section):
+    """The method and its settings; a setting that the method does not have is None, and an error if given."""
+
+    method: str = "dense"  # a file in raysparse/sparse/methods/
+    sparsity: float | None = None  # S, share of maskable weights at zero, [0, 1)
+    allocation: Literal["uniform", "er", "erk"] | None = None  # densities per layer; erk: ER for linear, ERK for conv
+    prune_ratio: float | None = None  # p, share of active weights replaced per topology update, (0, 1]
+    update_interval: int | None = Field(None, ge=1)  # ΔTe, optimizer steps (800 ChiroDiff, 1100 Latent Diffusion)
+    prune_schedule: Literal["constant", "cosine"] | None = None  # of p over training
+    update_end_fraction: float | None = Field(None, gt=0, le=1)  # no topology update after this share of the steps
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_what_the_method_has(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        method = data.get("method", "dense")
+        if not isinstance(method, str):
+            raise ValueError(f"method must be a name, got {method!r}")
+        settings = method_settings(method)
+        for name in METHOD_DEFAULTS:
+            if data.get(name) is not None and name not in settings:
+                has = ", ".join(sorted(settings)) or "no settings"
+                raise ValueError(f"method {method!r} has no {name!r} (got {data[name]!r}); it has {has}")
+        return {name: METHOD_DEFAULTS[name] for name in sorted(settings)} | {
+            name: value for name, value in data.items() if value is not None
+        }
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Self:
+        if self.sparsity is not None and not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
+        if self.prune_ratio is not None and not 0 < self.prune_ratio <= 1:
+            raise ValueError(f"prune_ratio must be in (0, 1], got {self.prune_ratio}")
+        return self
+
+
+class DiffusionConfig(Section):
+    timesteps: int = Field(1000, ge=1)  # T
+    beta_schedule: Literal["linear", "scaled_linear"] = (
+        "linear"  # scaled_linear: linear in sqrt(beta), as Latent Diffusion
+    )
+    beta_start: float = Field(1e-4, gt=0, lt=1)
+    beta_end: float = Field(2e-2, gt=0, lt=1)
+
+
+class OptimizerConfig(Section):
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = Field(1e-3, gt=0)
+    weight_decay: float = Field(1e-2, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)  # adamw; sgd takes the first as its momentum
+    clip_norm: float | None = Field(0.1, gt=0)  # global gradient norm; None: no clipping
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)  # linear, from 0
+
+
+class TrainConfig(Section):
+    steps: int = Field(40_800, ge=1)  # optimizer steps; KanjiVG: 600 epochs of 68 (what Table 2's FLOPs imply)
+    batch_size: int = Field(128, ge=1)  # examples per optimizer step, over all workers and accumulation steps
+    accumulate: int = Field(1, ge=1)  # backward passes per optimizer step
+    ema_decay: float = Field(0.9999, ge=0, lt=1)  # warmed up as min(decay, (1 + n) / (10 + n))
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights stay fp32
+    threads: int = Field(1, ge=1)  # CPU threads of a worker
+
+    @model_validator(mode="after")
+    def _whole_parts(self) -> Self:
+        if self.batch_size % self.accumulate:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        return self
+
+
+class EvaluateConfig(Section):
+    every_steps: int = Field(2_040, ge=1)  # a Report and a checkpoint at each multiple, and at the last step
+    extractor: str = "glyph_cnn"  # a file in raysparse/metrics/extractors/
+    weights: str | None = None  # file of an extractor that needs one
+    generated: int = Field(10_000, ge=2)  # samples per FID
+    references: int | None = Field(None, ge=2)  # use only the first so many reference examples
+    ddim_steps: int = Field(50, ge=1)
+    eta: float = Field(0.0, ge=0, le=1)
+    batch_size: int = Field(256, ge=1)  # samples drawn and extracted at a time
+    kid_subsets: int = Field(100, ge=1)
+    kid_subset_size: int = Field(1000, ge=2)
+    grid: int = Field(16, ge=0)  # samples kept as a picture in each record
+
+
+class TrialConfig(Section):
+    seed: int = Field(0, ge=0)
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    sparse: SparseConfig = Field(default_factory=SparseConfig)  # not at import: it loads the method's file
+    diffusion: DiffusionConfig = DiffusionConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+    @property
+    def trial_id(self) -> str:
+        """`method-` and ten hex digits of what the trial computes, seed included; paths and threads are left out."""
+        digest = hashlib.sha256(json.dumps(self.content(), sort_keys=True).encode()).hexdigest()
+        return f"{self.sparse.method}-{digest[:10]}"
+
+    def content(self) -> dict[str, Any]:
+        """What is computed, as plain data: all settings but the places."""
+        content = self.model_dump(mode="json")
+        for section, name in PLACES:
+            del content[section][name]
+        return content
+
+    def dump_json(self) -> str:
+        """Canonical JSON; `parse(json.loads(text))` gives the same trial back."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True)
+
+
+def parse(data: Mapping[str, Any], where: str = "trial") -> TrialConfig:
+    """A checked trial. UsageError with a line per complaint."""
+    try:
+        return TrialConfig.model_validate(data)
+    except ValidationError as error:
+        raise usage_error_from(error, where, TrialConfig) from None
+
+
+def with_value(data: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]:
+    """A copy of `data` with the value at a dotted path replaced, e.g. `with_value(d, "optimizer.lr", 4e-3)`."""
+    head, _, rest = path.partition(".")
+    if rest and not isinstance(data.get(head) or {}, Mapping):
+        raise UsageError(f"{path}: {head!r} is a value, not a section")
+    return {**data, head: with_value(data.get(head) or {}, rest, value) if rest else value}
+
+
+def field_at(path: str) -> Any:
+    """The field at a dotted path of TrialConfig, None inside an `options`. UsageError for an unknown one."""
+    section: Any = TrialConfig
+    names = path.split(".")
+    for position, name in enumerate(names):
+        if name not in section.model_fields:
+            raise UsageError(unknown("key", name, section.model_fields) + f" (in {path!r})")
+        field = section.model_fields[name]
+        if name == "options" and position + 1 < len(names):
+            return None
+        if position + 1 < len(names):
+            if not hasattr(field.annotation, "model_fields"):
+                raise UsageError(f"{path}: {name!r} is a value, not a section")
+            section = field.annotation
+    return field

@@ -1,0 +1,33 @@
+"""Find a method, model, dataset or extractor by name: the file's name is the public name.
+
+A new one is a new file in its folder; there is no list to edit.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from raysparse.errors import UsageError, unknown
+
+PACKAGES = {
+    "methods": "raysparse.sparse.methods",
+    "models": "raysparse.models",
+    "datasets": "raysparse.data.datasets",
+    "extractors": "raysparse.metrics.extractors",
+}
+
+
+def names(kind: str) -> list[str]:
+    """The public names of one kind, sorted; files that start with an underscore are helpers, not plugins."""
+    package = importlib.import_module(PACKAGES[kind])
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
+
+
+def load(kind: str, name: str) -> ModuleType:
+    """The module of one plugin. UsageError where there is none, with the known names."""
+    known = names(kind)
+    if name not in known:
+        raise UsageError(unknown(kind[:-1], name, known))
+    return importlib.import_module(f"{PACKAGES[kind]}.{name}")

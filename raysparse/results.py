@@ -1,0 +1,148 @@
+"""The one Parquet schema: a file per trial, a row per report, trial facts repeated in each row.
+
+A sweep's records live in `RESULTS/records/<trial_id>.parquet`. One writer per trial (the driver of a sweep, or
+`raysparse train`) rewrites the file atomically after each report, so a reader always sees whole files and a sweep
+can be analysed while it runs. Imports neither torch nor ray: the analysis reads records where both are absent.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from raysparse.errors import UsageError
+from raysparse.files import atomic_path
+
+STATES = ("RUNNING", "COMPLETED", "STOPPED", "FAILED")
+STAGES = ("search", "confirm", "single")
+
+
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is known of a trial apart from its reports; every field is a column, None is a null."""
+
+    sweep: str
+    trial_id: str
+    stage: str  # one of STAGES; only confirmed results get a mean, a spread and a claim
+    method: str
+    seed: int
+    model: str
+    dataset: str
+    allocation: str | None
+    sparsity: float  # the target S, 0.0 for dense
+    prune_ratio: float | None
+    update_interval_steps: int | None
+    total_steps: int  # the trial's full budget in optimizer steps
+    batch_size: int  # examples per optimizer step, over all workers
+    world_size: int
+    params_total: int
+    params_active: int
+    flops_inference_paper: float  # one sample, all DDIM steps, the papers' convention (PAPER: Table 1, 2 "Test")
+    flops_inference_true: float
+    flops_train_paper: float  # the full budget, the papers' convention ("Train")
+    flops_train_true: float
+    flops_inference_dense_paper: float  # the same trial at S = 0, so that ratios need no dense trial
+    flops_inference_dense_true: float
+    flops_train_dense_paper: float
+    flops_train_dense_true: float
+    protocol: str  # JSON of what makes two FIDs comparable; equal text = comparable
+    config: str  # JSON of the whole TrialConfig
+    versions: str  # JSON: raysparse, python, torch, ray, optuna, ...
+    command: str  # what to type to get this record again
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One evaluation of one trial. `fid` and the losses are finite; a trial that is not reports `diverged`."""
+
+    step: int  # optimizer steps done
+    train_loss: float | None  # mean since the last report
+    validation_loss: float | None  # masked EMA weights, fixed noise and timesteps
+    fid: float | None
+    kid: float | None
+    kid_std: float | None
+    density: float  # achieved, over the maskable weights
+    layer_density: str  # JSON {parameter name: density}
+    topology_updates: int  # since step 0
+    topology_changed: float  # share of active connections replaced since the last report, in [0, 1]
+    train_s: float  # seconds in training steps since step 0, evaluation and checkpoints left out
+    evaluate_s: float  # seconds in evaluation since step 0
+    peak_memory_bytes: int | None
+    flops_spent_paper: float  # training FLOPs since step 0
+    flops_spent_true: float
+    diverged: bool = False
+    reason: str | None = None  # why it diverged
+    samples_png: bytes | None = None  # a grid of samples from the same noise in every trial with this seed
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """Where a trial stands; repeated in each row, written anew when it changes."""
+
+    state: str = "RUNNING"  # one of STATES
+    stopped_at_step: int | None = None  # STOPPED only: the rung
+    state_reason: str | None = None
+
+
+def _arrow_type(hint: Any) -> pa.DataType:
+    kinds = [kind for kind in (get_args(hint) or (hint,)) if kind is not type(None)]
+    return {bool: pa.bool_(), int: pa.int64(), float: pa.float64(), str: pa.string(), bytes: pa.binary()}[kinds[0]]
+
+
+def _schema() -> pa.Schema:
+    # A trial that failed before its first report has one row with a null step, so report columns are all nullable.
+    fields = []
+    for part in (Facts, Outcome, Report):
+        hints = get_type_hints(part)
+        fields += [pa.field(f.name, _arrow_type(hints[f.name])) for f in dataclasses.fields(part)]
+    return pa.schema(fields, metadata={b"raysparse_schema": b"1"})
+
+
+SCHEMA = _schema()
+
+
+def write_trial(results: Path, facts: Facts, outcome: Outcome, reports: Iterable[Report]) -> Path:
+    """Write one trial's records atomically; the last report of a step wins, steps come out ascending."""
+    if outcome.state not in STATES:
+        raise ValueError(f"state {outcome.state!r} is none of {STATES}")
+    by_step = {report.step: report for report in reports}
+    head = dataclasses.asdict(facts) | dataclasses.asdict(outcome)
+    empty = {field.name: None for field in dataclasses.fields(Report)}
+    rows = [head | dataclasses.asdict(by_step[step]) for step in sorted(by_step)] or [head | empty]
+    path = results / "records" / f"{facts.trial_id}.parquet"
+    with atomic_path(path) as temporary:
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary, compression="zstd")
+    return path
+
+
+def read_trial(path: Path) -> pa.Table:
+    """One trial's rows. UsageError naming the file where it is damaged or of another schema."""
+    try:
+        table = pq.read_table(path)
+    except (OSError, pa.ArrowException) as error:
+        raise UsageError(f"{path} is not a readable Parquet file ({error}); delete it or restore it") from error
+    missing = [name for name in SCHEMA.names if name not in table.column_names]
+    if missing:
+        raise UsageError(f"{path} is not a raysparse record: it lacks the columns {', '.join(missing[:5])}")
+    return table.select(SCHEMA.names).cast(SCHEMA)
+
+
+def reports_of(table: pa.Table) -> list[Report]:
+    """The reports in one trial's rows, by step; the last row of a step wins."""
+    names = [field.name for field in dataclasses.fields(Report)]
+    rows = table.select(names).to_pylist()
+    by_step = {row["step"]: Report(**row) for row in rows if row["step"] is not None}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def record_paths(results: Path) -> list[Path]:
+    """The record files of a results folder, sorted by name."""
+    folder = results / "records"
+    if not folder.is_dir():
+        raise UsageError(f"{results} is not a results folder: it has no folder 'records' (give the folder of a sweep)")
+    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))

@@ -1,0 +1,117 @@
+"""Trial settings: what is refused, with which words; what an id depends on."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from raysparse import config, plugins
+from raysparse.errors import UsageError
+
+
+def test_defaults_are_a_dense_trial_without_sparse_settings() -> None:
+    trial = config.parse({})
+    assert trial.sparse.method == "dense"
+    assert trial.sparse.sparsity is None
+    assert trial.sparse.allocation is None
+
+
+def test_a_method_gets_the_papers_values_where_the_file_says_nothing() -> None:
+    rigl = config.parse({"sparse": {"method": "rigl"}}).sparse
+    assert (rigl.sparsity, rigl.prune_ratio, rigl.update_interval, rigl.allocation) == (0.5, 0.5, 800, "erk")
+    static = config.parse({"sparse": {"method": "static", "sparsity": 0.9}}).sparse
+    assert static.prune_ratio is None
+    assert static.update_interval is None
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        ({"sparse": {"method": "rigl", "sparcity": 0.5}}, ["sparse", "sparcity", "did you mean 'sparsity'"]),
+        ({"trian": {}}, ["unknown key 'trian'", "did you mean 'train'"]),
+        ({"train": {"stpes": 3}}, ["train", "did you mean 'steps'"]),
+        ({"sparse": {"method": "dense", "sparsity": 0.5}}, ["'dense' has no 'sparsity'", "0.5"]),
+        ({"sparse": {"method": "static", "prune_ratio": 0.5}}, ["'static' has no 'prune_ratio'"]),
+        ({"sparse": {"method": "static", "sparsity": 1.0}}, ["[0, 1)", "1.0"]),
+        ({"sparse": {"method": "static", "sparsity": -0.1}}, ["[0, 1)", "-0.1"]),
+        ({"sparse": {"method": "rigl", "prune_ratio": 0}}, ["(0, 1]", "0"]),
+        ({"sparse": {"method": "rigl", "prune_ratio": 1.5}}, ["(0, 1]", "1.5"]),
+        ({"sparse": {"method": "rigle"}}, ["unknown method 'rigle'", "did you mean 'rigl'"]),
+        ({"sparse": {"method": "rigl", "update_interval": 0}}, ["update_interval", "0"]),
+        ({"sparse": {"method": ["rigl"]}}, ["method must be a name"]),
+        ({"sparse": "rigl"}, ["sparse", "'rigl'"]),
+        ({"optimizer": {"lr": float("nan")}}, ["lr", "nan"]),
+        ({"train": {"batch_size": 10, "accumulate": 3}}, ["batch_size 10", "accumulate 3"]),
+    ],
+)
+def test_bad_settings_are_refused_with_the_value_the_rule_and_the_way_out(data: dict, words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        config.parse(data, "trial.yaml")
+    message = str(caught.value)
+    assert message.startswith("trial.yaml")
+    for word in words:
+        assert word in message
+
+
+def test_the_id_covers_what_is_computed_and_not_where() -> None:
+    base = config.parse({})
+    assert base.trial_id.startswith("dense-")
+    for data in (
+        {"seed": 1},
+        {"train": {"steps": 7}},
+        {"data": {"options": {"spacing": 0.1}}},
+        {"sparse": {"method": "static"}},
+    ):
+        assert config.parse(data).trial_id != base.trial_id
+    for data in (
+        {"data": {"source": "/elsewhere"}},
+        {"data": {"root": "/r"}},
+        {"evaluate": {"weights": "/w"}},
+        {"train": {"threads": 2}},
+    ):
+        assert config.parse(data).trial_id == base.trial_id
+
+
+def test_the_id_is_the_same_in_another_process() -> None:
+    code = "from raysparse import config; print(config.parse({'seed': 5}).trial_id)"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert printed == config.parse({"seed": 5}).trial_id
+
+
+def test_settings_and_sweep_files_need_neither_torch_nor_ray() -> None:
+    code = (
+        "import sys, raysparse.space, raysparse.results\n"
+        "raysparse.space.config.parse({'sparse': {'method': 'rigl'}})\n"
+        "assert not {'torch', 'ray', 'optuna'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@given(seed=st.integers(0, 2**31), lr=st.floats(1e-6, 1), method=st.sampled_from(plugins.names("methods")))
+def test_json_brings_a_trial_back(seed: int, lr: float, method: str) -> None:
+    trial = config.parse({"seed": seed, "optimizer": {"lr": lr}, "sparse": {"method": method}})
+    again = config.parse(json.loads(trial.dump_json()))
+    assert again == trial
+    assert again.trial_id == trial.trial_id
+
+
+def test_with_value_replaces_one_value_and_leaves_the_rest() -> None:
+    data = {"train": {"steps": 5, "ema_decay": 0.5}}
+    changed = config.with_value(data, "train.steps", 9)
+    assert changed == {"train": {"steps": 9, "ema_decay": 0.5}}
+    assert data["train"]["steps"] == 5
+    assert config.with_value({}, "a.b.c", 1) == {"a": {"b": {"c": 1}}}
+    with pytest.raises(UsageError, match="'steps' is a value"):
+        config.with_value(data, "train.steps.more", 1)
+
+
+def test_the_analysis_leaves_out_the_same_places() -> None:
+    """It may import nothing of ours but the records, so it has its own list."""
+    from analysis.load import PLACES
+
+    assert set(PLACES) == {*config.PLACES, ("seed",)}
