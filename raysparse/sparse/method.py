@@ -1,0 +1,26 @@
+"""What a method file declares; torch-free, so that settings can be checked without torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train: which connections are there at first, and how they are replaced.
+
+    A method without `prune` and `grow` keeps its first mask. Both are names of criteria in `criteria.py`.
+    """
+
+    sparse: bool = True  # False: no mask at all
+    prune: str | None = None  # criterion whose lowest scores are pruned at a topology update
+    grow: str | None = None  # criterion whose highest scores are grown
+
+    def __post_init__(self) -> None:
+        if (self.prune is None) != (self.grow is None) or (self.prune is not None and not self.sparse):
+            raise ValueError("a method declares both prune and grow or neither, and neither where it is dense")
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether the topology changes during training."""
+        return self.prune is not None
