@@ -1,0 +1,153 @@
+"""ChiroDiff: a bidirectional GRU that predicts the noise of a sketch, point by point (Das et al., ICLR 2023).
+
+A point's 13 inputs: its noisy x, y and pen, the velocity of the noisy x and y (difference to the point before; 0 at
+the first), and 8 features of the timestep t: [sin, cos](2 pi 4 W t / T) with 4 frequencies W ~ N(0, 1) drawn once and
+frozen. Then the GRU, Linear(2 h, h), and Linear(h + 8, 3) on that and the time features; no activation between.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from raysparse import rng
+from raysparse.errors import UsageError
+from raysparse.models._packed_gru import PackedGRU
+
+PAPER_CONVENTION = "chirodiff"  # of raysparse.metrics.flops
+SMALL: dict[str, Any] = {"hidden": 8, "layers": 2}  # a Config for tests of what every model must do
+
+_CHANNELS = 3  # x, y, pen
+_VELOCITY = 2
+_FREQUENCIES = 4
+_TIME_SCALE = 4.0
+
+
+class Config(BaseModel):
+    """The defaults are the paper's for KanjiVG (416,859 parameters).
+
+    QuickDraw: hidden 128, layers 3 (736,027); VMNIST: hidden 48, layers 2 (65,019).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hidden: int = Field(96, ge=1)  # h, width of each direction
+    layers: int = Field(3, ge=1)
+    timesteps: int = Field(1000, ge=1)  # T of the noise schedule; scales t in the time features
+    num_classes: int | None = Field(None, ge=1)  # of a class-conditional model; None: unconditional
+    label_features: int = Field(16, ge=1)  # width of a class's embedding, appended to every point's inputs
+
+
+def build(config: Config, seed: int) -> ChiroDiff:
+    """A model on the default device; its weights and frequencies are a function of (config, seed) alone."""
+    with torch.device("meta"):  # the layers' own initialisation would draw from the global generator
+        model = ChiroDiff(config)
+    model = model.to_empty(device=torch.get_default_device())
+    model.initialise(rng.generator(seed, "model"))
+    return model
+
+
+def example(config: Config, batch: int, points: int, device: str = "cpu") -> dict[str, Tensor]:
+    """Keyword arguments of a forward pass over `batch` sketches of `points` points, all 0."""
+    given = {
+        "x": torch.zeros(batch, points, _CHANNELS, device=device),
+        "timesteps": torch.zeros(batch, dtype=torch.int64, device=device),
+        "lengths": torch.full((batch,), points, dtype=torch.int64, device=device),
+    }
+    if config.num_classes is not None:
+        given["labels"] = torch.zeros(batch, dtype=torch.int64, device=device)
+    return given
+
+
+class ChiroDiff(nn.Module):
+    """forward(x float32 [B, L, 3], timesteps int64 [B], lengths int64 [B], labels int64 [B]) -> float32 [B, L, 3].
+
+    The prediction is of eps, for x, y and pen. Points beyond a sketch's length are never read and come out as 0.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        time_features = 2 * _FREQUENCIES
+        inputs = _CHANNELS + _VELOCITY + time_features
+        if config.num_classes is not None:
+            self.labels = nn.Embedding(config.num_classes, config.label_features)
+            inputs += config.label_features
+        self.register_buffer("frequencies", torch.zeros(_FREQUENCIES))
+        self.gru = PackedGRU(inputs, config.hidden, config.layers)
+        self.mix = nn.Linear(2 * config.hidden, config.hidden)
+        self.out = nn.Linear(config.hidden + time_features, _CHANNELS)
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator) -> None:
+        """Frequencies and class embeddings ~ N(0, 1); the rest uniform within 1/sqrt(fan in), as PyTorch's layers."""
+        bounds = {self.gru: self.config.hidden, self.mix: self.mix.in_features, self.out: self.out.in_features}
+        self.frequencies.copy_(torch.randn(_FREQUENCIES, generator=generator, device="cpu"))
+        for module, fan_in in bounds.items():
+            for parameter in module.parameters():
+                draw = torch.rand(parameter.shape, generator=generator, device="cpu")
+                parameter.copy_((2 * draw - 1) / math.sqrt(fan_in))
+        if self.config.num_classes is not None:
+            self.labels.weight.copy_(torch.randn(self.labels.weight.shape, generator=generator, device="cpu"))
+
+    def forward(
+        self, x: Tensor, timesteps: Tensor, lengths: Tensor | None = None, labels: Tensor | None = None
+    ) -> Tensor:
+        """lengths: each in 1 .. L; None: all L. labels: where, and only where, the model has classes.
+
+        The prediction is float32 also under autocast. ValueError: a length out of range. UsageError: labels.
+        """
+        self._check_labels(labels)
+        rows, batch_sizes = _packing(x, lengths)
+        velocity = nn.functional.pad(x[:, 1:, :2] - x[:, :-1, :2], (0, 0, 1, 0))
+        points = torch.cat((x, velocity), 2).flatten(0, 1).index_select(0, rows)
+        sketch = rows // x.shape[1]
+        time = self._time_features(timesteps).index_select(0, sketch)
+        inputs = [points, time]
+        if labels is not None:
+            inputs.append(self.labels(labels).index_select(0, sketch))
+        hidden = self.gru(PackedSequence(torch.cat(inputs, 1), batch_sizes)).data
+        prediction = self.out(torch.cat((self.mix(hidden), time), 1)).float()
+        return x.new_zeros(x.shape).flatten(0, 1).index_copy(0, rows, prediction).view(x.shape)
+
+    def _time_features(self, timesteps: Tensor) -> Tensor:
+        """int64 [B] -> float32 [B, 8]."""
+        phase = (timesteps[:, None] / self.config.timesteps) * (2 * math.pi * _TIME_SCALE * self.frequencies)
+        return torch.cat((phase.sin(), phase.cos()), 1)
+
+    def _check_labels(self, labels: Tensor | None) -> None:
+        classes = self.config.num_classes
+        if labels is not None and classes is None:
+            raise UsageError(
+                "the model has no classes but was given labels; set its option num_classes, or use data without labels"
+            )
+        if labels is None and classes is not None:
+            raise UsageError(f"the model has num_classes={classes} but was given no labels; use a data set with labels")
+        if labels is not None and classes is not None and labels.device.type == "cpu" and int(labels.max()) >= classes:
+            raise UsageError(f"labels must be in 0 .. {classes - 1}, got {int(labels.max())}; raise num_classes")
+
+
+def _packing(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """How to pack x [B, L, ...]: rows int64 [points] of its first two dimensions, flattened, and batch_sizes (host).
+
+    Time-major, longest sketch first. The host needs the lengths, to cut time into steps; that is the one wait for a
+    GPU in a forward pass. Meta tensors have no values: there all sketches have all points.
+    """
+    batch, points, _ = x.shape
+    with torch.device("cpu"):
+        whole = lengths is None or lengths.is_meta
+        host = torch.full((batch,), points) if whole else cast(Tensor, lengths).cpu()
+        if host.shape != (batch,) or int(host.min()) < 1 or int(host.max()) > points:
+            raise ValueError(f"lengths must be {batch} numbers in 1 .. {points}, got {host.tolist()}")
+        host, order = host.sort(descending=True, stable=True)
+        running = torch.arange(int(host[0]))[:, None] < host
+        time, place = running.nonzero(as_tuple=True)
+        rows = order[place] * points + time
+    return rows.to(x.device), running.sum(1)

@@ -1,0 +1,157 @@
+"""The packed GRU is nn.GRU: same numbers, same parameters, same gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
+
+from raysparse import rng
+from raysparse.models import _packed_gru
+from raysparse.models._packed_gru import PackedGRU
+
+
+def pair(width: int, hidden: int, layers: int, dtype: torch.dtype = torch.float32) -> tuple[nn.GRU, PackedGRU]:
+    """nn.GRU and ours with the same seeded weights, 1.7 times the usual, short of where a GRU turns chaotic."""
+    reference = nn.GRU(width, hidden, layers, bidirectional=True, dtype=dtype)
+    draw = rng.generator(0, "test weights")
+    with torch.no_grad():
+        for parameter in reference.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draw) / hidden**0.5)
+    ours = PackedGRU(width, hidden, layers).to(dtype)
+    ours.load_state_dict(reference.state_dict(), strict=True)
+    return reference, ours
+
+
+def packed(lengths: list[int], width: int, dtype: torch.dtype = torch.float32) -> PackedSequence:
+    x = torch.randn(len(lengths), max(lengths), width, generator=rng.generator(1, "test input"))
+    return pack_padded_sequence(x.to(dtype), torch.tensor(lengths), batch_first=True, enforce_sorted=False)
+
+
+def run(gru: nn.GRU, given: PackedSequence) -> tuple[Tensor, list[Tensor]]:
+    """Output, and the gradients of the input and all weights of a weighted sum of it."""
+    x = given.data.clone().requires_grad_()
+    output = gru(given._replace(data=x))
+    data = (output if isinstance(output, PackedSequence) else output[0]).data
+    weight = torch.randn(data.shape, generator=rng.generator(2, "test loss")).to(data.dtype)
+    return data.detach(), list(torch.autograd.grad((data * weight).sum(), [x, *gru.parameters()]))
+
+
+def assert_close(ours: Tensor, reference: Tensor, relative: float = 1e-5) -> None:
+    assert ours.shape == reference.shape
+    assert ours.dtype == reference.dtype
+    assert float((ours - reference).norm()) <= relative * float(reference.norm()) + 2e-6  # of order 1
+
+
+def assert_equal_to_torch(lengths: list[int], hidden: int, layers: int) -> None:
+    reference, ours = pair(13, hidden, layers)
+    given = packed(lengths, 13)
+    want, want_gradients = run(reference, given)
+    got, gradients = run(ours, given)
+    assert_close(got, want)
+    for gradient, want_gradient in zip(gradients, want_gradients, strict=True):
+        assert_close(gradient, want_gradient)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1], [7], [1, 1, 1], [5, 5, 5], [9, 1, 4, 9, 2], list(range(1, 40)), [60] * 20, [165] + [1] * 9]
+)
+@pytest.mark.parametrize(("hidden", "layers"), [(1, 1), (7, 2), (48, 2)])
+def test_equals_nn_gru(lengths: list[int], hidden: int, layers: int) -> None:
+    assert_equal_to_torch(lengths, hidden, layers)
+
+
+def test_equals_nn_gru_at_the_papers_size() -> None:
+    draw = rng.generator(3, "test lengths")
+    lengths = (88.6 + 17 * torch.randn(32, generator=draw)).round().long().clamp(20, 165)
+    assert_equal_to_torch(lengths.tolist(), 96, 3)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 9), st.integers(1, 64))
+def test_equals_nn_gru_on_any_lengths_and_chunks(lengths: list[int], hidden: int, chunk: int) -> None:
+    whole = _packed_gru._CHUNK_ROWS
+    try:
+        _packed_gru._CHUNK_ROWS = chunk
+        assert_equal_to_torch(lengths, hidden, 2)
+    finally:
+        _packed_gru._CHUNK_ROWS = whole
+
+
+def test_gradcheck_in_double() -> None:
+    _, ours = pair(3, 2, 2, torch.float64)
+    given = packed([4, 1, 3], 3, torch.float64)
+    names = [name for name, _ in ours.named_parameters()]
+
+    def output(x: Tensor, *weights: Tensor) -> Tensor:
+        result = torch.func.functional_call(ours, dict(zip(names, weights, strict=True)), (given._replace(data=x),))
+        return result.data
+
+    assert torch.autograd.gradcheck(output, (given.data.clone().requires_grad_(), *ours.parameters()))
+
+
+def test_a_second_backward_gives_the_same() -> None:
+    _, ours = pair(13, 6, 2)
+    loss = ours(packed([5, 3], 13)).data.square().sum()
+    first = torch.autograd.grad(loss, list(ours.parameters()), retain_graph=True)
+    second = torch.autograd.grad(loss, list(ours.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_it_gives_the_same(context: type[torch.no_grad]) -> None:
+    _, ours = pair(13, 16, 2)
+    given = packed([30, 7, 19], 13)
+    trained = ours(given).data
+    with context():
+        sampled = ours(given).data
+    assert torch.equal(trained, sampled)
+    assert trained.requires_grad
+    assert not sampled.requires_grad
+
+
+def test_same_bits_twice() -> None:
+    _, ours = pair(13, 48, 2)
+    given = packed(list(range(20, 60)), 13)
+    first, second = run(ours, given), run(ours, given)
+    assert torch.equal(first[0], second[0])
+    assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
+
+
+def test_frozen_weights_get_no_gradient() -> None:
+    _, ours = pair(13, 6, 1)
+    ours.weight_hh_l0.requires_grad_(False)
+    ours(packed([5, 3], 13)).data.sum().backward()
+    assert ours.weight_hh_l0.grad is None
+    assert ours.weight_ih_l0.grad is not None
+
+
+def test_autocast_computes_in_float32() -> None:
+    _, ours = pair(13, 16, 2)
+    given = packed([30, 7, 19], 13)
+    want, want_gradients = run(ours, given)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got, gradients = run(ours, given)
+    assert torch.equal(got, want)
+    assert all(torch.equal(a, b) for a, b in zip(gradients, want_gradients, strict=True))
+
+
+def test_without_onednn_it_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_packed_gru, "_ONEDNN", False)
+    assert_equal_to_torch([9, 1, 4, 9, 2], 16, 2)
+
+
+@pytest.mark.gpu
+def test_cuda_gives_the_same() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    _, ours = pair(13, 48, 2)
+    given = packed(list(range(20, 60)), 13)
+    want, want_gradients = run(ours, given)
+    got, gradients = run(ours.cuda(), given.to("cuda"))
+    assert_close(got.cpu(), want, 1e-3)
+    for gradient, want_gradient in zip(gradients, want_gradients, strict=True):
+        assert_close(gradient.cpu(), want_gradient, 1e-2)
