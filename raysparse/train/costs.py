@@ -1,0 +1,95 @@
+"""Parameters and FLOPs of a trial from its settings alone: its model is built on the meta device, nothing runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+
+import torch
+from pydantic import BaseModel
+from torch import nn
+
+from raysparse import plugins
+from raysparse.config import SparseConfig, TrialConfig
+from raysparse.metrics import flops, params
+from raysparse.sparse import allocation, criteria, masks
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What a trial costs. macs, densities: by parameter name; a name without a density is dense."""
+
+    config: TrialConfig
+    macs: Mapping[str, float]  # of one sample's forward pass; sketches: at the mean number of points
+    densities: Mapping[str, float]
+    mean_points: float  # of a training sketch; 1 for images
+    params_total: int
+    params_active: int
+    paper: flops.Convention
+    dense_gradient_interval: int | None  # ΔTe where growth takes the dense gradient
+    update_end_step: int  # no topology update after this step
+
+    def inference(self, convention: flops.Convention, *, dense: bool = False) -> float:
+        """One sample, all DDIM steps."""
+        densities = None if dense else self.densities
+        return flops.inference(self.macs, densities, ddim_steps=self.config.evaluate.ddim_steps, convention=convention)
+
+    def train(self, convention: flops.Convention, steps: int, *, dense: bool = False) -> float:
+        """The first `steps` optimizer steps, with the dense gradients that topology updates take."""
+        batch_size, growing = self.config.train.batch_size, min(steps, self.update_end_step)
+        densities = None if dense else self.densities
+
+        def cost(count: int, interval: int | None) -> float:
+            return flops.train(
+                self.macs,
+                densities,
+                steps=count,
+                batch_size=batch_size,
+                convention=convention,
+                dense_gradient_interval=interval,
+            )
+
+        return cost(growing, None if dense else self.dense_gradient_interval) + cost(steps - growing, None)
+
+    def spent(self, steps: int) -> tuple[float, float]:
+        """Training FLOPs of the first `steps` steps: (paper, true)."""
+        return self.train(self.paper, steps), self.train(flops.TRUE, steps)
+
+
+def costs(config: TrialConfig, options: BaseModel, mean_points: float) -> Costs:
+    """The costs of a trial. options: the model's, checked; mean_points: of a training sketch (images: no matter)."""
+    module = plugins.load("models", config.model.name)
+    points = max(1, math.ceil(mean_points))
+    with torch.device("meta"):
+        model = module.build(options, seed=config.seed)
+    macs = flops.forward_macs(model, module.example(options, 1, points, device="meta"), batch=1)
+    if plugins.load("datasets", config.data.name).SPEC.kind == "sketch":
+        macs = {name: count * mean_points / points for name, count in macs.items()}
+    densities = _densities(config.sparse, model)
+    method = plugins.load("methods", config.sparse.method).METHOD
+    return Costs(
+        config=config,
+        macs=macs,
+        densities=densities,
+        mean_points=mean_points,
+        params_total=params.count(model),
+        params_active=params.active_at(model, densities),
+        paper=flops.paper_convention(module),
+        dense_gradient_interval=config.sparse.update_interval if method.grow in criteria.NEEDS_GRADIENT else None,
+        update_end_step=update_end_step(config),
+    )
+
+
+def update_end_step(config: TrialConfig) -> int:
+    """No topology update at this optimizer step or after it."""
+    return max(1, round((config.sparse.update_end_fraction or 1.0) * config.train.steps))
+
+
+def _densities(sparse: SparseConfig, model: nn.Module) -> dict[str, float]:
+    """Of the layers that the method masks; none where it is dense."""
+    if sparse.sparsity is None or sparse.allocation is None:
+        return {}
+    shapes = {name: tuple(weight.shape) for name, weight in masks.maskable(model).items()}
+    groups = getattr(model, "allocation_groups", ())
+    return allocation.densities(shapes, sparsity=sparse.sparsity, allocation=sparse.allocation, groups=groups)

@@ -1,0 +1,190 @@
+"""What one evaluation of a trial measures, with the averaged masked weights: validation loss, FID, KID, a picture.
+
+Sampling and extraction are shared over the ranks by batch; the noise, the conditions and the timesteps of a batch are
+functions of the batch's number alone, so the values do not depend on how many ranks there are, and a trial's FIDs at
+two steps (and the pictures of two trials with one seed) start from the same noise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import time
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from raysparse import rng
+from raysparse.config import TrialConfig
+from raysparse.diffusion import ddim, losses
+from raysparse.diffusion.schedule import NoiseSchedule
+from raysparse.metrics import fidelity
+from raysparse.metrics.reference import Reference
+from raysparse.train import distributed
+
+VALIDATION_EXAMPLES = 1024  # at most so many: the first ones of the split
+VALIDATION_BATCH = 64  # a constant, so that an example's noise depends on no setting
+VALIDATION_SEED = 0  # the same noise and timesteps for every trial, so that validation losses compare across seeds
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """validation_loss, fid: finite unless `wrong` says which is not. Seconds are this rank's."""
+
+    validation_loss: float
+    fid: float
+    kid: float
+    kid_std: float
+    samples_png: bytes | None
+    sampling_s: float = 0.0
+    extraction_s: float = 0.0  # drawing included
+    fidelity_s: float = 0.0
+    wrong: str | None = None  # what is not finite, in words
+
+
+class Evaluator:
+    """Evaluates models of one trial. `evaluate` is called by all ranks together and changes nothing in the model.
+
+    reference: features and statistics of the reference examples; extractor: the one that made them.
+    """
+
+    def __init__(
+        self,
+        config: TrialConfig,
+        *,
+        training: Any,
+        validation: Any,
+        extractor: Any,
+        reference: Reference,
+        noise_schedule: NoiseSchedule,
+        protocol: fidelity.Protocol,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.config = config
+        self.training = training  # samples take their lengths and labels from these examples
+        self.validation = validation
+        self.extractor = extractor
+        self.reference = reference
+        self.noise_schedule = noise_schedule
+        self.protocol = protocol
+        self.device = device
+        self.rank = rank
+        self.world_size = world_size
+
+    @torch.inference_mode()
+    def evaluate(self, model: nn.Module) -> Evaluation:
+        """Measure `model` (in eval mode, on `device`). The values are rank 0's to use; other ranks only help."""
+        loss = self.validation_loss(model)
+        if not math.isfinite(loss):
+            return Evaluation(loss, math.nan, math.nan, math.nan, None, wrong=f"validation loss became {loss}")
+        features, images, sampling_s, extraction_s = self._sample_features(model)
+        start = time.perf_counter()
+        if self.rank != 0 or not bool(torch.isfinite(features).all()):
+            wrong = None if self.rank else "the samples' features are not finite"
+            return Evaluation(loss, math.nan, math.nan, math.nan, None, sampling_s, extraction_s, wrong=wrong)
+        values = features.numpy()
+        fid = fidelity.fid(fidelity.statistics(values), self.reference.statistics)
+        kid, kid_std = self._kid(values)
+        picture = grid_png(images) if len(images) else None
+        seconds = (sampling_s, extraction_s, time.perf_counter() - start)
+        wrong = None if math.isfinite(fid) else f"FID became {fid}"
+        return Evaluation(loss, fid, kid, kid_std, picture, *seconds, wrong=wrong)
+
+    @torch.inference_mode()
+    def validation_loss(self, model: nn.Module) -> float:
+        """eps loss over (the first) validation examples under fixed noise and timesteps; the same on all ranks."""
+        count, size = min(len(self.validation), VALIDATION_EXAMPLES), VALIDATION_BATCH
+        total = torch.zeros(2, dtype=torch.float64)  # of losses, of examples
+        for number, start in enumerate(range(0, count, size)):
+            if number % self.world_size != self.rank:
+                continue
+            batch = self.validation.batch(np.arange(start, min(start + size, count)))
+            x, cond = batch["x"].to(self.device), self._to_device(batch["cond"])
+            draw = rng.generator(VALIDATION_SEED, "validation noise", step=number)
+            t = torch.randint(0, self.config.diffusion.timesteps, (len(x),), generator=draw).to(self.device)
+            eps = torch.randn(x.shape, generator=draw).to(self.device)
+            with self._autocast():
+                prediction = model(self.noise_schedule.add_noise(x, eps, t), t, **cond)
+                loss = losses.eps_mse(prediction, eps, cond.get("lengths"))
+            total += torch.tensor([float(loss) * len(x), len(x)], dtype=torch.float64)
+        total = distributed.all_sum(total.to(self.device), self.world_size)
+        return float(total[0] / total[1])
+
+    def sample(self, model: nn.Module, number: int, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Batch `number` of the trial's samples: x as the model's input, float32 [count, ...], and its conditions."""
+        seed, settings = self.config.seed, self.config.evaluate
+        shape, cond = self.training.draw_conditions(count, rng.numpy_generator(seed, "conditions", step=number))
+        noise = torch.randn(shape, generator=rng.generator(seed, "sample noise", step=number)).to(self.device)
+        draw = rng.generator(seed, "sampling noise", step=number, device=str(self.device))  # for eta > 0
+        cond = self._to_device(cond)
+        with self._autocast():
+            x = ddim.sample(
+                model,
+                self.noise_schedule,
+                noise,
+                steps=settings.ddim_steps,
+                eta=settings.eta,
+                cond=cond,
+                generator=draw,
+            )
+        return x, cond
+
+    def _sample_features(self, model: nn.Module) -> tuple[Tensor, Tensor, float, float]:
+        """Features of all samples float32 [generated, D], the first drawn uint8 [grid, C, H, W], seconds."""
+        settings = self.config.evaluate
+        features = torch.zeros(settings.generated, self.extractor.feature_dim, device=self.device)
+        blank = self.training.images([0])
+        images = blank.new_zeros(min(settings.grid, settings.generated), *blank.shape[1:])
+        sampling_s = extraction_s = 0.0
+        for number, first in enumerate(range(0, settings.generated, settings.batch_size)):
+            if number % self.world_size != self.rank:
+                continue
+            start = time.perf_counter()
+            end = min(first + settings.batch_size, settings.generated)
+            x, cond = self.sample(model, number, end - first)
+            x = x.float().cpu()
+            middle = time.perf_counter()
+            drawn = self.training.to_images(x, cond)
+            features[first:end] = self.extractor(drawn.to(self.device))
+            images[first:end] = drawn[: max(0, len(images) - first)].cpu()
+            sampling_s += middle - start
+            extraction_s += time.perf_counter() - middle
+        images = distributed.all_sum(images.to(self.device), self.world_size)
+        return distributed.all_sum(features, self.world_size).cpu(), images.cpu(), sampling_s, extraction_s
+
+    def _kid(self, features: np.ndarray[Any, Any]) -> tuple[float, float]:
+        assert self.protocol.kid_subsets is not None
+        assert self.protocol.kid_subset_size is not None
+        return fidelity.kid(
+            features,
+            self.reference.features,
+            subsets=self.protocol.kid_subsets,
+            subset_size=self.protocol.kid_subset_size,
+            seed=self.config.seed,
+        )
+
+    def _to_device(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {name: value.to(self.device) for name, value in cond.items()}
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.train.precision == "bf16")
+
+
+def grid_png(images: Tensor) -> bytes:
+    """A square-ish grid of images uint8 [N, 1 or 3, H, W], row by row, white where there is none, as PNG."""
+    count, channels, height, width = images.shape
+    columns = math.ceil(math.sqrt(count))
+    rows = math.ceil(count / columns)
+    sheet = np.full((rows * height, columns * width, channels), 255, np.uint8)
+    for place, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        top, left = place // columns * height, place % columns * width
+        sheet[top : top + height, left : left + width] = image
+    buffer = io.BytesIO()
+    Image.fromarray(sheet[..., 0] if channels == 1 else sheet).save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,259 @@
+"""The training of one trial: pure PyTorch, on one process or as one rank of several, yielding Reports."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from raysparse import rng
+from raysparse.config import TrialConfig
+from raysparse.data.loader import batch_indices
+from raysparse.diffusion import losses
+from raysparse.results import Report
+from raysparse.train import distributed
+from raysparse.train.ema import Ema
+from raysparse.train.lr import learning_rate
+
+if TYPE_CHECKING:
+    from raysparse.diffusion.schedule import NoiseSchedule
+    from raysparse.sparse.engine import SparseEngine
+    from raysparse.train.costs import Costs
+    from raysparse.train.evaluate import Evaluation, Evaluator
+
+# Losses are looked at, and ranks agree to go on, once in so many steps: each look waits for the device. On one CPU
+# process a look costs nothing and is made after each step.
+LOOK_STEPS = 10
+# A network that says 0 has an eps loss of about 1 (the noise has variance 1), whatever the data. A trial whose loss is
+# a hundred times that is lost long before a float overflows.
+DIVERGED_LOSS = 100.0
+
+
+@dataclasses.dataclass
+class Totals:
+    """What a trial adds up as it goes; part of its checkpoint."""
+
+    train_s: float = 0.0  # in training steps since step 0; evaluation and checkpoints left out
+    evaluate_s: float = 0.0
+    loss_sum: float = 0.0  # since the last report
+    loss_steps: int = 0
+    reason: str | None = None  # why the trial diverged: it does not go on
+
+
+class Trainer:
+    """One rank of a trial. `train.setup.build` makes it; `run` trains from `step` to the end.
+
+    All draws of a step are functions of (seed, step) and are made for the global batch, of which a rank takes its rows:
+    the result does not depend on how many ranks or accumulation steps share a batch, but for rounding. A resume is the
+    same bit for bit on CPUs with the same number of ranks and threads; on CUDA as far as the kernels are deterministic.
+    """
+
+    def __init__(
+        self,
+        config: TrialConfig,
+        *,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        engine: SparseEngine,
+        examples: Any,
+        noise_schedule: NoiseSchedule,
+        evaluator: Evaluator,
+        costs: Costs,
+        device: torch.device,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.optimizer = optimizer
+        self.engine = engine
+        self.examples = examples
+        self.noise_schedule = noise_schedule
+        self.evaluator = evaluator
+        self.costs = costs
+        self.device = device
+        self.rank = rank
+        self.world_size = world_size
+        self.step = 0  # optimizer steps done
+        self.totals = Totals()
+        self.ema = Ema(model, config.train.ema_decay)
+        self.masks_reported = engine.masks
+        self.should_stop: Callable[[], bool] = lambda: False  # asked between steps; any rank's yes ends `run` early
+        self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._network = model
+        if world_size > 1:
+            device_ids = [device] if device.type == "cuda" else None
+            self._network = DistributedDataParallel(model, device_ids=device_ids)
+        self._look_steps = 1 if device.type == "cpu" and world_size == 1 else LOOK_STEPS
+        self._recent: list[Tensor] = []  # losses not looked at yet
+        # Noise is drawn for the longest sketch of the set, so that a row's draw depends on no other row of the batch.
+        self._noise_shape = tuple(examples.batch([0])["x"].shape[1:])
+        self._sequences = hasattr(examples, "lengths")
+        if self._sequences:
+            self._noise_shape = (int(examples.lengths.max()), *self._noise_shape[1:])
+
+    def run(self) -> Iterator[Report]:
+        """Train to the last step; a Report at each multiple of evaluate.every_steps and at the end, on all ranks.
+
+        A trial that diverges yields a last Report that says why. Ends without one where `should_stop` said so.
+        """
+        every, last = self.config.evaluate.every_steps, self.config.train.steps
+        while self.step < last and self.totals.reason is None:
+            target = min(last, self.step - self.step % every + every)
+            if not self._train_to(target):
+                return
+            yield self._report()
+
+    def _train_to(self, target: int) -> bool:
+        """Train until step `target`, or until the loss is lost; False where the trial was asked to stop before."""
+        self.model.train()
+        while self.step < target and self.totals.reason is None:
+            start = time.perf_counter()
+            self._recent.append(self._train_step())
+            stop = False
+            if self.step % self._look_steps == 0 or self.step == target:
+                stop = self._look()
+            self.totals.train_s += time.perf_counter() - start
+            if stop and self.step < target:
+                return False
+        return True
+
+    def _train_step(self) -> Tensor:
+        """One optimizer step. -> this rank's mean loss, on the device."""
+        train, optimizer = self.config.train, self.config.optimizer
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(optimizer, self.step, train.steps)
+        self.optimizer.zero_grad()
+        timesteps, noise = self._draws()
+        total = torch.zeros((), device=self.device)
+        for part in range(train.accumulate):
+            x, cond, rows = self._share(part)
+            t, eps = timesteps[rows], noise[rows, : x.shape[1]] if self._sequences else noise[rows]
+            last = part + 1 == train.accumulate
+            with self._reduce_gradients(last), self._autocast():
+                prediction = self._network(self.noise_schedule.add_noise(x, eps, t), t, **cond)
+                loss = losses.eps_mse(prediction, eps, cond.get("lengths")) / train.accumulate
+                loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        self.engine.mask_gradients()
+        if optimizer.clip_norm is not None:
+            nn.utils.clip_grad_norm_(self._parameters, optimizer.clip_norm)
+        self.optimizer.step()
+        updates = self.engine.updates
+        self.engine.after_step()
+        self.step += 1
+        self.ema.update(self.step)
+        if self.engine.updates != updates:
+            self.engine.apply_to(self.ema.parameters())
+        return total
+
+    def _draws(self) -> tuple[Tensor, Tensor]:
+        """Of this step, for the global batch: timesteps int64 [B], noise float32 [B, *example]."""
+        seed, batch = self.config.seed, self.config.train.batch_size
+        draw = rng.generator(seed, "training noise", step=self.step, device=str(self.device))
+        steps = self.config.diffusion.timesteps
+        timesteps = torch.randint(0, steps, (batch,), generator=draw, device=self.device)
+        return timesteps, torch.randn((batch, *self._noise_shape), generator=draw, device=self.device)
+
+    def _share(self, part: int) -> tuple[Tensor, dict[str, Tensor], slice]:
+        """x, conditions and the rows in the global batch of one accumulation step of this rank."""
+        train = self.config.train
+        shares, share = self.world_size * train.accumulate, self.rank * train.accumulate + part
+        indices = batch_indices(
+            len(self.examples), train.batch_size, self.config.seed, self.step, rank=share, world_size=shares
+        )
+        batch = self.examples.batch(indices)
+        cond = {name: value.to(self.device, non_blocking=True) for name, value in batch["cond"].items()}
+        rows = slice(share * len(indices), (share + 1) * len(indices))
+        return batch["x"].to(self.device, non_blocking=True), cond, rows
+
+    def _reduce_gradients(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Only the last backward of a step averages gradients over the ranks."""
+        if isinstance(self._network, DistributedDataParallel) and not last:
+            return self._network.no_sync()
+        return contextlib.nullcontext()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.train.precision == "bf16")
+
+    def _look(self) -> bool:
+        """Look at the losses since the last look, on all ranks alike. -> whether any rank was asked to stop."""
+        asked = torch.tensor(float(self.should_stop()), device=self.device)
+        seen = distributed.all_sum(torch.stack([*self._recent, asked]), self.world_size).tolist()
+        self._recent.clear()
+        for place, total in enumerate(seen[:-1]):
+            loss = total / self.world_size
+            if not math.isfinite(loss):
+                self.totals.reason = f"loss became {loss} at step {self.step - len(seen) + 2 + place}"
+                break
+            self.totals.loss_sum += loss
+            self.totals.loss_steps += 1
+        return bool(seen[-1] > 0)
+
+    def _report(self) -> Report:
+        """Evaluate and say how the trial stands; rank 0's view, on all ranks."""
+        totals = self.totals
+        train_loss = totals.loss_sum / totals.loss_steps if totals.loss_steps else None
+        if totals.reason is None and train_loss is not None and train_loss > DIVERGED_LOSS:
+            totals.reason = f"mean loss {train_loss:.4g} up to step {self.step} is above {DIVERGED_LOSS:g}"
+        found: Evaluation | None = None
+        if totals.reason is None:
+            start = time.perf_counter()
+            found = distributed.from_rank_0(self.evaluator.evaluate(self.ema.evaluation_model()), self.world_size)
+            totals.evaluate_s += time.perf_counter() - start
+            if found.wrong is not None:
+                totals.reason = f"{found.wrong} at step {self.step}"
+            elif found.validation_loss > DIVERGED_LOSS:
+                totals.reason = (
+                    f"validation loss {found.validation_loss:.4g} at step {self.step} is above {DIVERGED_LOSS:g}"
+                )
+        sound = found is not None and totals.reason is None
+        paper, true = self.costs.spent(self.step)
+        report = Report(
+            step=self.step,
+            train_loss=train_loss if sound else None,
+            validation_loss=found.validation_loss if found and sound else None,
+            fid=found.fid if found and sound else None,
+            kid=found.kid if found and sound else None,
+            kid_std=found.kid_std if found and sound else None,
+            density=1.0 - self.engine.sparsity,
+            layer_density=json.dumps(self.engine.layer_density()),
+            topology_updates=self.engine.updates,
+            topology_changed=self._changed(),
+            train_s=totals.train_s,
+            evaluate_s=totals.evaluate_s,
+            peak_memory_bytes=peak_memory_bytes(self.device),
+            flops_spent_paper=paper,
+            flops_spent_true=true,
+            diverged=totals.reason is not None,
+            reason=totals.reason,
+            samples_png=found.samples_png if found and sound else None,
+        )
+        totals.loss_sum, totals.loss_steps = 0.0, 0
+        self.masks_reported = self.engine.masks
+        return distributed.from_rank_0(report, self.world_size)
+
+    def _changed(self) -> float:
+        """Share of the active connections that were not active at the last report."""
+        now = self.engine.masks
+        active = sum(int(mask.sum()) for mask in now.values())
+        new = sum(int((mask & ~self.masks_reported[name]).sum()) for name, mask in now.items())
+        return new / active if active else 0.0
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """The most that this process has held: on the device where it is CUDA, else resident in the host's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -1,0 +1,293 @@
+"""From a TrialConfig to a Trainer: the only place where data, model, sparsity, diffusion and metrics meet."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ValidationError
+
+import raysparse
+from raysparse import plugins
+from raysparse.config import TrialConfig
+from raysparse.data import prepared
+from raysparse.data.sketch import Examples
+from raysparse.diffusion.schedule import NoiseSchedule
+from raysparse.errors import UsageError, usage_error_from
+from raysparse.metrics import flops
+from raysparse.metrics.extractors._base import Extractor, extract
+from raysparse.metrics.protocol import Protocol
+from raysparse.metrics.reference import Reference, reference
+from raysparse.results import Facts
+from raysparse.sparse.engine import SparseEngine
+from raysparse.train.costs import Costs, costs, update_end_step
+from raysparse.train.evaluate import Evaluator
+from raysparse.train.loop import Trainer
+
+Progress = Callable[[int, int], None]  # (done, total)
+
+
+def check(config: TrialConfig) -> None:
+    """What can be said of a trial before anything starts. UsageError for what would end it later."""
+    timesteps = getattr(model_options(config), "timesteps", config.diffusion.timesteps)
+    if timesteps != config.diffusion.timesteps:
+        raise UsageError(
+            f"model.options.timesteps is {timesteps}, diffusion.timesteps {config.diffusion.timesteps}: they are one "
+            "number, set both"
+        )
+    if config.evaluate.ddim_steps > config.diffusion.timesteps:
+        raise UsageError(
+            f"evaluate.ddim_steps {config.evaluate.ddim_steps} is above diffusion.timesteps "
+            f"{config.diffusion.timesteps}; lower it"
+        )
+    prepared.check_options(config.data.name, config.data.options)
+    if config.data.source is not None and not Path(config.data.source).exists():
+        raise UsageError(f"data.source {config.data.source} does not exist; give the path of the raw data")
+    _extractor(config, "cpu")
+
+
+def prepare_data(config: TrialConfig, progress: Progress | None = None) -> Path:
+    """The prepared data set of a trial, made now unless it is there, with the reference statistics of its extractor.
+
+    Call it in the driver: trials that start together then only read. UsageError as `prepared.prepare`, and where the
+    set has fewer examples than the trial asks for.
+    """
+    folder = _folder(config, progress)
+    _check_classes(config, _training(config, folder))
+    _reference(config, folder, _extractor(config, "cpu"))
+    return folder
+
+
+def build(config: TrialConfig, *, device: str = "cpu", rank: int = 0, world_size: int = 1) -> Trainer:
+    """One rank's Trainer at step 0. With world_size > 1 the process group must be there already.
+
+    Sets the number of CPU threads of this process (train.threads): sums depend on it, and so does a resume bit for bit.
+    """
+    torch.set_num_threads(config.train.threads)
+    place = torch.device(device)
+    folder = _folder(config)
+    training = _training(config, folder)
+    model = plugins.load("models", config.model.name).build(model_options(config), seed=config.seed).to(place)
+    optimizer = _optimizer(config, model)
+    engine = _engine(config, model, optimizer)
+    schedule = NoiseSchedule(**config.diffusion.model_dump())
+    extractor = _extractor(config, device)
+    where: dict[str, Any] = {"device": place, "rank": rank, "world_size": world_size}
+    evaluator = Evaluator(
+        config,
+        training=training,
+        validation=prepared.open_split(folder, "validation"),
+        extractor=extractor,
+        reference=_reference(config, folder, extractor),
+        noise_schedule=schedule,
+        protocol=_protocol(config, folder, extractor),
+        **where,
+    )
+    return Trainer(
+        config,
+        model=model,
+        optimizer=optimizer,
+        engine=engine,
+        examples=training,
+        noise_schedule=schedule,
+        evaluator=evaluator,
+        costs=costs(config, model_options(config), _mean_points(training)),
+        **where,
+    )
+
+
+def facts(config: TrialConfig, *, sweep: str, stage: str, world_size: int, command: str) -> Facts:
+    """What a trial's records say besides its reports. Prepares the data unless that is done; needs no device."""
+    folder = _folder(config)
+    cost = costs(config, model_options(config), _mean_points(_training(config, folder)))
+    sparse, true, steps = config.sparse, flops.TRUE, config.train.steps
+    return Facts(
+        sweep=sweep,
+        trial_id=config.trial_id,
+        stage=stage,
+        method=sparse.method,
+        seed=config.seed,
+        model=config.model.name,
+        dataset=config.data.name,
+        allocation=sparse.allocation,
+        sparsity=sparse.sparsity or 0.0,
+        prune_ratio=sparse.prune_ratio,
+        update_interval_steps=sparse.update_interval,
+        total_steps=steps,
+        batch_size=config.train.batch_size,
+        world_size=world_size,
+        params_total=cost.params_total,
+        params_active=cost.params_active,
+        flops_inference_paper=cost.inference(cost.paper),
+        flops_inference_true=cost.inference(true),
+        flops_train_paper=cost.train(cost.paper, steps),
+        flops_train_true=cost.train(true, steps),
+        flops_inference_dense_paper=cost.inference(cost.paper, dense=True),
+        flops_inference_dense_true=cost.inference(true, dense=True),
+        flops_train_dense_paper=cost.train(cost.paper, steps, dense=True),
+        flops_train_dense_true=cost.train(true, steps, dense=True),
+        protocol=_protocol(config, folder, _extractor(config, "cpu")).json(),
+        config=config.dump_json(),
+        versions=json.dumps(versions(), sort_keys=True),
+        command=command,
+    )
+
+
+def estimate(config: TrialConfig, mean_points: float | None = None) -> Costs:
+    """Parameters and FLOPs of a trial, without its data where that would have to be downloaded first.
+
+    mean_points: of a training sketch; None: of the data where it is at hand, else what the data set's SPEC says.
+    """
+    if mean_points is None:
+        spec = plugins.load("datasets", config.data.name).SPEC
+        known = getattr(spec, "mean_points", None)  # None: the data is embedded
+        if known is not None and config.data.source is None:
+            spacing = prepared.check_options(config.data.name, config.data.options).model_dump().get("spacing", 0.05)
+            mean_points = known * 0.05 / spacing  # measured on KanjiVG: 88.6 at .05, 44.2 at .1
+        else:
+            mean_points = _mean_points(_training(config, _folder(config)))
+    return costs(config, model_options(config), mean_points)
+
+
+def model_options(config: TrialConfig) -> BaseModel:
+    """A model's Config, checked. UsageError naming the key, with the nearest valid one."""
+    model: type[BaseModel] = plugins.load("models", config.model.name).Config
+    try:
+        return model.model_validate(dict(config.model.options))
+    except ValidationError as error:
+        raise usage_error_from(error, f"options of model {config.model.name!r}", model) from None
+
+
+def versions() -> dict[str, str | None]:
+    """What a result may depend on beside the settings; None: not installed."""
+    found: dict[str, str | None] = {"raysparse": raysparse.__version__, "python": platform.python_version()}
+    for package in ("torch", "diffusers", "torch-fidelity", "numpy", "ray", "optuna"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    found["cpu"] = _cpu_name()
+    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return found
+
+
+def _folder(config: TrialConfig, progress: Progress | None = None) -> Path:
+    data = config.data
+    source, root = (Path(data.source) if data.source else None), (Path(data.root) if data.root else None)
+    return prepared.prepare(data.name, data.options, source=source, root=root, progress=progress)
+
+
+def _training(config: TrialConfig, folder: Path) -> Any:
+    """The training examples. UsageError where there are fewer than asked for."""
+    return _first(prepared.open_split(folder, "train"), config.data.train_examples, "data.train_examples")
+
+
+def _first(examples: Any, count: int | None, key: str) -> Any:
+    if count is None:
+        return examples
+    if count > len(examples):
+        raise UsageError(f"{key} is {count}, but the data set has only {len(examples)}; lower it or leave it out")
+    assert isinstance(examples, Examples)
+    labels = None if examples.labels is None else examples.labels[:count]
+    return dataclasses.replace(examples, offsets=examples.offsets[: count + 1], labels=labels)
+
+
+def _check_classes(config: TrialConfig, training: Any) -> None:
+    """A conditional model needs the classes of a conditional data set, and the other way round."""
+    wanted = getattr(model_options(config), "num_classes", None)
+    given = training.num_classes if training.labels is not None else None
+    if wanted != given:
+        raise UsageError(
+            f"model.options.num_classes is {wanted}, but the data set has {given or 'no'} classes; "
+            f"set it to {given or 'null'}"
+        )
+
+
+def _mean_points(training: Any) -> float:
+    """Of a training sketch; 1 for images, whose cost does not depend on it."""
+    return float(training.lengths.mean()) if isinstance(training, Examples) else 1.0
+
+
+def _optimizer(config: TrialConfig, model: torch.nn.Module) -> torch.optim.Optimizer:
+    chosen = config.optimizer
+    if chosen.name == "sgd":
+        return torch.optim.SGD(
+            model.parameters(), chosen.lr, momentum=chosen.betas[0], weight_decay=chosen.weight_decay
+        )
+    return torch.optim.AdamW(
+        model.parameters(), chosen.lr, betas=chosen.betas, weight_decay=chosen.weight_decay, fused=True
+    )
+
+
+def _engine(config: TrialConfig, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> SparseEngine:
+    settings = config.sparse.model_dump(exclude_none=True)  # None: the method does not have it
+    if settings.pop("update_end_fraction", None) is not None:
+        settings["update_end_step"] = update_end_step(config)
+    group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
+    return SparseEngine(model, optimizer, **settings, seed=config.seed, process_group=group)
+
+
+def _extractor(config: TrialConfig, device: str) -> Extractor:
+    weights = Path(config.evaluate.weights) if config.evaluate.weights else None
+    found: Extractor = plugins.load("extractors", config.evaluate.extractor).build(weights, device)
+    return found
+
+
+def _reference(config: TrialConfig, folder: Path, extractor: Extractor) -> Reference:
+    """Features and statistics of the reference images, kept beside the prepared data."""
+    examples = prepared.open_split(folder, "reference")
+    count, size = _reference_count(config, examples), config.evaluate.batch_size
+
+    def features() -> torch.Tensor:
+        starts = range(0, count, size)
+        return extract(extractor, (examples.images(torch.arange(s, min(s + size, count))) for s in starts))
+
+    # Beside the folder, not in it: what is prepared is never changed.
+    cache = folder.parent / "reference"
+    return reference(cache, extractor, content_hash=examples.images_hash, count=count, features=features)
+
+
+def _reference_count(config: TrialConfig, examples: Any) -> int:
+    count = config.evaluate.references
+    if count is not None and count > len(examples):
+        raise UsageError(
+            f"evaluate.references is {count}, but the data set has only {len(examples)} reference examples; lower it "
+            "or leave it out"
+        )
+    return len(examples) if count is None else count
+
+
+def _protocol(config: TrialConfig, folder: Path, extractor: Extractor) -> Protocol:
+    """What the trial's FIDs are: trials with equal text compare."""
+    settings, examples = config.evaluate, prepared.open_split(folder, "reference")
+    count = _reference_count(config, examples)
+    return Protocol(
+        extractor=extractor.name,
+        weights_hash=extractor.weights_hash,
+        layer=extractor.layer,
+        generated=settings.generated,
+        reference_examples=count,
+        reference_hash=examples.images_hash,
+        resize=extractor.resize,
+        ddim_steps=settings.ddim_steps,
+        eta=settings.eta,
+        ema=True,
+        kid_subsets=settings.kid_subsets,
+        kid_subset_size=min(settings.kid_subset_size, settings.generated, count),
+    )
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

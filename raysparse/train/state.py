@@ -1,0 +1,239 @@
+"""A trial's checkpoint: a folder that is whole or absent, hashed, and read without unpickling anything.
+
+    FOLDER/weights.safetensors    the model's state_dict, exact zeros outside the masks
+           ema.safetensors        the averaged weights, masked
+           engine.safetensors     masks and what else the engine keeps
+           optimizer.safetensors  moments
+           manifest.json          the trial, the step, the accumulators, all numbers that are no tensors, and the
+                                  sha256 of each file; written last
+
+The folder is written under a temporary name beside its place, fsynced and renamed. The data order, the draws and the
+learning rate are functions of (seed, step), so nothing of them is kept.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import safetensors.torch
+from torch import Tensor
+
+from raysparse.errors import UsageError
+
+if TYPE_CHECKING:
+    from raysparse.train.loop import Trainer
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+PARTS = ("weights", "ema", "engine", "optimizer")
+TEMPORARY = ".writing-"  # prefix of a folder that is not a checkpoint yet, or no more
+
+
+def save(trainer: Trainer, folder: Path) -> Path:
+    """Write the trainer's state to `folder` (absent, empty, or an older checkpoint to replace) and return `folder`.
+
+    Called on all ranks at the same step; rank 0 writes, for the state is the same on each.
+    """
+    if trainer.rank != 0:
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=TEMPORARY))
+    try:
+        trees, hashes = {}, {}
+        for part, state in _parts(trainer).items():
+            tensors: dict[str, Tensor] = {}
+            trees[part] = _pack(state, part, tensors)
+            path = temporary / f"{part}.safetensors"
+            safetensors.torch.save_file(tensors, path)
+            hashes[path.name] = _sha256(path.read_bytes())
+            _sync(path)
+        content = {
+            "format": FORMAT,
+            "trial_id": trainer.config.trial_id,
+            "config": json.loads(trainer.config.dump_json()),
+            "step": trainer.step,
+            "world_size": trainer.world_size,
+            "totals": dataclasses.asdict(trainer.totals),
+            "trees": trees,
+            "sha256": hashes,
+        }
+        text = json.dumps(content, sort_keys=True)
+        path = temporary / MANIFEST
+        path.write_text(json.dumps({"content": content, "sha256": _sha256(text.encode())}, sort_keys=True, indent=1))
+        _sync(path)
+        temporary.chmod(0o755)  # mkdtemp makes 0700
+        _sync(temporary)
+        _move_onto(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return folder
+
+
+def load(trainer: Trainer, folder: Path) -> None:
+    """Put a trainer, built from the same trial, into the state of a checkpoint.
+
+    UsageError that names the file where one is missing, truncated or altered, and where the trial is another one;
+    then the trainer is as it was.
+    """
+    content = manifest(folder)
+    if content["trial_id"] != trainer.config.trial_id:
+        raise UsageError(
+            f"{folder} is a checkpoint of trial {content['trial_id']}, not of {trainer.config.trial_id}: "
+            f"{_differences(content['config'], json.loads(trainer.config.dump_json()))}; "
+            "give the settings that it was made with, or another output folder"
+        )
+    parts = {part: _unpack(content["trees"][part], _tensors(folder, part, content["sha256"])) for part in PARTS}
+    trainer.model.load_state_dict(parts["weights"])
+    trainer.ema.model.load_state_dict(parts["ema"])
+    trainer.optimizer.load_state_dict(parts["optimizer"])
+    trainer.engine.load_state_dict(parts["engine"]["engine"])
+    trainer.masks_reported = {name: mask.to(trainer.device) for name, mask in parts["engine"]["reported"].items()}
+    trainer.totals = type(trainer.totals)(**content["totals"])
+    trainer.step = content["step"]
+
+
+def manifest(folder: Path) -> dict[str, Any]:
+    """The content of a checkpoint's manifest. UsageError where it is missing or damaged."""
+    path = folder / MANIFEST
+    try:
+        outer = json.loads(path.read_text(encoding="utf-8"))
+        content: dict[str, Any] = outer["content"]
+        intact = outer["sha256"] == _sha256(json.dumps(content, sort_keys=True).encode())
+    except FileNotFoundError:
+        raise UsageError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise _damaged(path, str(error)) from error
+    if not intact:
+        raise _damaged(path, "its sha256 does not match")
+    if content["format"] != FORMAT:
+        raise UsageError(
+            f"{path} has format {content['format']}, this raysparse reads {FORMAT}; use the one that wrote it"
+        )
+    return content
+
+
+def at_step(parent: Path, step: int) -> Path:
+    """The folder of a step's checkpoint among a trial's checkpoints."""
+    return parent / f"step-{step:09d}"
+
+
+def latest(parent: Path) -> Path | None:
+    """The checkpoint of the highest step in a trial's folder, None where there is none.
+
+    Removes what an interrupted `save` left behind; only for the one process that writes there.
+    """
+    if not parent.is_dir():
+        return None
+    for leftover in parent.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    found = sorted(path for path in parent.glob("step-*") if path.is_dir())
+    return found[-1] if found else None
+
+
+def keep_latest(parent: Path, count: int) -> None:
+    """Remove all checkpoints of a trial but the `count` of the highest steps."""
+    found = sorted(path for path in parent.glob("step-*") if path.is_dir())
+    for old in found[: max(0, len(found) - count)]:
+        doomed = parent / f"{TEMPORARY}{old.name}"  # no half-removed folder under a checkpoint's name
+        old.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _parts(trainer: Trainer) -> dict[str, Any]:
+    trainer.engine.apply_to(trainer.ema.parameters())
+    return {
+        "weights": trainer.model.state_dict(),
+        "ema": trainer.ema.evaluation_model().state_dict(),
+        "engine": {"engine": trainer.engine.state_dict(), "reported": trainer.masks_reported},
+        "optimizer": trainer.optimizer.state_dict(),
+    }
+
+
+def _pack(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """`node` as JSON, its tensors moved to `tensors` under names that tell their place; `_unpack` gives it back."""
+    if isinstance(node, Tensor):
+        # A copy of its own: safetensors refuses tensors that share memory, such as cuDNN's flat GRU weights.
+        tensors[path] = node.detach().to("cpu", copy=True).contiguous()
+        return {"tensor": path}
+    if isinstance(node, dict):
+        return {"dict": [[key, _pack(value, f"{path}.{key}", tensors)] for key, value in node.items()]}
+    if isinstance(node, (list, tuple)):
+        kind = "tuple" if isinstance(node, tuple) else "list"
+        return {kind: [_pack(value, f"{path}.{place}", tensors) for place, value in enumerate(node)]}
+    if node is None or isinstance(node, (bool, int, float, str)):
+        return node
+    raise TypeError(f"{path}: a checkpoint holds tensors, numbers, text and containers of them, got {type(node)}")
+
+
+def _unpack(node: Any, tensors: dict[str, Tensor]) -> Any:
+    if not isinstance(node, dict):
+        return node
+    ((kind, value),) = node.items()
+    if kind == "tensor":
+        return tensors[value]
+    if kind == "dict":
+        return {key: _unpack(item, tensors) for key, item in value}
+    items = [_unpack(item, tensors) for item in value]
+    return tuple(items) if kind == "tuple" else items
+
+
+def _tensors(folder: Path, part: str, hashes: dict[str, str]) -> dict[str, Tensor]:
+    path = folder / f"{part}.safetensors"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise _damaged(path, error.strerror or str(error)) from error
+    if _sha256(data) != hashes[path.name]:
+        raise _damaged(path, f"{len(data)} bytes whose sha256 does not match the manifest")
+    tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    return tensors
+
+
+def _damaged(path: Path, why: str) -> UsageError:
+    return UsageError(
+        f"checkpoint file {path} is damaged ({why}); remove the folder {path.parent} to go on from the one before it"
+    )
+
+
+def _differences(theirs: dict[str, Any], ours: dict[str, Any], path: str = "") -> str:
+    """`train.steps 100 there, 200 here; ...`: the settings in which two trials differ."""
+    found = []
+    for name in sorted(theirs.keys() | ours.keys()):
+        there, here = theirs.get(name), ours.get(name)
+        if isinstance(there, dict) and isinstance(here, dict):
+            found.append(_differences(there, here, f"{path}{name}."))
+        elif there != here:
+            found.append(f"{path}{name} {there!r} there, {here!r} here")
+    return "; ".join(text for text in found if text)
+
+
+def _move_onto(temporary: Path, folder: Path) -> None:
+    """Rename; a folder that is there already is set aside first, so that what carries the name is always whole."""
+    if folder.is_dir() and any(folder.iterdir()):
+        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=TEMPORARY))
+        folder.rename(aside)
+        temporary.rename(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        temporary.rename(folder)
+    _sync(folder.parent)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

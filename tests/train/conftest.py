@@ -1,0 +1,58 @@
+"""Trials small enough to train in a second."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysparse import config
+from raysparse.config import TrialConfig
+from raysparse.train import setup
+
+TINY: dict[str, Any] = {
+    "data": {"name": "hershey", "train_examples": 48},
+    "model": {"name": "chirodiff", "options": {"hidden": 8, "layers": 1}},
+    "optimizer": {"lr": 0.003},
+    "train": {"steps": 12, "batch_size": 16, "ema_decay": 0.9},
+    "evaluate": {
+        "every_steps": 4,
+        "extractor": "oriented_energy",
+        "generated": 24,
+        "references": 40,
+        "ddim_steps": 3,
+        "batch_size": 16,
+        "kid_subsets": 4,
+        "kid_subset_size": 16,
+        "grid": 4,
+    },
+}
+RIGL = {"sparse.method": "rigl", "sparse.sparsity": 0.5, "sparse.update_interval": 3}
+
+
+@pytest.fixture(scope="session")
+def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def tiny(data_root: Path) -> Callable[..., TrialConfig]:
+    """tiny({"train.steps": 5}, ...) -> a prepared trial: TINY with values at dotted paths changed."""
+
+    def make(*changes: dict[str, Any]) -> TrialConfig:
+        content = config.with_value(TINY, "data.root", str(data_root))
+        for change in changes:
+            for path, value in change.items():
+                content = config.with_value(content, path, value)
+        trial = config.parse(content)
+        setup.prepare_data(trial)
+        return trial
+
+    return make
+
+
+@pytest.fixture
+def rigl() -> dict[str, Any]:
+    return RIGL

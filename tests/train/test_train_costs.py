@@ -1,0 +1,49 @@
+"""What a trial costs, by its settings alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from raysparse.metrics import flops
+from raysparse.train import setup
+
+
+def test_flops_ratio_of_chirodiff_is_the_density(tiny):
+    # Every weight is used once per point (PAPER: cost accounting), so the allocation does not matter.
+    for allocation in ("er", "uniform"):
+        static = {"sparse.method": "static", "sparse.sparsity": 0.75, "sparse.allocation": allocation}
+        cost = setup.estimate(tiny(static))
+        for convention in (flops.TRUE, cost.paper):
+            ratio = cost.inference(convention) / cost.inference(convention, dense=True)
+            assert ratio == pytest.approx(0.25, abs=2e-3)
+        assert cost.train(flops.TRUE, 12) / cost.train(flops.TRUE, 12, dense=True) == pytest.approx(0.25, abs=2e-3)
+
+
+def test_flops_by_hand(tiny):
+    cost = setup.estimate(tiny(), mean_points=10)
+    per_point = sum(cost.macs.values()) / 10
+    assert per_point == int(per_point)
+    assert cost.inference(flops.TRUE) == 2 * per_point * 10 * 3  # 3 DDIM steps
+    assert cost.spent(5) == (3 * 4 * per_point * 10 * 5, 3 * 2 * per_point * 10 * 5 * 16)  # paper: no batch factor
+
+
+def test_dense_gradients_cost_until_updates_end(tiny, rigl):
+    whole, half, magran = (
+        setup.estimate(tiny(rigl, change))
+        for change in ({}, {"sparse.update_end_fraction": 0.5}, {"sparse.method": "magran"})
+    )
+    spent = [cost.spent(12)[1] for cost in (magran, half, whole)]
+    assert spent == sorted(set(spent))
+    assert half.spent(6) == whole.spent(6)
+    assert [whole.spent(step)[1] for step in (0, 12)] == [0, whole.train(flops.TRUE, 12)]
+    assert spent[2] / magran.train(flops.TRUE, 12, dense=True) == pytest.approx(flops.rigl_share(0.5, 3), abs=2e-3)
+
+
+def test_facts_carry_protocol_versions_and_the_trial(tiny, rigl):
+    trial = tiny(rigl)
+    facts = setup.facts(trial, sweep="s", stage="search", world_size=2, command="c")
+    assert (facts.trial_id, facts.method, facts.sparsity, facts.total_steps) == (trial.trial_id, "rigl", 0.5, 12)
+    assert '"generated":24' in facts.protocol
+    assert '"kid_subset_size":16' in facts.protocol
+    assert '"torch"' in facts.versions
+    assert facts.params_active < facts.params_total

@@ -1,0 +1,150 @@
+"""N steps equal k steps, a resume and N - k steps, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import multiprocessing
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from raysparse import config, results
+from raysparse.results import Report
+from raysparse.train import distributed, run, setup, state
+from raysparse.train.loop import Trainer
+
+MEASURED = ("train_s", "evaluate_s", "peak_memory_bytes")  # differ from run to run
+
+
+def everything(trainer: Trainer, folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a trainer's state, through its checkpoint."""
+    return tensors_of(state.save(trainer, folder))
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for part in state.PARTS:
+        found |= {f"{part}/{k}": v for k, v in safetensors.torch.load_file(folder / f"{part}.safetensors").items()}
+    return found
+
+
+def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype
+        assert torch.equal(a[name], b[name]), name
+
+
+def computed(report: Report) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(report).items() if k not in MEASURED}
+
+
+@pytest.mark.parametrize("method", ["rigl", "magran", "dense"])
+@pytest.mark.parametrize("stop_after", [4, 5, 9])  # at a report; between two, before and after topology updates
+def test_resume_is_bit_exact(tiny, rigl, tmp_path, method, stop_after):
+    trial = tiny(rigl, {"sparse.method": method}) if method != "dense" else tiny()
+    straight = setup.build(trial)
+    expected = [computed(report) for report in straight.run()]
+    assert straight.step == 12
+    assert straight.engine.updates == (0 if method == "dense" else 3)
+
+    first = setup.build(trial)
+    first.should_stop = lambda: first.step >= stop_after
+    seen = []
+    for report in first.run():
+        seen.append(computed(report))
+        if first.step >= stop_after:
+            break
+    assert first.step == stop_after
+    state.save(first, tmp_path / "checkpoint")
+
+    second = setup.build(trial)
+    state.load(second, tmp_path / "checkpoint")
+    assert second.step == stop_after
+    seen += [computed(report) for report in second.run()]
+    assert seen == expected
+    assert_same(everything(straight, tmp_path / "a"), everything(second, tmp_path / "b"))
+
+
+def test_evaluation_leaves_training_alone(tiny, rigl, tmp_path):
+    often, never = (setup.build(tiny(rigl, {"evaluate.every_steps": every})) for every in (1, 12))
+    assert len(list(often.run())) == 12
+    assert len(list(never.run())) == 1
+    a, b = everything(often, tmp_path / "a"), everything(never, tmp_path / "b")
+    reported = {name for name in a if "reported" in name}
+    assert reported
+    assert_same({k: v for k, v in a.items() if k not in reported}, {k: v for k, v in b.items() if k not in reported})
+
+
+def test_a_finished_trial_has_nothing_left_to_do(tiny, tmp_path):
+    trainer = setup.build(tiny({"train.steps": 2}))
+    assert [report.step for report in trainer.run()] == [2]
+    assert list(trainer.run()) == []
+
+
+def test_interrupted_run_goes_on_bit_for_bit(tiny, rigl, tmp_path):
+    trial = tiny(rigl)
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert run.train(trial, whole, device="cpu").state == "COMPLETED"
+
+    heard: list[int] = []
+
+    def interrupt(report: Report) -> None:
+        heard.append(report.step)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    first = run.train(trial, parts, device="cpu", on_report=interrupt)
+    assert first.state == "RUNNING"
+    assert first.state_reason == "interrupted at step 5; the same command goes on from there"
+    assert heard == [4]
+
+    second = run.train(trial, parts, device="cpu", on_report=lambda report: heard.append(report.step))
+    assert second.state == "COMPLETED"
+    assert heard == [4, 8, 12]
+    last = [state.latest(out / "checkpoints" / trial.trial_id) for out in (whole, parts)]
+    assert_same(tensors_of(last[0]), tensors_of(last[1]))
+    tables = [results.read_trial(out / "records" / f"{trial.trial_id}.parquet") for out in (whole, parts)]
+    a, b = ([computed(report) for report in results.reports_of(table)] for table in tables)
+    assert a == b
+
+
+def test_two_ranks_resume_bit_exact(tiny, rigl, tmp_path):
+    trial = tiny(rigl, {"train.steps": 24, "evaluate.every_steps": 12, "sparse.update_interval": 5})
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_rank, args=(rank, trial.dump_json(), tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
+def _rank(rank: int, trial_json: str, folder: Path) -> None:
+    """Train to the end; train, stop between two reports, resume in a new trainer. Any difference fails the process."""
+    trial = config.parse(json.loads(trial_json))
+    distributed.init(rank, 2, f"file://{folder}/rendezvous", "cpu")
+    straight, first, second = (setup.build(trial, rank=rank, world_size=2) for _ in range(3))
+    expected = [computed(report) for report in straight.run()]
+    assert straight.engine.updates == 4
+    first.should_stop = lambda: rank == 1  # one rank's wish stops both, at the next look
+    assert list(first.run()) == []
+    assert first.step == 10
+    state.save(first, folder / "checkpoint")
+    torch.distributed.barrier()
+    state.load(second, folder / "checkpoint")
+    assert [computed(report) for report in second.run()] == expected
+    for a, b in ((straight.model, second.model), (straight.ema.model, second.ema.model)):
+        assert_same(a.state_dict(), b.state_dict())
+    assert_same(straight.engine.masks, second.engine.masks)
+    moments = [trainer.optimizer.state_dict()["state"] for trainer in (straight, second)]
+    for mine, theirs in zip(*(states.values() for states in moments), strict=True):
+        assert_same(mine, theirs)
+    distributed.cleanup()
+    distributed.end_process()

@@ -1,0 +1,128 @@
+"""A trial in this process and on two workers; bad settings; a worker that dies."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+import safetensors.torch
+import torch
+
+from raysparse import results
+from raysparse.errors import UsageError
+from raysparse.train import run, setup, state
+
+SGD = {"optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.clip_norm": None}
+
+
+def test_two_workers_equal_one(tiny, tmp_path):
+    trial = tiny(SGD, {"train.steps": 3, "train.accumulate": 2})
+    found = []
+    for workers in (1, 2):
+        reports = []
+        out = tmp_path / str(workers)
+        outcome = run.train(trial, out, workers=workers, device="cpu", on_report=reports.append)
+        assert outcome.state == "COMPLETED"
+        last = state.latest(out / "checkpoints" / trial.trial_id)
+        weights = safetensors.torch.load_file(last / "weights.safetensors")
+        table = results.read_trial(out / "records" / f"{trial.trial_id}.parquet")
+        assert table["world_size"].to_pylist() == [workers]
+        assert results.reports_of(table) == reports
+        found.append((weights, reports[0]))
+    (one, report_1), (two, report_2) = found
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], rtol=1e-4, atol=1e-6)
+    assert report_1.train_loss == pytest.approx(report_2.train_loss, rel=1e-5)
+    assert report_1.validation_loss == pytest.approx(report_2.validation_loss, rel=1e-5)
+    assert report_1.fid == pytest.approx(report_2.fid, rel=1e-3)  # drawn pixels jump where a coordinate rounds
+
+
+def test_two_workers_are_interrupted_resume_and_die_together(tiny, tmp_path):
+    trial, heard = tiny({"train.steps": 4000, "evaluate.every_steps": 20}), []
+
+    def interrupt(report):
+        heard.append(report.step)
+        if len(heard) == 1:  # the ranks may report once more before they hear of it; a second signal ends at once
+            os.kill(os.getpid(), signal.SIGINT)
+
+    def kill(report):
+        heard.append(report.step)
+        for child in multiprocessing.active_children():
+            if child.name == "worker 1":
+                child.kill()
+
+    first = run.train(trial, tmp_path, workers=2, device="cpu", on_report=interrupt)
+    assert first.state == "RUNNING"
+    stopped = state.manifest(state.latest(tmp_path / "checkpoints" / trial.trial_id))["step"]
+    assert first.state_reason == f"interrupted at step {stopped}; the same command goes on from there"
+    assert stopped > heard[-1]
+    with pytest.raises(RuntimeError, match=r"worker \d"):
+        run.train(trial, tmp_path, workers=2, device="cpu", on_report=kill)
+    assert heard == [*range(20, heard[-1] + 1, 20)]  # no report twice, none left out
+    assert heard[-1] > stopped
+    assert not multiprocessing.active_children()
+
+
+def test_a_diverged_trial_fails_with_its_reason(tiny, tmp_path):
+    trial = tiny(SGD, {"optimizer.lr": 1e35, "optimizer.weight_decay": 1.0})
+    outcome = run.train(trial, tmp_path, device="cpu")
+    assert outcome.state == "FAILED"
+    assert outcome.state_reason.startswith("loss became")
+    assert run.train(trial, tmp_path, device="cpu") == outcome  # it does not start anew
+    (report,) = results.reports_of(results.read_trial(tmp_path / "records" / f"{trial.trial_id}.parquet"))
+    assert report.diverged
+
+
+def test_resume_off_starts_anew(tiny, tmp_path):
+    trial, steps = tiny(), []
+    for resume in (True, True, False):
+        run.train(trial, tmp_path, device="cpu", resume=resume, on_report=lambda report: steps.append(report.step))
+    assert steps == [4, 8, 12, 4, 8, 12]
+
+
+@pytest.mark.parametrize(
+    ("changes", "rule"),
+    [
+        ({"model.options.hiden": 3}, "did you mean 'hidden'"),
+        ({"data.options.spacin": 3}, "did you mean 'spacing'"),
+        ({"data.train_examples": 10**6}, "data.train_examples is 1000000, but"),
+        ({"evaluate.references": 10**6}, "evaluate.references is 1000000, but"),
+        ({"data.source": "nowhere/at/all"}, "nowhere/at/all does not exist"),
+        ({"model.name": "chirodif"}, "did you mean 'chirodiff'"),
+        ({"evaluate.extractor": "oriented_energi"}, "did you mean 'oriented_energy'"),
+        ({"evaluate.extractor": "sketch_inception"}, "weights"),
+        ({"model.options.timesteps": 10}, "diffusion\\.timesteps 1000"),
+        ({"model.options.num_classes": 3}, "the data set has no classes"),
+        ({"evaluate.ddim_steps": 2000}, "ddim_steps 2000 is above"),
+    ],
+)
+def test_bad_settings_are_refused_before_anything_starts(tiny, changes, rule):
+    trial = tiny()
+    trial = trial.model_copy(update=_changed(trial, changes))
+    with pytest.raises(UsageError, match=rule):
+        _start(trial)
+
+
+def _start(trial):
+    setup.check(trial)
+    setup.prepare_data(trial)
+
+
+def _changed(trial, changes):
+    ((path, value),) = changes.items()
+    head, *names = path.split(".")
+    section = getattr(trial, head)
+    if len(names) == 2:
+        names, value = names[:1], {**getattr(section, names[0]), names[1]: value}
+    return {head: section.model_copy(update={names[0]: value})}
+
+
+def test_a_batch_that_workers_cannot_share_is_refused(tiny, tmp_path):
+    with pytest.raises(UsageError, match="cannot be shared by 2 workers"):
+        run.train(tiny({"train.batch_size": 15}), tmp_path, workers=2, device="cpu")
+    with pytest.raises(UsageError, match="4096 workers on cpu"):
+        run.train(tiny({"train.batch_size": 4096}), tmp_path, workers=4096, device="cpu")
+    with pytest.raises(UsageError, match="device must be"):
+        run.train(tiny(), tmp_path, device="tpu")
