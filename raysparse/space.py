@@ -1,0 +1,282 @@
+"""A sweep file: a base trial, the axes of each method, and how to walk them. Imports neither ray nor torch.
+
+    name: kanjivg_small
+    base: {data: {name: kanjivg}, train: {steps: 1200}}      # TrialConfig without the method
+    search:                                                   # or `grid:`, whose axes are lists only
+      trials: 16
+      axes:
+        dense: {}
+        rigl: {sparsity: [0.5, 0.9], prune_ratio: {low: 0.05, high: 0.5, log: true}}
+      seed_points: [{method: rigl, sparsity: 0.5, prune_ratio: 0.5}]
+    asha: {grace_steps: 300, reduction_factor: 2}
+    confirm: {best_per_method: 1, seeds: [1, 2, 3]}
+    resources: {cpus_per_worker: 1}
+
+An axis is a setting of the method, or a dotted path into TrialConfig such as `optimizer.lr`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from raysparse import config
+from raysparse.config import METHOD_DEFAULTS, Section, TrialConfig
+from raysparse.errors import UsageError, unknown, usage_error_from
+
+Point = dict[str, Any]  # {"method": "rigl", "sparsity": 0.9, "optimizer.lr": 1e-3, ...}
+NOT_AN_AXIS = ("seed", "sparse.method", "train.steps")  # replicates, the outer axis, the budget
+
+
+class Range(Section):
+    """Numbers from low to high, both included; `step` for multiples, `log` for even draws in the exponent."""
+
+    low: float
+    high: float
+    step: float | None = Field(None, gt=0)
+    log: bool = False
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if not self.low < self.high:
+            raise ValueError(f"low must be below high, got {self.low} and {self.high}")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("log needs low > 0 and no step")
+        return self
+
+    @property
+    def integer(self) -> bool:
+        return all(float(v).is_integer() for v in (self.low, self.high, self.step or 1)) and self.high > 1
+
+
+Axis = Range | tuple[Any, ...]
+Axes = dict[str, dict[str, Axis]]  # method -> axis -> values
+
+
+class Search(Section):
+    trials: int = Field(ge=1)
+    axes: Axes
+    sampler: str = Field("tpe", pattern="^(tpe|random)$")
+    seed: int = Field(0, ge=0)  # of the sampler
+    seed_points: tuple[Point, ...] = ()  # run first, e.g. the paper's settings
+
+
+class Asha(Section):
+    """Asynchronous successive halving on the intermediate FID, in optimizer steps (Li et al. 2020)."""
+
+    grace_steps: int = Field(ge=1)  # no trial is stopped before this step: the first rung
+    reduction_factor: float = Field(3, gt=1)  # one in so many goes on past a rung
+
+
+class Confirm(Section):
+    """After the search: the best of each method and the dense baseline again, at full budget, on fresh seeds."""
+
+    seeds: tuple[int, ...] = Field(min_length=1)
+    best_per_method: int = Field(1, ge=1)
+
+    @field_validator("seeds")
+    @classmethod
+    def _different(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(seeds)) < len(seeds):
+            raise ValueError(f"seeds must differ, got {list(seeds)}")
+        return seeds
+
+
+class Resources(Section):
+    workers: int = Field(1, ge=1)  # DDP processes per trial
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0)
+    max_concurrent: int | None = Field(None, ge=1)  # None: as many as fit
+
+
+class Sweep(Section):
+    """A checked sweep file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$", max_length=80)
+    base: dict[str, Any] = Field(default_factory=dict)
+    grid: Axes | None = None
+    search: Search | None = None
+    asha: Asha | None = None
+    confirm: Confirm | None = None
+    resources: Resources = Resources()
+
+    @model_validator(mode="after")
+    def _one_walk(self) -> Self:
+        if (self.grid is None) == (self.search is None):
+            raise ValueError("give either `grid:` or `search:`, one of the two")
+        if not self.axes:
+            raise ValueError("no method: name at least one, e.g. `dense: {}`")
+        base = parsed_base(self)
+        if self.confirm and base.seed in self.confirm.seeds:
+            # The search's seed is the one that a winner was lucky with: counting it again would flatter the winner.
+            raise ValueError(f"confirm.seeds {list(self.confirm.seeds)} contain the search's own seed {base.seed}")
+        if self.asha and self.asha.grace_steps >= base.train.steps:
+            raise ValueError(f"asha.grace_steps {self.asha.grace_steps} is not below train.steps {base.train.steps}")
+        if self.asha and self.asha.grace_steps % base.evaluate.every_steps:
+            raise ValueError(
+                f"asha.grace_steps {self.asha.grace_steps} is not a multiple of evaluate.every_steps "
+                f"{base.evaluate.every_steps}: there would be no FID at the first rung"
+            )
+        if base.train.batch_size % (self.resources.workers * base.train.accumulate):
+            raise ValueError(
+                f"train.batch_size {base.train.batch_size} cannot be shared by {self.resources.workers} workers "
+                f"x {base.train.accumulate} accumulation steps"
+            )
+        for method, axes in self.axes.items():
+            _check_axes(self, method, axes)
+        for point in self.search.seed_points if self.search else ():
+            _check_point(self, point)
+        return self
+
+    @property
+    def axes(self) -> Axes:
+        return self.search.axes if self.search else self.grid or {}
+
+    @property
+    def digest(self) -> str:
+        """Of everything that the sweep computes: two files with the same digest are the same sweep."""
+        content = self.model_dump(mode="json")
+        content["base"] = parsed_base(self).content() | {"sparse": self.base.get("sparse", {})}
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """The safe loader, with a key that stands twice refused instead of the first one forgotten."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        for key in keys:
+            if isinstance(key, str) and keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file with a mapping at the top. UsageError naming the file and the line."""
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
+    except OSError as error:
+        raise UsageError(f"cannot read {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+        raise UsageError(f"{path} must be a mapping such as `name: ...`, got {type(data).__name__}")
+    return data
+
+
+def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Sweep:
+    """Read and check a sweep file; `overrides` are dotted paths into the file, e.g. {"base.train.steps": 100}."""
+    data = load_yaml(path)
+    for name, value in (overrides or {}).items():
+        data = config.with_value(data, name, value)
+    return parse({"name": path.stem} | data, str(path))
+
+
+def parse(data: Mapping[str, Any], where: str) -> Sweep:
+    """A checked sweep from a mapping. UsageError with a line per complaint."""
+    try:
+        return Sweep.model_validate(data)
+    except ValidationError as error:
+        raise usage_error_from(error, where, Sweep) from None
+
+
+def parsed_base(sweep: Sweep) -> TrialConfig:
+    """The base trial, without a method of its own (dense)."""
+    shared = sweep.base.get("sparse", {})
+    if not isinstance(shared, Mapping):
+        raise ValueError(f"base.sparse must be a mapping, got {shared!r}")
+    for name in shared:
+        if name not in METHOD_DEFAULTS:
+            raise ValueError("base.sparse: " + unknown("key", name, METHOD_DEFAULTS))
+    return _trial(sweep, {key: value for key, value in sweep.base.items() if key != "sparse"}, "base")
+
+
+def trial(sweep: Sweep, point: Point, *, seed: int | None = None) -> TrialConfig:
+    """The trial at a point. Settings in `base.sparse` count for the methods that have them."""
+    data = base_data(sweep, point["method"])
+    for name, value in point.items():
+        if name != "method":
+            data = config.with_value(data, f"sparse.{name}" if name in METHOD_DEFAULTS else name, value)
+    if seed is not None:
+        data = {**data, "seed": seed}
+    return _trial(sweep, data, f"{sweep.name}, {point}")
+
+
+def base_data(sweep: Sweep, method: str) -> dict[str, Any]:
+    """The base trial as plain data, with a method and the shared settings that it has."""
+    settings = config.method_settings(method)
+    shared = {name: value for name, value in sweep.base.get("sparse", {}).items() if name in settings}
+    return {**sweep.base, "sparse": {**shared, "method": method}}
+
+
+def grid_points(sweep: Sweep) -> list[Point]:
+    """Every combination of a grid, method by method in the order of the file; dense comes first where it is absent."""
+    points: list[Point] = [] if "dense" in (sweep.grid or {}) else [{"method": "dense"}]
+    for method, axes in (sweep.grid or {}).items():
+        values = [axis for axis in axes.values() if isinstance(axis, tuple)]
+        points += [{"method": method, **dict(zip(axes, row, strict=True))} for row in itertools.product(*values)]
+    return points
+
+
+def trial_count(sweep: Sweep) -> int:
+    """Trials of the search stage."""
+    return sweep.search.trials if sweep.search else len(grid_points(sweep))
+
+
+def _trial(sweep: Sweep, data: Mapping[str, Any], where: str) -> TrialConfig:
+    try:
+        return TrialConfig.model_validate(data)
+    except ValidationError as error:
+        raise ValueError(str(usage_error_from(error, where, TrialConfig))) from None
+
+
+def _check_axes(sweep: Sweep, method: str, axes: Mapping[str, Axis]) -> None:
+    settings = config.method_settings(method)
+    for name, axis in axes.items():
+        if name in METHOD_DEFAULTS and name not in settings:
+            raise ValueError(f"method {method!r} has no axis {name!r}; it has {', '.join(sorted(settings)) or 'none'}")
+        if "." not in name and name not in METHOD_DEFAULTS:
+            raise ValueError(
+                f"{method}: " + unknown("axis", name, settings) + "; or a dotted path such as optimizer.lr"
+            )
+        if "." in name:
+            _check_path(name)
+        if name in NOT_AN_AXIS:
+            raise ValueError(f"{name} is not an axis: seeds are replicates (confirm.seeds), train.steps is the budget")
+        if isinstance(axis, tuple) and not axis:
+            raise ValueError(f"{method}.{name} has no values")
+        if sweep.grid is not None and isinstance(axis, Range):
+            raise ValueError(f"{method}.{name}: a grid takes a list of values, got a range; use `search:` for ranges")
+        # Both ends or every choice must be a legal trial now rather than fail in the middle of a sweep.
+        for value in axis if isinstance(axis, tuple) else (axis.low, axis.high):
+            trial(sweep, {"method": method, name: int(value) if isinstance(axis, Range) and axis.integer else value})
+
+
+def _check_path(name: str) -> None:
+    try:
+        config.field_at(name)
+    except UsageError as error:
+        raise ValueError(str(error)) from error
+
+
+def _check_point(sweep: Sweep, point: Point) -> None:
+    method = point.get("method")
+    if method not in sweep.axes:
+        raise ValueError(f"seed point {point}: method must be one of {', '.join(sweep.axes)}, got {method!r}")
+    for name, value in point.items():
+        if name == "method":
+            continue
+        if name not in sweep.axes[method]:
+            raise ValueError(f"seed point {point}: " + unknown("axis", name, sweep.axes[method]) + f" (of {method})")
+        axis = sweep.axes[method][name]
+        inside = value in axis if isinstance(axis, tuple) else axis.low <= value <= axis.high
+        if not inside:
+            raise ValueError(f"seed point {point}: {name} = {value!r} lies outside its axis {axis}")
+    trial(sweep, point)

@@ -1,0 +1,134 @@
+"""A sweep's axes in Optuna's words: the method first, then the axes of that method, named like `rigl.sparsity`.
+
+A method without axes (dense) is one point. It is run once and is no choice of the sampler: it would be suggested again
+and again, and its good FID would pull TPE to a corner with nothing to find.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+
+from raysparse import rng
+from raysparse.space import Axis, Point, Range, Search
+
+METHOD = "method"
+optuna.logging.set_verbosity(optuna.logging.WARNING)  # the terminal is the command line's
+
+
+def suggest(trial: optuna.Trial, search: Search) -> Point:
+    """Draw one point, define-by-run."""
+    known = distributions(search)
+    params = {METHOD: _draw(trial, METHOD, known[METHOD])}
+    for axis in search.axes[params[METHOD]]:
+        name = f"{params[METHOD]}.{axis}"
+        params[name] = _draw(trial, name, known[name])
+    return to_point(search, params)
+
+
+def distributions(search: Search) -> dict[str, BaseDistribution]:
+    """Of the method and of every axis of every method."""
+    found: dict[str, BaseDistribution] = {}
+    methods = [method for method, axes in search.axes.items() if axes]
+    if methods:
+        found[METHOD] = CategoricalDistribution(methods)
+    for method, axes in search.axes.items():
+        found |= {f"{method}.{name}": _distribution(axis) for name, axis in axes.items()}
+    return found
+
+
+def to_params(search: Search, point: Point) -> dict[str, Any]:
+    """A point, or a part of one, as Optuna's parameters; {} for a method without axes."""
+    method = point[METHOD]
+    if not search.axes.get(method):
+        return {}
+    values = {f"{method}.{name}": _choice(value) for name, value in point.items() if name != METHOD}
+    return {METHOD: method, **values}
+
+
+def to_point(search: Search, params: dict[str, Any]) -> Point:
+    """Optuna's parameters as a point."""
+    method = params[METHOD]
+    point: Point = {METHOD: method}
+    for name, axis in search.axes[method].items():
+        value = params[f"{method}.{name}"]
+        if isinstance(axis, tuple):
+            value = next(choice for choice in axis if _choice(choice) == value)
+        point[name] = value
+    return point
+
+
+def first_points(search: Search) -> list[Point]:
+    """Tried before the sampler is free: dense, methods that are one point, seed points, then each method not yet met.
+
+    A point may lack axes of its method: the sampler draws those.
+    """
+    seeded = {point[METHOD] for point in search.seed_points}
+    single = [{METHOD: m} for m, axes in search.axes.items() if not axes and m != "dense" and m not in seeded]
+    points = [*single, *search.seed_points]
+    baseline: list[Point] = [] if "dense" in seeded else [{METHOD: "dense"}]
+    met = {point[METHOD] for point in points}
+    return [*baseline, *points, *({METHOD: m} for m in search.axes if m not in met and m != "dense")]
+
+
+def all_points(search: Search) -> list[Point] | None:
+    """Every point of a space of lists; None where an axis is a range."""
+    points: list[Point] = []
+    for method, axes in search.axes.items():
+        if any(isinstance(axis, Range) for axis in axes.values()):
+            return None
+        points += [{METHOD: method, **dict(zip(axes, row, strict=True))} for row in itertools.product(*axes.values())]
+    return points
+
+
+def sampler(search: Search, number: int) -> optuna.samplers.BaseSampler:
+    """The sampler of the trial with this number. Fresh for each, so that a resumed search draws what it would have."""
+    seed = rng.key(search.seed, "optuna", step=number) % 2**32
+    if search.sampler == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    with quiet():
+        # Several axes at once, groups for the nested ones, and running trials counted as poor: workers spread out.
+        return optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without Optuna's reminder that multivariate TPE is experimental."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        yield
+
+
+def _distribution(axis: Axis) -> BaseDistribution:
+    if not isinstance(axis, Range):
+        return CategoricalDistribution([_choice(value) for value in axis])
+    if axis.integer:
+        return IntDistribution(int(axis.low), int(axis.high), log=axis.log, step=int(axis.step or 1))
+    high = axis.high
+    if axis.step:  # Optuna wants the last multiple as the end; the 1e-9 is for 0.05 + 17 * 0.05
+        high = axis.low + math.floor((axis.high - axis.low) / axis.step + 1e-9) * axis.step
+    return FloatDistribution(axis.low, high, log=axis.log, step=axis.step)
+
+
+def _draw(trial: optuna.Trial, name: str, kind: BaseDistribution) -> Any:
+    match kind:
+        case CategoricalDistribution():
+            return trial.suggest_categorical(name, kind.choices)
+        case IntDistribution():
+            return trial.suggest_int(name, kind.low, kind.high, step=kind.step, log=kind.log)
+        case FloatDistribution():
+            return trial.suggest_float(name, kind.low, kind.high, step=kind.step, log=kind.log)
+    raise AssertionError(kind)
+
+
+def _choice(value: Any) -> Any:
+    """Optuna's choices are scalars; a list such as `betas` goes as JSON text."""
+    return value if value is None or isinstance(value, bool | int | float | str) else json.dumps(value)

@@ -1,0 +1,166 @@
+"""Ray for one sweep: a local one of its own, or the cluster at an address; what fits; and an end without leftovers."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from raysparse.errors import UsageError
+from raysparse.space import Resources
+
+WAIT_S = 45.0  # so long a cluster that may grow gets to show enough resources
+
+# Read by Ray when it is imported or started; a value that the user has set stays.
+ENVIRONMENT = {
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # tuner.py has its own, for SIGTERM too
+    "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "-1",  # asked beforehand
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # they are in the records and in trials/<id>/error.txt
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # the default, 2 s, lets one report through per 2 s
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # else the dashboard's Train page is empty
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints even at verbose=0
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # 2.60 warns at every start unless it is chosen: keep CUDA's own
+}
+
+
+@contextmanager
+def ray_for(
+    results: Path,
+    resources: Resources,
+    *,
+    address: str | None = None,
+    num_cpus: float | None = None,
+    temp_dir: Path | None = None,
+) -> Iterator[None]:
+    """Ray, connected; disconnected (and, if it was ours, ended with all its processes) when the block ends.
+
+    address: of a running cluster; None: $RAY_ADDRESS, or a local Ray that dies with this process, even by kill -9.
+    num_cpus: of a local one. temp_dir: for its sockets and logs; a short path, Unix sockets allow 107 bytes.
+    """
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray
+
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    local = address == "local"
+    options = {"num_cpus": num_cpus, "_temp_dir": str(temp_dir) if temp_dir else None} if local else {}
+    if local:
+        _check_fits([{"CPU": float(num_cpus or os.cpu_count() or 1), "GPU": math.inf}], resources, "this machine")
+    try:
+        ray.init(
+            address=address,
+            # A stopped trial's worker group is freed through the dashboard's State API; one worker has no such group.
+            include_dashboard=resources.workers > 1 if local else None,
+            log_to_driver=False,
+            logging_level="ERROR",  # on the terminal, until there is the file
+            **{name: value for name, value in options.items() if value is not None},
+        )
+    except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        raise UsageError(f"cannot start or reach Ray at {address!r}: {error}") from error
+    with _said_to(results / "ray.log"):
+        try:
+            with _one_ray() if resources.workers > 1 else nullcontext():
+                yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _one_ray() -> Iterator[None]:
+    """Tell every process of a trial which Ray is meant.
+
+    Ray Train's cleaner looks for the only Ray of the machine; with two of them it dies, and a stopped trial's workers
+    keep their place for ever. Tune hands on a fixed list of variables, so this one is added to it.
+    """
+    import ray
+    from ray.tune.execution import class_cache
+
+    before = os.environ.get("RAY_ADDRESS")
+    class_cache.ENV_VARS_TO_PROPAGATE.add("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        del os.environ["RAY_ADDRESS"]
+        if before is not None:
+            os.environ["RAY_ADDRESS"] = before
+
+
+def concurrency(resources: Resources) -> int:
+    """Trials at a time: as many as fit, at most `max_concurrent`. UsageError where not one fits, with what is missing.
+
+    A cluster may grow, so one that is too small is asked again for 45 s.
+    """
+    import ray
+
+    deadline = time.monotonic() + (WAIT_S if _can_grow() else 0)
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        where = f"the cluster of {len(nodes)} nodes" if len(nodes) > 1 else "this machine"
+        try:
+            fit = _check_fits(nodes, resources, where)
+            break
+        except UsageError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(1)
+    return min(fit, resources.max_concurrent or fit)
+
+
+def _check_fits(nodes: list[dict[str, float]], resources: Resources, where: str) -> int:
+    """Trials that fit on nodes with these resources. A worker lies on one node, a trial's workers on any."""
+    slots = 0
+    for node in nodes:
+        cpus = math.floor(node.get("CPU", 0) / resources.cpus_per_worker + 1e-9)
+        per_gpu = resources.gpus_per_worker
+        gpus = node.get("GPU", 0) / per_gpu + 1e-9 if per_gpu else math.inf
+        slots += int(min(cpus, gpus))
+    if slots >= resources.workers:
+        return slots // resources.workers
+    need = f"{resources.workers} worker{'s' * (resources.workers > 1)} x {resources.cpus_per_worker:g} CPUs"
+    have = f"{sum(node.get('CPU', 0) for node in nodes):g} CPUs"
+    if resources.gpus_per_worker:
+        need += f" and {resources.gpus_per_worker:g} GPUs"
+        gpus = sum(node.get("GPU", 0) for node in nodes)
+        have += f" and {gpus:g} GPUs" if math.isfinite(gpus) else ""
+    raise UsageError(
+        f"one trial needs {need}, but {where} has {have}, room for {slots} such worker{'s' * (slots != 1)}; "
+        "change `resources:` in the sweep file or give a larger cluster"
+    )
+
+
+def _can_grow() -> bool:
+    """Whether Ray's autoscaler runs here."""
+    from ray._private.worker import global_worker
+
+    return bool(global_worker.node is None)  # a cluster that this process did not start
+
+
+@contextmanager
+def _said_to(path: Path) -> Iterator[None]:
+    """What Ray says in this process goes to a file: the terminal is the command line's."""
+    from ray._private import worker
+
+    handler = logging.FileHandler(path, delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("ray")
+    before, printed = list(logger.handlers), worker.print_to_stdstream
+
+    def say(data: dict[str, Any], ignore_prefix: bool) -> None:
+        logger.warning("%s: %s", data.get("pid"), " ".join(data.get("lines", [])))
+
+    logger.handlers[:] = [handler]
+    logger.setLevel(logging.WARNING)
+    logger.propagate = False
+    worker.print_to_stdstream = say  # of lost workers it prints, whatever log_to_driver is
+    try:
+        yield
+    finally:
+        worker.print_to_stdstream = printed
+        logger.handlers[:] = before
+        handler.close()

@@ -1,0 +1,53 @@
+"""The confirm stage: the best configurations of the search and the dense baseline again, on fresh seeds, to the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from raysparse import space
+from raysparse.space import Confirm, Point, Sweep
+from raysparse.sweep.board import Ledger, Row
+from raysparse.sweep.journal import event
+from raysparse.sweep.search import planned
+
+
+def plan(sweep: Sweep, ledger: Ledger) -> None:
+    """Choose the winners, once and for all, and plan their trials. Goes on where a killed driver left off."""
+    assert sweep.confirm
+    board = ledger.board
+    # A kill while choosing leaves some winners unchosen: the search is over, so the rest comes out the same.
+    for row, reason in choose(board.of_stage("search"), sweep.confirm):
+        if row.trial_id not in {item.trial_id for item in board.chosen}:
+            ledger.add(event("chosen", stage="confirm", trial_id=row.trial_id, point=row.point, reason=reason))
+    points: list[Point] = [item.point for item in board.chosen if item.point]
+    if not any(point["method"] == "dense" for point in points):
+        points.insert(0, {"method": "dense"})
+    for seed in sweep.confirm.seeds:
+        for point in points:
+            trial = space.trial(sweep, point, seed=seed)
+            if trial.trial_id not in board.rows:
+                ledger.add(planned(trial, point, "confirm"))
+
+
+def choose(rows: list[Row], confirm: Confirm) -> Iterator[tuple[Row, str]]:
+    """The best rows of each method by their last FID, and why; a method of which no trial ended sound has none."""
+    for method in dict.fromkeys(row.method for row in rows):
+        of_method = [row for row in rows if row.method == method]
+        done = sorted((row for row in of_method if row.state == "COMPLETED"), key=_by_fid)
+        for place, row in enumerate(done[: confirm.best_per_method], start=1):
+            yield row, f"place {place} of {len(done)} completed trials of {method}, FID {row.fid:.4g}"
+        missing = confirm.best_per_method - len(done)
+        stopped = [row for row in of_method if row.state == "STOPPED"]
+        # ASHA may stop all of a method: the one that came furthest stands in, and says so.
+        for row in sorted(stopped, key=lambda row: (-row.step, *_by_fid(row)))[: missing if not done else 0]:
+            yield (
+                row,
+                (
+                    f"no trial of {method} was completed; the furthest: step {row.step} of {row.total_steps}, "
+                    f"FID {row.fid:.4g}"
+                ),
+            )
+
+
+def _by_fid(row: Row) -> tuple[float, str]:
+    return (row.fid if row.fid is not None else float("inf"), row.trial_id)

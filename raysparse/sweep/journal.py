@@ -1,0 +1,100 @@
+"""The sweep's journal: one JSON line per event, fsynced. It is the one truth that a killed sweep is rebuilt from.
+
+Everything else is a projection that can be made again from it: the table of trials (`board`), ASHA's rungs
+(`scheduler`), the Optuna study (`search`), the state columns of the records. Ray's own snapshots are periodic, forget
+the scheduler and are pickles; a line here is written before anything acts on it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from raysparse.errors import UsageError
+
+Kind = Literal[
+    "stage",  # `stage` begins; reason: in words
+    "planned",  # a new trial: method, point, seed, total_steps, config
+    "repeated",  # the search asked for a point again: nothing is trained, the known result counts
+    "started",  # a worker began, or went on from `step`
+    "report",  # an evaluation: step and fid
+    "stopped",  # an evaluation after which ASHA stopped the trial at this rung; reason: its FID and the cutoff
+    "completed",  # the last evaluation
+    "failed",  # diverged, raised or lost; reason
+    "chosen",  # confirm: a winner of the search; reason: why
+    "note",  # something to know; reason
+    "interrupted",  # Ctrl-C or SIGTERM; `raysparse resume` goes on
+    "finished",  # every trial of every stage has ended
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """Something that happened in a sweep. Fields that a kind does not have are None."""
+
+    kind: Kind
+    time: float  # seconds since 1970
+    stage: str | None = None  # search or confirm
+    trial_id: str | None = None
+    step: int | None = None
+    fid: float | None = None
+    reason: str | None = None
+    method: str | None = None
+    point: dict[str, Any] | None = None  # planned, repeated: the axes' values
+    seed: int | None = None
+    total_steps: int | None = None
+    config: dict[str, Any] | None = None  # planned: the whole TrialConfig
+    number: int | None = None  # planned, repeated in a search: the Optuna trial's number
+
+
+def event(kind: Kind, **fields: Any) -> Event:
+    """An event of now."""
+    return Event(kind, time.time(), **fields)
+
+
+class Journal:
+    """Append-only; one writer. A line cut off by a kill or a full disk is dropped when the journal is opened again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        whole = _whole_bytes(path)
+        if whole is not None and whole < path.stat().st_size:
+            os.truncate(path, whole)
+        self._stream = path.open("ab")
+
+    def append(self, item: Event) -> None:
+        line = {name: value for name, value in dataclasses.asdict(item).items() if value is not None}
+        self._stream.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def read(path: Path) -> Iterator[Event]:
+    """The events of a journal, also while it grows. UsageError naming a line that is damaged."""
+    if not path.is_file():
+        return
+    names = {field.name for field in dataclasses.fields(Event)}
+    with path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.endswith(b"\n"):  # being written, or cut off
+                return
+            try:
+                data = json.loads(line)
+                yield Event(**{name: value for name, value in data.items() if name in names})
+            except (ValueError, TypeError, AttributeError) as error:
+                raise UsageError(f"{path}, line {number} is damaged: restore the file from a copy ({error})") from error
+
+
+def _whole_bytes(path: Path) -> int | None:
+    """Bytes up to and with the last line end; None where there is no file."""
+    if not path.is_file():
+        return None
+    return path.read_bytes().rfind(b"\n") + 1

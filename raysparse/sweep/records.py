@@ -1,0 +1,92 @@
+"""The driver's callback in Tune: keeps each trial's Parquet records as reports come in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.experiment import Trial
+
+from raysparse import results as records
+from raysparse.results import Facts, Outcome, Report
+from raysparse.sweep.board import Ledger, Row
+from raysparse.sweep.journal import event
+from raysparse.sweep.trainable import read_reports, with_samples
+
+FactsOf = Callable[[Row], Facts]
+
+
+class Records(Callback):  # type: ignore[misc]
+    """Writes what the ledger says; `interrupted` is asked between two steps of Tune's loop and ends it."""
+
+    def __init__(self, ledger: Ledger, results: Path, facts_of: FactsOf, interrupted: Callable[[], bool]) -> None:
+        self._ledger, self._results, self._facts_of, self._interrupted = ledger, results, facts_of, interrupted
+        self._reports: dict[str, dict[int, Report]] = {}  # of open trials
+
+    def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        row = self._row(trial)
+        if row.open:
+            self._ledger.add(event("started", stage=row.stage, trial_id=row.trial_id, step=row.step))
+            self._write(row)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
+    ) -> None:
+        row = self._row(trial)
+        names = [field.name for field in dataclasses.fields(Report) if field.name != "samples_png"]
+        if all(name in result for name in names):  # else: it failed without a report
+            report = Report(**{name: result[name] for name in names})
+            report = with_samples(self._results / "trials" / row.trial_id, report)
+            self._known(row)[report.step] = report
+        self._write(row)
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._end(self._row(trial))
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
+        self._end(self._row(trial))
+
+    def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        if self._interrupted():
+            raise KeyboardInterrupt
+
+    def repair(self) -> None:
+        """Bring the records to where the ledger is: the driver may have been killed between the two."""
+        for row in self._ledger.board.rows.values():
+            if row.state == "PENDING":
+                continue
+            path = self._results / "records" / f"{row.trial_id}.parquet"
+            table = records.read_trial(path) if path.is_file() else None
+            reports = {report.step: report for report in records.reports_of(table)} if table else {}
+            state = table["state"][0].as_py() if table else None
+            if state != ("RUNNING" if row.open else row.state) or any(step not in reports for step in row.fids):
+                self._write(row)
+            self._reports.pop(row.trial_id, None)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # for Tune's snapshots, which nothing reads
+
+    def _row(self, trial: Trial) -> Row:
+        return self._ledger.board.rows[trial.config["trial_id"]]
+
+    def _end(self, row: Row) -> None:
+        self._write(row)
+        self._reports.pop(row.trial_id, None)
+
+    def _known(self, row: Row) -> dict[int, Report]:
+        """The row's reports by step: the ones recorded, and the ones that the trial kept, as far as the ledger goes."""
+        if row.trial_id not in self._reports:
+            path = self._results / "records" / f"{row.trial_id}.parquet"
+            found = records.reports_of(records.read_trial(path)) if path.is_file() else []
+            found += read_reports(self._results / "trials" / row.trial_id)
+            self._reports[row.trial_id] = {report.step: report for report in found if report.step in row.fids}
+        return self._reports[row.trial_id]
+
+    def _write(self, row: Row) -> None:
+        state = "RUNNING" if row.open else row.state
+        stopped = row.step if row.state == "STOPPED" else None
+        outcome = Outcome(state=state, stopped_at_step=stopped, state_reason=row.reason)
+        records.write_trial(self._results, self._facts_of(row), outcome, self._known(row).values())

@@ -1,0 +1,135 @@
+"""ASHA on the FID in optimizer steps, with rungs that outlive the driver, and the one place that ends a trial.
+
+Tune asks the scheduler first about every report, before the searcher and the callbacks hear of it. So the decision and
+the report go to the journal here, as one line, and what follows only repeats it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
+
+from raysparse.space import Asha
+from raysparse.sweep.board import Ledger, Row
+from raysparse.sweep.journal import event
+
+# Not at the rungs, so never stopped: all else is compared with it at full budget. Were it there, a dense model that
+# learns faster at first would have every sparse trial stopped (seen: no sparse trial of ten was completed).
+BASELINE = "dense"
+
+
+class Named(NamedTuple):
+    """What a Ray bracket looks at of a trial."""
+
+    trial_id: str
+
+
+class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
+    """Asynchronous successive halving (Li et al. 2020) with Ray's cutoffs, rebuilt from the journal.
+
+    A trial counts once at a rung, with its first FID at or after the rung's step. Ray would also compare a late FID at
+    the lower rungs that the trial has jumped over. Without `asha` every trial runs to its end.
+    """
+
+    def __init__(self, ledger: Ledger, stage: str, total_steps: int, asha: Asha | None) -> None:
+        super().__init__(
+            time_attr="step",
+            metric="fid",
+            mode="min",
+            max_t=total_steps,
+            grace_period=asha.grace_steps if asha else total_steps,
+            reduction_factor=asha.reduction_factor if asha else 2,
+        )
+        self._ledger, self._stage = ledger, stage
+        for row in ledger.board.of_stage(stage):
+            for step, fid in sorted(row.fids.items()):
+                rung = self._rung(row.trial_id, step)
+                if rung is not None and fid is not None and step < total_steps:
+                    rung[1][row.trial_id] = -fid
+
+    @property
+    def rungs(self) -> dict[float, dict[str, float]]:
+        """step of the rung -> trial id -> FID."""
+        return {step: {name: -value for name, value in at.items()} for step, at in self._brackets[0]._rungs}
+
+    def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
+        row = self._row(trial)
+        if not row.open:  # a worker that was restarted after the decision
+            return str(TrialScheduler.STOP)
+        step = int(result["step"])
+        if result.get("failed"):
+            self._add("failed", row, step=step if result.get("diverged") else None, reason=result["failed"])
+            return str(TrialScheduler.STOP)
+        if step <= row.step:  # a restarted worker says again what is known
+            return str(TrialScheduler.CONTINUE)
+        return self._decide(row, step, float(result["fid"]))
+
+    def _decide(self, row: Row, step: int, fid: float) -> str:
+        if step >= row.total_steps:
+            self._add("completed", row, step=step, fid=fid)
+            return str(TrialScheduler.STOP)
+        rung = self._rung(row.trial_id, step)
+        if rung is not None:
+            bracket = self._brackets[0]
+            cutoff = bracket.cutoff(rung[1])
+            if bracket.on_result(Named(row.trial_id), step, -fid) == TrialScheduler.STOP:
+                self._num_stopped += 1
+                place = sum(-value < fid for value in rung[1].values()) + 1
+                reason = (
+                    f"FID {fid:.4g} above the cutoff {-cutoff:.4g} at step {rung[0]:g}, place {place} of {len(rung[1])}"
+                )
+                self._add("stopped", row, step=step, fid=fid, reason=reason)
+                return str(TrialScheduler.STOP)
+        self._add("report", row, step=step, fid=fid)
+        return str(TrialScheduler.CONTINUE)
+
+    def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:
+        row = self._row(trial)
+        if not row.open:
+            return
+        reason = f"its process was lost: {lost_because(trial)}"
+        if trial.should_recover():
+            self._add("note", row, reason=f"{reason}; started again")
+        else:
+            self._add("failed", row, reason=reason)
+
+    def on_trial_complete(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> None:
+        row = self._row(trial)
+        if row.open:
+            self._add("failed", row, reason=f"it ended at step {row.step} of {row.total_steps} without a last report")
+
+    def _row(self, trial: Trial) -> Row:
+        return self._ledger.board.rows[trial.config["trial_id"]]
+
+    def _add(self, kind: Any, row: Row, **fields: Any) -> None:
+        self._ledger.add(event(kind, stage=self._stage, trial_id=row.trial_id, **fields))
+
+    def _rung(self, trial_id: str, step: int) -> tuple[float, dict[str, float]] | None:
+        """The highest rung at or below `step`, where the trial has no value there yet; none for the dense baseline."""
+        if self._ledger.board.rows[trial_id].method == BASELINE:
+            return None
+        for milestone, at in self._brackets[0]._rungs:
+            if step >= milestone:
+                return None if trial_id in at else (milestone, at)
+        return None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # for Tune's snapshots, which nothing reads
+
+
+def lost_because(trial: Trial) -> str:
+    """What Ray says of the process that a trial lost."""
+    try:
+        text = Path(trial.error_file).read_text(encoding="utf-8")
+    except OSError:
+        return "Ray does not say why"
+    return last_line(text.rpartition("Worker exit detail:")[2].partition(" Some common causes")[0]).rstrip(".")
+
+
+def last_line(error: BaseException | str) -> str:
+    """The last line that says something, of an exception or its text."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__

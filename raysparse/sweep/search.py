@@ -1,0 +1,224 @@
+"""Which trials a stage has: a planned list (grid, confirm), or Optuna's suggestions, made as results come in."""
+
+from __future__ import annotations
+
+import itertools
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+import optuna
+from optuna.storages import BaseStorage
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from raysparse import rng, space
+from raysparse.config import TrialConfig
+from raysparse.errors import UsageError
+from raysparse.space import Point, Sweep
+from raysparse.sweep.axes import all_points, distributions, first_points, quiet, sampler, suggest, to_params
+from raysparse.sweep.board import Ledger, Repeat, Row
+from raysparse.sweep.journal import Event, event
+
+TuneConfig = dict[str, Any]  # what Tune hands to a trial
+
+# So many known points in a row, and the sampler is asked no more: a point not yet tried is taken instead.
+PATIENCE = 20
+
+
+def planned(trial: TrialConfig, point: Point, stage: str, number: int | None = None) -> Event:
+    """The event that makes a trial part of the sweep."""
+    return event(
+        "planned",
+        stage=stage,
+        trial_id=trial.trial_id,
+        method=trial.sparse.method,
+        point=point,
+        seed=trial.seed,
+        total_steps=trial.train.steps,
+        config=trial.model_dump(mode="json"),
+        number=number,
+    )
+
+
+class Listed(Searcher):  # type: ignore[misc]
+    """Hands out the open trials of a stage that is planned in full."""
+
+    def __init__(self, ledger: Ledger, stage: str, config_of: Callable[[Row], TuneConfig]) -> None:
+        super().__init__(metric="fid", mode="min")
+        self._todo = deque(row for row in ledger.board.of_stage(stage) if row.open)
+        self._config_of = config_of
+
+    def suggest(self, trial_id: str) -> TuneConfig | str:
+        return self._config_of(self._todo.popleft()) if self._todo else str(Searcher.FINISHED)
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Nothing to learn."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the journal has it all."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a sweep is rebuilt from its journal")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # for Tune's snapshots, which nothing reads
+
+
+class Suggested(OptunaSearch):  # type: ignore[misc]
+    """OptunaSearch that tells the study the truth.
+
+    As Ray has it, a trial stopped by ASHA is told COMPLETE, a failed one may stay RUNNING for ever, and a point asked
+    for twice is trained twice. Here the study is told PRUNED with its intermediate values, FAIL, and the known result;
+    and a draw depends on the study and the trial's number only, so that a resumed search goes on as if never killed.
+    """
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        ledger: Ledger,
+        config_of: Callable[[Row], TuneConfig],
+        storage: BaseStorage | None = None,
+        check: Callable[[TrialConfig], None] = lambda trial: None,
+    ) -> None:
+        """storage: an empty one, None for memory; check: a trial's own check, whose UsageError fails that trial."""
+        assert sweep.search
+        self._sweep, self._search, self._ledger = sweep, sweep.search, ledger
+        self._config_of, self._check = config_of, check
+        self._first = first_points(sweep.search)
+        self._asked: dict[str, list[optuna.Trial]] = {}  # our trial id -> its Optuna trials, repeats included
+        self._ours: dict[str, str] = {}  # Tune's trial id -> ours
+        self._reported: dict[int, set[int]] = {}  # number -> steps the study knows
+        self._told: set[int] = set()  # numbers that have ended in the study
+        super().__init__(
+            space=lambda trial: suggest(trial, self._search),
+            metric="fid",
+            mode="min",
+            sampler=sampler(sweep.search, 0),
+            study_name=sweep.name,
+            storage=storage,
+        )
+        self._rebuild()
+        self._todo = deque(row for row in ledger.board.of_stage("search") if row.open)
+
+    @property
+    def study(self) -> optuna.Study:
+        study: optuna.Study = self._ot_study
+        return study
+
+    def suggest(self, trial_id: str) -> TuneConfig | str:
+        row = self._todo.popleft() if self._todo else self._new()
+        if row is None:
+            return str(Searcher.FINISHED)
+        self._ours[trial_id] = row.trial_id
+        return self._config_of(row)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        self._learn(self._ledger.board.rows[self._ours[trial_id]])
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        self._learn(self._ledger.board.rows[self._ours[trial_id]])
+
+    def save(self, checkpoint_path: str) -> None:
+        """Nothing: the study is rebuilt from the journal."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a sweep is rebuilt from its journal")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # for Tune's snapshots, which nothing reads
+
+    def _new(self) -> Row | None:
+        """The next trial that was not there before, on record; None where there are enough or none is left."""
+        board = self._ledger.board
+        for attempt in itertools.count():
+            if len(board.of_stage("search")) >= self._search.trials:
+                return None
+            fresh = self._untried() if attempt >= PATIENCE else None
+            if attempt >= PATIENCE and fresh is None:
+                self._ledger.add(event("note", stage="search", reason="every point of the space has been tried"))
+                return None
+            asked, point = self._ask(fresh)
+            trial = space.trial(self._sweep, point)
+            self._asked.setdefault(trial.trial_id, []).append(asked)
+            asked.set_user_attr("trial_id", trial.trial_id)
+            if trial.trial_id not in board.rows:
+                self._ledger.add(planned(trial, point, "search", asked.number))
+                if self._sound(trial):
+                    return board.rows[trial.trial_id]
+                continue
+            self._ledger.add(
+                event("repeated", stage="search", trial_id=trial.trial_id, point=point, number=asked.number)
+            )
+            self._learn(board.rows[trial.trial_id])
+        raise AssertionError
+
+    def _sound(self, trial: TrialConfig) -> bool:
+        """Whether the trial passes its own check; else it has failed."""
+        try:
+            self._check(trial)
+        except UsageError as error:
+            self._ledger.add(event("failed", stage="search", trial_id=trial.trial_id, reason=str(error)))
+            self._learn(self._ledger.board.rows[trial.trial_id])
+            return False
+        return True
+
+    def _ask(self, fresh: Point | None) -> tuple[optuna.Trial, Point]:
+        """An Optuna trial and its point: `fresh`, or one of the first points, or drawn."""
+        number = len(self.study.get_trials(deepcopy=False))
+        wanted = fresh or (self._first[number] if number < len(self._first) else None)
+        self.study.sampler = sampler(self._search, number)
+        if wanted is not None:
+            self.study.enqueue_trial(to_params(self._search, wanted))
+        with quiet():
+            asked = self.study.ask()
+            if wanted is not None and not self._search.axes.get(wanted["method"]):
+                return asked, wanted
+            return asked, suggest(asked, self._search)
+
+    def _untried(self) -> Point | None:
+        """A point that has no trial, of a space of lists; None where there is none, or an axis is a range."""
+        known = self._ledger.board.rows
+        points = all_points(self._search) or []
+        left = [point for point in points if space.trial(self._sweep, point).trial_id not in known]
+        number = len(self.study.get_trials(deepcopy=False))
+        return left[rng.key(self._search.seed, "untried", step=number) % len(left)] if left else None
+
+    def _learn(self, row: Row) -> None:
+        """Bring the row's trials in the study to where the row is."""
+        for trial in self._asked.get(row.trial_id, []):
+            if trial.number in self._told:
+                continue
+            known = self._reported.setdefault(trial.number, set())
+            for step, fid in sorted(row.fids.items()):
+                if fid is not None and step not in known:
+                    trial.report(fid, step)
+                    known.add(step)
+            if row.state == "COMPLETED":
+                self.study.tell(trial, row.fid)
+            elif row.state == "STOPPED":
+                self.study.tell(trial, state=TrialState.PRUNED)
+            elif row.state == "FAILED":
+                self.study.tell(trial, state=TrialState.FAIL)
+            if not row.open:
+                self._told.add(trial.number)
+
+    def _rebuild(self) -> None:
+        """The study as the journal has it: the same numbers, values and states."""
+        rows, kinds = self._ledger.board.rows, distributions(self._search)
+        entries = [Repeat(row.number, row.trial_id) for row in rows.values() if row.number is not None]
+        for entry in sorted([*entries, *self._ledger.board.repeats], key=lambda entry: entry.number):
+            params = to_params(self._search, rows[entry.trial_id].point)
+            self.study.add_trial(
+                optuna.trial.create_trial(
+                    state=TrialState.RUNNING, params=params, distributions={name: kinds[name] for name in params}
+                )
+            )
+            frozen = self.study.get_trials(deepcopy=False)[-1]
+            assert frozen.number == entry.number
+            trial = optuna.Trial(self.study, frozen._trial_id)
+            trial.set_user_attr("trial_id", entry.trial_id)
+            self._asked.setdefault(entry.trial_id, []).append(trial)
+        for row in rows.values():
+            self._learn(row)

@@ -1,0 +1,190 @@
+"""What runs in a trial's process: build, go on from the last checkpoint, train, and say each report.
+
+    trials/<id>/trial.json       the TrialConfig, written by the driver
+                reports.jsonl    what the trial has reported; written before its checkpoint, which is before Tune hears
+                samples/<step>.png
+                lock             held by the process that trains; a second one ends the first
+                error.txt        the traceback of a trial that failed
+    checkpoints/<id>/step-<k>/   the last two
+
+A driver or worker may be killed between any two of these writes. A restarted trial says all reports up to its
+checkpoint again, and the driver passes over the ones it knows: nothing is lost, and at most one evaluation interval is
+computed twice, to the same bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import platform
+import shutil
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from raysparse import config as settings
+from raysparse.errors import UsageError
+from raysparse.files import atomic_path
+from raysparse.results import Report
+from raysparse.sweep.scheduler import last_line
+
+KEEP_CHECKPOINTS = 2  # the last, and the one before in case the last is damaged
+ORPHAN_S = 10.0  # so long a process of a killed sweep may take to notice and end by itself
+
+Metrics = dict[str, Any]
+
+
+def train(config: dict[str, Any]) -> None:
+    """Tune's function trainable for trials of one worker."""
+    from ray import tune
+
+    train_rank(config, tune.report, device="cuda" if config["gpus_per_worker"] else "cpu")
+
+
+def train_rank(
+    config: dict[str, Any], say: Callable[[Metrics], Any], *, rank: int = 0, world_size: int = 1, device: str = "cpu"
+) -> None:
+    """Train one rank of the trial in `config` and `say` the metrics of each report, on all ranks alike.
+
+    What the trial itself does wrong is said as a last report with `failed`, so that Tune does not try it again; a lost
+    process or node raises in Tune, which does.
+    """
+    results = Path(config["results"])
+    folder = results / "trials" / config["trial_id"]
+    try:
+        with claimed(folder) if rank == 0 else contextlib.nullcontext():
+            for metrics in _metrics(config, folder, rank, world_size, device):
+                say(metrics)
+    except Exception as error:
+        if world_size > 1:
+            raise  # the other ranks wait in a collective: Ray Train ends them all
+        say(failure(folder, error))
+
+
+def failure(folder: Path, error: BaseException) -> Metrics:
+    """The last metrics of a trial that raised; the traceback goes to its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "error.txt").write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+    name = "" if isinstance(error, UsageError) else f"{type(error).__name__}: "
+    return {"step": 0, "fid": None, "failed": name + last_line(error)}
+
+
+def _metrics(config: dict[str, Any], folder: Path, rank: int, world_size: int, device: str) -> Iterator[Metrics]:
+    from raysparse.train import setup, state
+
+    trial = settings.parse(json.loads((folder / "trial.json").read_text(encoding="utf-8")), config["trial_id"])
+    trainer = setup.build(trial, device=device, rank=rank, world_size=world_size)
+    checkpoints = Path(config["results"]) / "checkpoints" / trial.trial_id
+    load_latest(trainer, checkpoints, removes=rank == 0)
+    for report in read_reports(folder):
+        if report.step <= trainer.step:
+            yield metrics_of(report)
+    for report in trainer.run():
+        if rank == 0:
+            write_report(folder, report)
+        if not report.diverged:
+            state.save(trainer, state.at_step(checkpoints, trainer.step))
+        if rank == 0:
+            state.keep_latest(checkpoints, KEEP_CHECKPOINTS)
+        yield metrics_of(report)
+
+
+def load_latest(trainer: Any, checkpoints: Path, *, removes: bool) -> None:
+    """Put the trainer where its last whole checkpoint is, or leave it at step 0.
+
+    removes: rank 0 also removes what is damaged or half written.
+    """
+    from raysparse.train import state
+
+    found = sorted(path for path in checkpoints.glob("step-*") if path.is_dir())
+    for path in reversed(found):
+        try:
+            state.load(trainer, path)
+            return
+        except UsageError:
+            if removes:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def metrics_of(report: Report) -> Metrics:
+    """A report as Tune gets it: numbers for TensorBoard, no picture, and `failed` where the trial is lost.
+
+    A NaN would pass every cutoff of ASHA, so a lost trial's FID is None: `scheduler.Rungs` ends it before one is asked.
+    """
+    metrics = {name: value for name, value in dataclasses.asdict(report).items() if name != "samples_png"}
+    if report.diverged:
+        metrics["failed"] = report.reason or "diverged"
+    return metrics
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Keep a report for a driver that may not hear it now; the last one of a step counts."""
+    if report.samples_png is not None:
+        with atomic_path(folder / "samples" / f"{report.step}.png") as temporary:
+            temporary.write_bytes(report.samples_png)
+    kept = {known.step: known for known in read_reports(folder, samples=False)} | {report.step: report}
+    lines = []
+    for step in sorted(kept):
+        if step <= report.step:  # later ones are of a run that went on from here before
+            lines.append(json.dumps(dataclasses.asdict(dataclasses.replace(kept[step], samples_png=None))) + "\n")
+    with atomic_path(folder / "reports.jsonl") as temporary:
+        temporary.write_text("".join(lines), encoding="utf-8")
+
+
+def read_reports(folder: Path, *, samples: bool = True) -> list[Report]:
+    """The reports that a trial has kept, by step."""
+    path = folder / "reports.jsonl"
+    if not path.is_file():
+        return []
+    reports = [Report(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [with_samples(folder, report) for report in reports] if samples else reports
+
+
+def with_samples(folder: Path, report: Report) -> Report:
+    """The report with its picture from the trial's folder, where there is one."""
+    path = folder / "samples" / f"{report.step}.png"
+    return dataclasses.replace(report, samples_png=path.read_bytes()) if path.is_file() else report
+
+
+@contextlib.contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """The right to train this trial. A process of a killed sweep that still has it gets 10 s to end, then is ended."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("a+") as stream:
+        deadline = time.monotonic() + ORPHAN_S
+        while not _try_lock(stream):
+            if time.monotonic() > deadline:
+                stream.seek(0)
+                _end(stream.read(), folder)
+                deadline += ORPHAN_S
+            time.sleep(0.05)
+        stream.truncate(0)
+        stream.write(f"{os.getpid()} {platform.node()}")
+        stream.flush()
+        try:
+            yield
+        finally:
+            fcntl.flock(stream, fcntl.LOCK_UN)
+
+
+def _try_lock(stream: Any) -> bool:
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _end(holder: str, folder: Path) -> None:
+    """End the process that holds a trial's lock: it wrote its own id there, so it is this sweep's."""
+    process, _, host = holder.partition(" ")
+    if host != platform.node() or not process.isdigit() or int(process) == os.getpid():
+        raise RuntimeError(f"another process trains this trial: {holder or 'unknown'} holds {folder / 'lock'}")
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(int(process), signal.SIGKILL)

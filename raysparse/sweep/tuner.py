@@ -1,0 +1,276 @@
+"""Run a sweep, or resume one: Tune walks each stage, the journal remembers it.
+
+A resumed sweep does not use `Tuner.restore`: Tune's snapshots are periodic (what came after the last one is lost), do
+not hold the scheduler, and are pickles. Each stage is a new Tuner over what the journal says is left: open trials go on
+from their checkpoints, the rungs and the study are rebuilt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from raysparse import space
+from raysparse.config import parse, with_value
+from raysparse.files import write_text
+from raysparse.results import Facts
+from raysparse.space import Sweep
+from raysparse.sweep import folder
+from raysparse.sweep.board import Board, Ledger, Row
+from raysparse.sweep.journal import Event, event
+
+OnEvent = Callable[[Event], None]
+LOST_PROCESS_RETRIES = 2  # of a trial whose process or node was lost; what a trial itself raises is not tried again
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """How a sweep ended."""
+
+    results: Path
+    board: Board
+    interrupted: bool  # by Ctrl-C or SIGTERM; `resume` goes on
+
+    @property
+    def failed(self) -> list[Row]:
+        return [row for row in self.board.rows.values() if row.state == "FAILED"]
+
+
+def run(sweep: Sweep, results: Path, *, command: str, on_event: OnEvent | None = None, **ray: Any) -> Summary:
+    """Run all stages of a sweep in a new results folder. Blocks; `on_event` is called in this thread.
+
+    ray: address, num_cpus, temp_dir as `cluster.ray_for`. Ctrl-C or SIGTERM once: returns soon with `interrupted`;
+    twice: ends the process at once, which `resume` survives as well.
+    UsageError where the folder is taken, a trial cannot start, or resources are missing: then nothing was trained.
+    """
+    results, sweep = results.absolute(), with_whole_paths(sweep)
+    folder.refuse_if_taken(results, sweep)
+    check(sweep)
+    with folder.locked(results):
+        folder.refuse_if_taken(results, sweep)
+        return _drive(sweep, results, command, on_event, ray, new=True)
+
+
+def resume(results: Path, *, on_event: OnEvent | None = None, **ray: Any) -> Summary:
+    """Go on with a sweep that was interrupted or killed, as `run`; one that is finished is returned as it is."""
+    results = results.absolute()
+    sweep, command = folder.load(results)
+    with folder.locked(results):
+        if Board.load(results).finished:
+            return Summary(results, Board.load(results), interrupted=False)
+        check(sweep)
+        return _drive(sweep, results, command, on_event, ray)
+
+
+def with_whole_paths(sweep: Sweep) -> Sweep:
+    """The sweep with absolute paths, the data root among them: a trial's process works in another folder, and a resume
+    may start in one."""
+    from raysparse.data.prepared import default_root
+
+    base = with_value(sweep.base, "data.root", space.parsed_base(sweep).data.root or str(default_root()))
+    for path in ("data.source", "data.root", "evaluate.weights"):
+        section, name = path.split(".")
+        if (value := base.get(section, {}).get(name)) is not None:
+            base = with_value(base, path, str(Path(value).expanduser().absolute()))
+    return space.parse(sweep.model_dump(mode="json") | {"base": base}, sweep.name)
+
+
+def check(sweep: Sweep) -> None:
+    """Each planned trial's own check, and the data prepared, before anything starts. UsageError."""
+    from raysparse.sweep.axes import first_points
+    from raysparse.train import setup
+
+    points = first_points(sweep.search) if sweep.search else space.grid_points(sweep)
+    trials = [space.trial(sweep, point) for point in points]
+    sections = ("data", "model", "diffusion", "evaluate")  # sparsity and optimizer have been checked with the file
+    different = {trial.model_dump_json(include=set(sections)): trial for trial in trials}.values()
+    for trial in different:
+        setup.check(trial)
+    for trial in different:
+        setup.prepare_data(trial)
+
+
+def _drive(
+    sweep: Sweep, results: Path, command: str, on_event: OnEvent | None, ray: dict[str, Any], new: bool = False
+) -> Summary:
+    from raysparse.sweep.cluster import concurrency, ray_for
+
+    with _signals() as signals, ray_for(results, sweep.resources, **ray):
+        signals.catch()  # again: Ray's start puts a SIGTERM handler of its own in place
+        interrupted = signals.came
+        at_a_time = concurrency(sweep.resources)
+        if new:  # now that it can start
+            folder.create(results, sweep, command)
+        with closing(Ledger(results, on_event)) as ledger:
+            for stage in ("search", *(["confirm"] if sweep.confirm else [])):
+                if not interrupted():
+                    _stage(stage, sweep, results, command, ledger, at_a_time, interrupted)
+            if interrupted():
+                reason = f"go on with: raysparse resume {results}"
+                ledger.add(event("interrupted", stage=ledger.board.stage, reason=reason))
+            else:
+                ledger.add(event("finished"))
+            return Summary(results, ledger.board, interrupted())
+
+
+def _stage(
+    stage: str,
+    sweep: Sweep,
+    results: Path,
+    command: str,
+    ledger: Ledger,
+    at_a_time: int,
+    interrupted: Callable[[], bool],
+) -> None:
+    """One stage to its end, or until interrupted."""
+    from raysparse.sweep.records import Records
+    from raysparse.sweep.scheduler import Rungs
+
+    _plan(stage, sweep, ledger)
+    facts = functools.cache(functools.partial(_facts, sweep, command, ledger))
+    callback = Records(ledger, results, lambda row: facts(row.trial_id), interrupted)
+    callback.repair()
+    if stage == "confirm" and not any(row.open for row in ledger.board.of_stage(stage)):
+        return
+    total_steps = space.parsed_base(sweep).train.steps
+    scheduler = Rungs(ledger, stage, total_steps, sweep.asha if stage == "search" else None)
+    tuner = _tuner(sweep, results, scheduler, _searcher(stage, sweep, results, ledger), callback, at_a_time)
+    try:
+        tuner.fit()
+    except KeyboardInterrupt:
+        if not interrupted():
+            raise
+    callback.repair()  # trials that failed before they were handed out
+
+
+def _plan(stage: str, sweep: Sweep, ledger: Ledger) -> None:
+    from raysparse.sweep import confirm
+    from raysparse.sweep.search import planned
+
+    if ledger.board.stage != stage:
+        ledger.add(event("stage", stage=stage))
+    if stage == "confirm":
+        confirm.plan(sweep, ledger)
+    elif sweep.grid is not None:
+        for point in space.grid_points(sweep):
+            trial = space.trial(sweep, point)
+            if trial.trial_id not in ledger.board.rows:
+                ledger.add(planned(trial, point, stage))
+
+
+def _searcher(stage: str, sweep: Sweep, results: Path, ledger: Ledger) -> Any:
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    from raysparse.sweep.search import Listed, Suggested
+    from raysparse.train import setup
+
+    tune_config = functools.partial(_tune_config, sweep, results)
+    if stage == "confirm" or sweep.search is None:
+        return Listed(ledger, stage, tune_config)
+    path = results / "optuna" / "study.log"
+    path.parent.mkdir(exist_ok=True)
+    for old in path.parent.iterdir():  # an older driver's; and the lock that it held when it was killed
+        old.unlink()
+    return Suggested(sweep, ledger, tune_config, JournalStorage(JournalFileBackend(str(path))), setup.check)
+
+
+def _tune_config(sweep: Sweep, results: Path, row: Row) -> dict[str, Any]:
+    """What a trial's process is told; the trial itself lies in a file, so that Tune's logs repeat only the point."""
+    write_text(results / "trials" / row.trial_id / "trial.json", json.dumps(row.config, indent=2) + "\n")
+    resources = sweep.resources
+    return {
+        "trial_id": row.trial_id,
+        "results": str(results),
+        "workers": resources.workers,
+        "cpus_per_worker": resources.cpus_per_worker,
+        "gpus_per_worker": resources.gpus_per_worker,
+        **row.point,
+    }
+
+
+def _facts(sweep: Sweep, command: str, ledger: Ledger, trial_id: str) -> Facts:
+    from raysparse.train import setup
+
+    row = ledger.board.rows[trial_id]
+    trial = parse(row.config, trial_id)
+    return setup.facts(trial, sweep=sweep.name, stage=row.stage, world_size=sweep.resources.workers, command=command)
+
+
+def _tuner(sweep: Sweep, results: Path, scheduler: Any, searcher: Any, callback: Any, at_a_time: int) -> Any:
+    from ray import tune
+
+    from raysparse.sweep import trainable, worker
+
+    resources = sweep.resources
+    if resources.workers == 1:
+        function: Callable[[dict[str, Any]], None] = trainable.train
+        per_trial = {"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker}
+    else:
+        function, per_trial = worker.train, dict(worker.DRIVER)
+    bundle = {name: value for name, value in per_trial.items() if value}
+    return tune.Tuner(
+        tune.with_resources(function, tune.PlacementGroupFactory([bundle])),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=-1,  # until the searcher has no more
+            max_concurrent_trials=at_a_time,
+            reuse_actors=resources.workers == 1,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(results),
+            callbacks=[callback],
+            failure_config=tune.FailureConfig(max_failures=LOST_PROCESS_RETRIES),
+            verbose=0,
+        ),
+    )
+
+
+def _name(trial: Any) -> str:
+    return str(trial.config["trial_id"])
+
+
+class _Signals:
+    """Whether Ctrl-C or SIGTERM came. A second one ends the process at once with 130, and Ray's processes with it."""
+
+    def __init__(self) -> None:
+        self._number: int | None = None
+
+    def came(self) -> bool:
+        return self._number is not None
+
+    def catch(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, self._handle)
+
+    def _handle(self, number: int, frame: Any) -> None:
+        if self.came():
+            os._exit(130)
+        self._number = number
+
+
+@contextmanager
+def _signals() -> Iterator[_Signals]:
+    """Signals caught in this block; afterwards they do what they did before."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals = _Signals()
+    signals.catch()
+    try:
+        yield signals
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)

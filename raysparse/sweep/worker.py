@@ -1,0 +1,87 @@
+"""Trials of several workers: a small driver in Tune, and in it Ray Train with one DDP process per worker.
+
+The driver takes memory but no CPU: at Tune's default of one CPU drivers would hold all CPUs and no worker start,
+and with 0.01 CPU two workers no longer fit on two cores.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from raysparse.sweep.trainable import failure, train_rank
+
+DRIVER = {"memory": 256 * 2**20}  # bytes; Tune refuses a bundle of nothing
+ATTEMPTS = 3  # starts of a trial's workers before the trial fails; only where one was lost, not where one raised
+
+BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
+
+
+def train(config: dict[str, Any]) -> None:
+    """Tune's function trainable for trials of several workers."""
+    from ray import tune
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+    from ray.train.v2.api.exceptions import TrainingFailedError
+    from ray.tune.integration.ray_train import TuneReportCallback
+
+    gpus = config["gpus_per_worker"]
+    for attempt in range(1, ATTEMPTS + 1):
+        trainer = TorchTrainer(
+            train_loop,
+            train_loop_config=config,
+            scaling_config=ScalingConfig(
+                num_workers=config["workers"],
+                use_gpu=gpus > 0,
+                resources_per_worker={"CPU": config["cpus_per_worker"], **({"GPU": gpus} if gpus else {})},
+            ),
+            run_config=RunConfig(
+                name=f"train-{config['trial_id']}-{time.time_ns()}",
+                storage_path=str(Path(config["results"]) / "train"),
+                callbacks=[TuneReportCallback()],
+                failure_config=FailureConfig(max_failures=0),  # here: only a lost worker is worth another start
+            ),
+        )
+        try:
+            trainer.fit()
+            return
+        except TrainingFailedError as error:
+            raised = _raised(error)
+            if raised is not None:
+                tune.report(failure(Path(config["results"]) / "trials" / config["trial_id"], raised))
+                return
+            if attempt == ATTEMPTS:
+                raise
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    """One rank. The process group is Ray Train's."""
+    import torch
+    from ray import train as ray_train
+    from ray.train.torch import get_device
+
+    context = ray_train.get_context()
+    device = get_device() if config["gpus_per_worker"] else torch.device("cpu")
+    train_rank(
+        config,
+        ray_train.report,
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        device=str(device),
+    )
+
+
+def _raised(error: BaseException) -> BaseException | None:
+    """The exception that a worker's own code raised; None where a worker or its node was lost.
+
+    The ranks beside a lost one raise as well, in their collective: `BROKEN` is what gloo and NCCL say then.
+    """
+    from ray.exceptions import RayActorError
+
+    failures = list(getattr(error, "worker_failures", {}).values())
+    causes = [getattr(failed, "cause", None) or failed.__cause__ or failed for failed in failures]
+    for cause in causes:
+        if isinstance(cause, RayActorError) or any(words in str(cause) for words in BROKEN):
+            return None
+    return causes[0] if causes else None

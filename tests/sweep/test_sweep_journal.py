@@ -1,0 +1,87 @@
+"""The journal survives a kill at any byte, and the board folds it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from raysparse.errors import UsageError
+from raysparse.sweep.board import Board, Ledger
+from raysparse.sweep.journal import Event, Journal, event, read
+
+
+def events() -> list[Event]:
+    planned = {
+        "stage": "search",
+        "method": "rigl",
+        "seed": 0,
+        "total_steps": 4,
+        "config": {"sparse": {"sparsity": 0.5}},
+    }
+    return [
+        event("stage", stage="search"),
+        event("planned", trial_id="a", point={"method": "rigl"}, number=0, **planned),
+        event("planned", trial_id="b", point={"method": "rigl"}, number=1, **planned),
+        event("started", trial_id="a", step=0),
+        event("report", trial_id="a", step=2, fid=3.0),
+        event("repeated", trial_id="a", number=2, point={"method": "rigl"}),
+        event("stopped", trial_id="b", step=2, fid=9.0, reason="place 2 of 2"),
+        event("completed", trial_id="a", step=4, fid=2.5),
+    ]
+
+
+def test_what_is_appended_is_read_back(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    for item in events():
+        journal.append(item)
+    journal.close()
+    assert [item.kind for item in read(tmp_path / "journal.jsonl")] == [item.kind for item in events()]
+
+
+def test_the_board_says_where_each_trial_is() -> None:
+    board = Board()
+    for item in events():
+        board.apply(item)
+    a, b = board.rows["a"], board.rows["b"]
+    assert (a.state, a.step, a.fid, a.fids) == ("COMPLETED", 4, 2.5, {2: 3.0, 4: 2.5})
+    assert (b.state, b.step, b.fid, b.reason) == ("STOPPED", 2, 9.0, "place 2 of 2")
+    assert a.setting("sparsity") == 0.5
+    assert [(repeat.number, repeat.trial_id) for repeat in board.repeats] == [(2, "a")]
+    assert board.counts() == {"COMPLETED": 1, "STOPPED": 1}
+    assert not board.finished
+
+
+def test_a_line_cut_off_at_any_byte_is_dropped_and_the_rest_stays(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.jsonl"
+    journal = Journal(whole)
+    for item in events()[:3]:
+        journal.append(item)
+    journal.close()
+    data = whole.read_bytes()
+    second = data.index(b"\n", data.index(b"\n") + 1) + 1
+    for size in range(second, len(data)):
+        path = tmp_path / f"cut{size}.jsonl"
+        path.write_bytes(data[:size])
+        assert len(list(read(path))) == 2
+        journal = Journal(path)
+        journal.append(events()[3])
+        journal.close()
+        assert [item.kind for item in read(path)] == ["stage", "planned", "started"]
+
+
+def test_a_damaged_line_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"kind":"stage","time":1}\n{"kind":\n{"kind":"finished","time":2}\n')
+    with pytest.raises(UsageError, match="line 2 is damaged"):
+        list(read(path))
+
+
+def test_an_event_is_on_disk_before_anyone_hears_of_it(tmp_path: Path) -> None:
+    heard = []
+    ledger = Ledger(tmp_path, lambda item: heard.append((item.kind, len(list(read(tmp_path / "journal.jsonl"))))))
+    for item in events()[:3]:
+        ledger.add(item)
+    ledger.close()
+    assert heard == [("stage", 1), ("planned", 2), ("planned", 3)]
+    assert list(Board.load(tmp_path).rows) == ["a", "b"]

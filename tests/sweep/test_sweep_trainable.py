@@ -1,0 +1,127 @@
+"""A trial's process: what it keeps, what it says again, and how it ends what is left of a killed sweep."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysparse import space
+from raysparse.space import Sweep
+from raysparse.sweep.trainable import claimed, read_reports, train_rank
+
+POINT = {"method": "rigl", "sparsity": 0.5, "prune_ratio": 0.5, "update_interval": 2}
+
+
+class Killed(BaseException):
+    """Ends a trial where it stands."""
+
+
+@pytest.fixture
+def told(tmp_path: Path, sweep_of: Callable[..., Sweep], ray_home: Path) -> dict[str, Any]:
+    """What Tune tells a trial's process, with the data prepared."""
+    from raysparse.train import setup
+
+    trial = space.trial(sweep_of(), POINT)
+    setup.prepare_data(trial)
+    folder = tmp_path / "trials" / trial.trial_id
+    folder.mkdir(parents=True)
+    (folder / "trial.json").write_text(trial.dump_json())
+    return {"trial_id": trial.trial_id, "results": str(tmp_path)}
+
+
+def run(told: dict[str, Any], kill_at: int | None = None) -> list[dict[str, Any]]:
+    said: list[dict[str, Any]] = []
+
+    def say(metrics: dict[str, Any]) -> None:
+        said.append(metrics)
+        if metrics["step"] == kill_at:
+            raise Killed
+
+    if kill_at is None:
+        train_rank(told, say)
+    else:
+        with pytest.raises(Killed):
+            train_rank(told, say)
+    return said
+
+
+def fids(said: list[dict[str, Any]]) -> list[tuple[int, float]]:
+    return [(metrics["step"], metrics["fid"]) for metrics in said]
+
+
+def test_a_restarted_trial_says_all_again_and_goes_on_to_the_same_bits(told: dict[str, Any], tmp_path: Path) -> None:
+    first = run(told, kill_at=4)
+    assert [metrics["step"] for metrics in first] == [2, 4]
+    again = run(told)
+    assert fids(again)[:2] == fids(first)
+    assert [metrics["step"] for metrics in again] == [2, 4, 6, 8]
+    folder = tmp_path / "trials" / told["trial_id"]
+    kept = read_reports(folder)
+    assert [(report.step, report.fid) for report in kept] == fids(again)
+    assert all(report.samples_png for report in kept)
+    assert "samples_png" not in again[0]
+    for path in (tmp_path / "checkpoints" / told["trial_id"]).iterdir():
+        path.rename(path.with_name(f"old-{path.name}"))  # from the start, for comparison
+    (folder / "reports.jsonl").unlink()
+    assert fids(run(told)) == fids(again)
+
+
+def test_a_report_without_its_checkpoint_is_made_again(told: dict[str, Any], tmp_path: Path) -> None:
+    first = run(told, kill_at=4)
+    checkpoints = tmp_path / "checkpoints" / told["trial_id"]
+    assert [path.name for path in sorted(checkpoints.iterdir())] == ["step-000000002", "step-000000004"]
+    damaged = checkpoints / "step-000000004" / "weights.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-8])
+    again = run(told)
+    assert [metrics["step"] for metrics in again] == [2, 4, 6, 8]
+    assert fids(again)[:2] == fids(first)
+
+
+def test_what_a_trial_raises_is_its_last_report(told: dict[str, Any], tmp_path: Path) -> None:
+    folder = tmp_path / "trials" / told["trial_id"]
+    (folder / "samples").write_text("in the way")
+    (last,) = run(told)
+    assert last["failed"].startswith(("FileExistsError", "NotADirectoryError"))
+    assert last["fid"] is None
+    assert "Traceback" in (folder / "error.txt").read_text()
+
+
+def test_a_settings_file_that_is_no_trial_is_said_without_a_class_name(told: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "trials" / told["trial_id"] / "trial.json"
+    path.write_text(json.dumps({"seed": -1}))
+    (last,) = run(told)
+    assert "seed: got -1" in last["failed"]
+    assert "UsageError" not in last["failed"]
+
+
+def test_a_process_left_of_a_killed_sweep_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raysparse.sweep.trainable.ORPHAN_S", 0.3)
+    code = "import sys,time;from pathlib import Path;from raysparse.sweep.trainable import claimed\n"
+    code += "with claimed(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
+    orphan = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
+    try:
+        assert orphan.stdout
+        assert orphan.stdout.readline() == b"mine\n"
+        with claimed(tmp_path):
+            assert orphan.wait(timeout=5) == -9
+            assert (tmp_path / "lock").read_text().startswith(f"{os.getpid()} ")
+    finally:
+        orphan.kill()
+        orphan.wait()
+        if orphan.stdout:
+            orphan.stdout.close()
+
+
+def test_a_holder_on_another_machine_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raysparse.sweep.trainable.ORPHAN_S", 0.1)
+    with claimed(tmp_path):
+        (tmp_path / "lock").write_text("1 elsewhere")
+        with pytest.raises(RuntimeError, match="another process trains this trial: 1 elsewhere"), claimed(tmp_path):
+            pass

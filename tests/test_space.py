@@ -1,0 +1,181 @@
+"""Sweep files: the walk over the axes, and everything that a file may get wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from raysparse import space
+from raysparse.errors import UsageError
+
+BASE: dict[str, Any] = {"train": {"steps": 100}, "evaluate": {"every_steps": 10}}
+GRID = {
+    "dense": {},
+    "static": {"sparsity": [0.5, 0.9]},
+    "rigl": {"sparsity": [0.5], "prune_ratio": [0.05, 0.5], "update_interval": [5]},
+}
+
+
+def sweep(**changes: Any) -> space.Sweep:
+    return space.parse({"name": "s", "base": BASE, "grid": GRID} | changes, "s.yaml")
+
+
+def test_a_grid_walks_every_combination_method_by_method() -> None:
+    trials = [space.trial(sweep(), point) for point in space.grid_points(sweep())]
+    got = [(t.sparse.method, t.sparse.sparsity, t.sparse.prune_ratio) for t in trials]
+    assert got == [
+        ("dense", None, None),
+        ("static", 0.5, None),
+        ("static", 0.9, None),
+        ("rigl", 0.5, 0.05),
+        ("rigl", 0.5, 0.5),
+    ]
+    assert len({t.trial_id for t in trials}) == 5
+    assert all(t.train.steps == 100 for t in trials)
+    assert space.trial_count(sweep()) == 5
+
+
+def test_shared_sparse_settings_count_only_for_methods_that_have_them() -> None:
+    s = sweep(base=BASE | {"sparse": {"allocation": "uniform", "update_interval": 7}})
+    dense, static, *_, rigl = [space.trial(s, point).sparse for point in space.grid_points(s)]
+    assert dense.allocation is None
+    assert (static.allocation, static.update_interval) == ("uniform", None)
+    assert (rigl.allocation, rigl.update_interval) == ("uniform", 5)
+
+
+def test_a_seed_makes_another_trial_of_the_same_point() -> None:
+    point = {"method": "static", "sparsity": 0.5}
+    first, second = space.trial(sweep(), point), space.trial(sweep(), point, seed=3)
+    assert second.seed == 3
+    assert first.trial_id != second.trial_id
+
+
+def test_dotted_axes_reach_any_setting() -> None:
+    s = sweep(grid={"dense": {"optimizer.lr": [1e-3, 4e-3], "data.options.spacing": [0.1]}})
+    trials = [space.trial(s, point) for point in space.grid_points(s)]
+    assert [t.optimizer.lr for t in trials] == [1e-3, 4e-3]
+    assert trials[0].data.options == {"spacing": 0.1}
+
+
+def test_the_digest_is_of_what_is_computed() -> None:
+    assert sweep().digest == sweep(base=BASE | {"data": {"source": "/somewhere"}}).digest
+    assert sweep().digest != sweep(confirm={"seeds": [1, 2]}).digest
+    again = space.parse(sweep().model_dump(mode="json"), "sweep.json")
+    assert again == sweep()
+    assert again.digest == sweep().digest
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"girds": {}}, ["unknown key 'girds'", "did you mean 'grid'"]),
+        ({"search": {"trials": 1, "axes": {"dense": {}}}}, ["either `grid:` or `search:`"]),
+        ({"grid": None}, ["either `grid:` or `search:`"]),
+        ({"grid": {}}, ["no method"]),
+        ({"grid": {"rigel": {}}}, ["unknown method 'rigel'", "did you mean 'rigl'"]),
+        ({"grid": {"dense": {"sparsity": [0.5]}}}, ["'dense' has no axis 'sparsity'"]),
+        ({"grid": {"static": {"sparsity": [0.5], "prune_ratio": [0.1]}}}, ["'static' has no axis 'prune_ratio'"]),
+        ({"grid": {"static": {"sparcity": [0.5]}}}, ["unknown axis 'sparcity'", "did you mean 'sparsity'"]),
+        ({"grid": {"static": {"sparsity": [0.5, 1.2]}}}, ["[0, 1)", "1.2"]),
+        ({"grid": {"static": {"sparsity": []}}}, ["static.sparsity has no values"]),
+        ({"grid": {"static": {"sparsity": {"low": 0.1, "high": 0.9}}}}, ["a grid takes a list", "search"]),
+        ({"grid": {"dense": {"seed": [1, 2]}}}, ["seed"]),
+        ({"grid": {"dense": {"train.steps": [1, 2]}}}, ["train.steps is not an axis"]),
+        ({"grid": {"dense": {"optimizer.learning": [1]}}}, ["unknown key 'learning'"]),
+        ({"base": {"train": {"stepz": 1}}}, ["did you mean 'steps'"]),
+        ({"base": BASE | {"sparse": {"method": "rigl"}}}, ["base.sparse", "unknown key 'method'"]),
+        ({"base": BASE | {"sparse": 3}}, ["base.sparse must be a mapping"]),
+        ({"asha": {"grace_steps": 100}}, ["not below train.steps 100"]),
+        ({"asha": {"grace_steps": 15}}, ["not a multiple of evaluate.every_steps 10"]),
+        ({"asha": {"grace_steps": 10, "reduction_factor": 1}}, ["reduction_factor", "1"]),
+        ({"asha": {"grace": 10}}, ["unknown key 'grace'", "did you mean 'grace_steps'"]),
+        ({"confirm": {"seeds": [1, 1]}}, ["seeds must differ"]),
+        ({"confirm": {"seeds": [0, 1]}}, ["the search's own seed 0"]),
+        ({"confirm": {"seeds": []}}, ["seeds"]),
+        ({"resources": {"workers": 3}}, ["batch_size 128", "3 workers"]),
+        ({"name": "../up"}, ["name", "../up"]),
+    ],
+)
+def test_a_bad_file_is_refused_with_the_place_and_the_rule(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        sweep(**changes)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def search(**changes: Any) -> space.Sweep:
+    axes = {"dense": {}, "rigl": {"sparsity": [0.5, 0.9], "prune_ratio": {"low": 0.05, "high": 0.5, "log": True}}}
+    return sweep(grid=None, search={"trials": 8, "axes": axes} | changes)
+
+
+def test_a_search_takes_ranges_and_seed_points() -> None:
+    s = search(seed_points=[{"method": "rigl", "sparsity": 0.5, "prune_ratio": 0.1}, {"method": "dense"}])
+    assert space.trial_count(s) == 8
+    assert s.search is not None
+    assert space.trial(s, dict(s.search.seed_points[0])).sparse.prune_ratio == 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"seed_points": [{"method": "rigl", "sparsity": 0.7}]}, ["outside its axis", "0.7"]),
+        ({"seed_points": [{"method": "rigl", "prune_ratio": 0.9}]}, ["outside its axis", "0.9"]),
+        ({"seed_points": [{"sparsity": 0.5}]}, ["method must be one of dense, rigl"]),
+        ({"seed_points": [{"method": "dense", "sparsity": 0.5}]}, ["unknown axis 'sparsity'"]),
+        ({"axes": {"rigl": {"sparsity": {"low": 0.9, "high": 0.1}}}}, ["low must be below high"]),
+        ({"axes": {"rigl": {"prune_ratio": {"low": 0, "high": 0.1, "log": True}}}}, ["log needs low > 0"]),
+        ({"axes": {"rigl": {"sparsity": {"low": 0.5, "high": 1.5}}}}, ["[0, 1)"]),
+        ({"sampler": "gp"}, ["sampler", "gp"]),
+        ({"trials": 0}, ["trials", "0"]),
+        ({"samples": 3}, ["unknown key 'samples'", "search"]),
+    ],
+)
+def test_a_bad_search_is_refused(changes: dict[str, Any], words: list[str]) -> None:
+    with pytest.raises(UsageError) as caught:
+        search(**changes)
+    for word in words:
+        assert word in str(caught.value)
+
+
+def test_whole_numbers_make_an_integer_range() -> None:
+    assert space.Range(low=50, high=400).integer
+    assert not space.Range(low=0.05, high=0.5).integer
+    assert not space.Range(low=0, high=1).integer
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("name: a\nname: b\n", "stands twice"),
+        ("- a\n- b\n", "must be a mapping"),
+        ("a: [1\n", "not valid YAML"),
+        ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+        ("", "must be a mapping"),
+        ("1: 2\n", "must be a mapping"),
+    ],
+)
+def test_yaml_that_is_no_sweep_names_the_file(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UsageError, match=r"bad\.yaml") as caught:
+        space.load(path)
+    assert words in str(caught.value)
+    with pytest.raises(UsageError, match="cannot read"):
+        space.load(tmp_path / "absent.yaml")
+
+
+def test_overrides_reach_into_the_file_before_it_is_checked(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("grid: {dense: {}}\nbase: {train: {steps: 50}}\n")
+    loaded = space.load(path, {"base.train.steps": 70})
+    assert loaded.name == "mine"
+    assert space.parsed_base(loaded).train.steps == 70
+    with pytest.raises(UsageError, match="did you mean 'steps'"):
+        space.load(path, {"base.train.stepz": 70})
+
+
+def test_a_grid_without_the_dense_baseline_gets_it() -> None:
+    points = space.grid_points(sweep(grid={"static": {"sparsity": [0.5]}}))
+    assert points == [{"method": "dense"}, {"method": "static", "sparsity": 0.5}]
