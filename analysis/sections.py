@@ -1,0 +1,221 @@
+"""The comparable parts of a results folder, and what each part says.
+
+Two FIDs are comparable where protocol, model and data set are the same: one Section each, and no table, figure or
+ranking ever joins two sections. Within a section, configurations come from two stages:
+
+    confirm   one row per configuration: mean and standard deviation over seeds, and a verdict against dense
+    search    (and `single`) one row per trial, one seed each: a value, no spread, no claim
+
+A confirmed row never pools the search trial that made it a winner: that one was picked for being low.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis import stats
+from analysis.load import Records
+
+CONFIDENCE = 0.95
+DENSE = "dense"
+GOT_INTERVAL = (stats.NO_DIFFERENCE, "lower", "higher")
+
+# Facts that are the same in every seed of a configuration.
+SAME = [
+    "configuration", "stage", "method", "sparsity", "prune_ratio", "update_interval_steps", "allocation",
+    "other_settings", "total_steps", "batch_size", "world_size", "params_total", "params_active",
+    "flops_inference_true", "flops_inference_paper", "flops_train_true", "flops_train_paper",
+    "model", "dataset", "protocol",
+]  # fmt: skip
+RATIOS = {
+    "params_ratio": ("params_active", "params_total"),
+    "flops_inference_ratio": ("flops_inference_true", "flops_inference_dense_true"),
+    "flops_inference_paper_ratio": ("flops_inference_paper", "flops_inference_dense_paper"),
+    "flops_train_ratio": ("flops_train_true", "flops_train_dense_true"),
+    "flops_train_paper_ratio": ("flops_train_paper", "flops_train_dense_paper"),
+}
+
+
+@dataclass(frozen=True)
+class Section:
+    """One protocol, model and data set. Columns of `trials` and `reports`: analysis.load."""
+
+    protocol_text: str
+    model: str
+    dataset: str
+    trials: pd.DataFrame
+    reports: pd.DataFrame
+
+    @cached_property
+    def protocol(self) -> dict[str, Any]:
+        """The protocol's fields; `{"protocol": text}` where the text is not a JSON object."""
+        try:
+            fields = json.loads(self.protocol_text)
+        except ValueError:
+            fields = None
+        return fields if isinstance(fields, dict) else {"protocol": self.protocol_text}
+
+    @property
+    def extractor(self) -> str:
+        return str(self.protocol.get("extractor", "unknown extractor"))
+
+    @property
+    def fid_name(self) -> str:
+        """`FID` for Inception's features as in the papers, else `FID (<extractor>)`: another number altogether."""
+        return "FID" if self.extractor == "inception" else f"FID ({self.extractor})"
+
+    @property
+    def kid_name(self) -> str:
+        return "KID" if self.extractor == "inception" else f"KID ({self.extractor})"
+
+    @cached_property
+    def configurations(self) -> pd.DataFrame:
+        """One row per confirmed configuration and per trial of the other stages, results or not.
+
+        SAME, RATIOS and: trial_id (search only), seeds (results), seeds_started, seeds_failed, fid_mean, fid_std,
+        fid_values (list), kid_mean, kid_std, density, train_s (mean), train_s_ratio (per step, to the dense row of the
+        stage), fid_difference, fid_difference_low, fid_difference_high, verdict (confirmed sparse rows: against dense).
+        Ordered: confirmed before search, dense first, then by FID.
+        """
+        rows = pd.DataFrame([_aggregate(group) for group in _groups(self.trials)])
+        rows = _against_dense(rows)
+        order = {"confirm": 0, "single": 1, "search": 2}
+        rank = rows.assign(_stage=rows["stage"].map(order).fillna(3), _sparse=rows["method"].ne(DENSE))
+        rank = rank.sort_values(
+            ["_stage", "_sparse", "fid_mean", "method", "sparsity"], kind="stable", ignore_index=True
+        )
+        return rank.drop(columns=["_stage", "_sparse"])
+
+    @cached_property
+    def confirmed(self) -> pd.DataFrame:
+        """Configurations of the confirm stage that have at least one result."""
+        rows = self.configurations
+        return rows[rows["stage"].eq("confirm") & rows["seeds"].gt(0)]
+
+    @cached_property
+    def searched(self) -> pd.DataFrame:
+        """Trials of the other stages that have a result."""
+        rows = self.configurations
+        return rows[rows["stage"].ne("confirm") & rows["seeds"].gt(0)]
+
+    @cached_property
+    def ranked(self) -> pd.DataFrame:
+        """What "best" is picked from: the confirmed results, or the search's where no sparse one is confirmed."""
+        return self.confirmed if self.confirmed["method"].ne(DENSE).any() else self.searched
+
+    @property
+    def dense(self) -> dict[str, Any] | None:
+        """The dense configuration with the lowest FID, in the stage of `ranked` where there is one."""
+        stages = (self.ranked, self.confirmed, self.searched)
+        return next(filter(None, (_lowest(rows[rows["method"].eq(DENSE)]) for rows in stages)), None)
+
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """The sparse configuration with the lowest (mean) FID."""
+        return _lowest(self.ranked[self.ranked["method"].ne(DENSE)])
+
+    @property
+    def cheapest_without_difference(self) -> dict[str, Any] | None:
+        """The confirmed sparse configuration with fewest inference FLOPs that is not shown to be worse than dense."""
+        rows = self.confirmed[self.confirmed["verdict"].isin([stats.NO_DIFFERENCE, "lower"])]
+        return None if rows.empty else dict(rows.sort_values(["flops_inference_true", "fid_mean"]).iloc[0])
+
+    @property
+    def comparisons(self) -> int:
+        """How many confirmed sparse configurations are judged against dense at once."""
+        return int(self.confirmed["verdict"].isin(GOT_INTERVAL).sum())
+
+    def methods(self) -> list[str]:
+        """All methods of this section, dense first."""
+        return sorted(self.trials["method"].unique(), key=lambda name: (name != DENSE, name))
+
+
+def split(records: Records) -> list[Section]:
+    """The sections of a results folder, the one with most trials first."""
+    sections = []
+    for (protocol, model, dataset), trials in records.trials.groupby(["protocol", "model", "dataset"], dropna=False):
+        reports = records.reports[records.reports["trial_id"].isin(trials["trial_id"])]
+        sections.append(Section(protocol, model, dataset, trials, reports))
+    return sorted(sections, key=lambda section: -len(section.trials))
+
+
+def _groups(trials: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    confirmed = trials["stage"].eq("confirm")
+    for _, group in trials[confirmed].groupby("configuration", sort=True):
+        yield group
+    for _, trial in trials[~confirmed].groupby("trial_id", sort=True):
+        yield trial
+
+
+def _aggregate(group: pd.DataFrame) -> dict[str, Any]:
+    # A seed counts once, should two trials of one configuration share it.
+    done = group[group["result_fid"].notna()].drop_duplicates("seed", keep="last")
+    facts = group.iloc[0]
+    confirmed = facts["stage"] == "confirm"
+    fid, kid = stats.sample(done["result_fid"]), stats.sample(done["result_kid"].dropna())
+    return {
+        **{name: facts[name] for name in SAME},
+        **{name: _ratio(facts[above], facts[below]) for name, (above, below) in RATIOS.items()},
+        "trial_id": None if confirmed else facts["trial_id"],
+        "seeds": fid.n,
+        "seeds_started": group["seed"].nunique(),
+        "seeds_failed": int((group["state"].eq("FAILED") | group["diverged"]).sum()),
+        "fid_mean": fid.mean,
+        "fid_std": fid.std,
+        "fid_values": done["result_fid"].tolist(),
+        "kid_mean": kid.mean,
+        "kid_std": kid.std,
+        "density": done["density"].mean(),
+        "train_s": done["train_s"].mean(),
+    }
+
+
+def _against_dense(rows: pd.DataFrame) -> pd.DataFrame:
+    verdicts = []
+    confirmed = rows[rows["stage"].eq("confirm") & rows["seeds"].gt(0)]
+    dense = {
+        stage: _lowest(rows[rows["stage"].eq(stage) & rows["method"].eq(DENSE)]) for stage in rows["stage"].unique()
+    }
+    judge = dense.get("confirm")
+    rivals = [
+        row for row in confirmed.to_dict("records") if row["method"] != DENSE and judge and _same_budget(row, judge)
+    ]
+    confidence = stats.simultaneous(CONFIDENCE, sum(row["seeds"] >= 2 for row in rivals))
+    for row in rows.to_dict("records"):
+        base = dense[row["stage"]]
+        verdict: dict[str, Any] = {"train_s_ratio": _seconds_ratio(row, base) if base else np.nan}
+        verdict |= dict.fromkeys(("fid_difference", "fid_difference_low", "fid_difference_high"), np.nan)
+        verdict["verdict"] = None
+        if judge and row["stage"] == "confirm" and row["method"] != DENSE and row["seeds"] and _same_budget(row, judge):
+            gap = stats.welch(row["fid_values"], judge["fid_values"], confidence)
+            verdict |= {"fid_difference": gap.estimate, "fid_difference_low": gap.low, "fid_difference_high": gap.high}
+            verdict["verdict"] = gap.verdict
+        verdicts.append(verdict)
+    return pd.concat([rows, pd.DataFrame(verdicts)], axis=1)
+
+
+def _same_budget(row: dict[str, Any], dense: dict[str, Any]) -> bool:
+    return all(row[name] == dense[name] for name in ("total_steps", "batch_size"))
+
+
+def _lowest(rows: pd.DataFrame) -> dict[str, Any] | None:
+    rows = rows[rows["fid_mean"].notna()]
+    return None if rows.empty else dict(rows.sort_values("fid_mean", kind="stable").iloc[0])
+
+
+def _seconds_ratio(row: dict[str, Any], dense: dict[str, Any]) -> float:
+    """Measured seconds a step over dense's; NaN where batch or workers differ, for then it is not sparsity's doing."""
+    if any(row[name] != dense[name] for name in ("batch_size", "world_size")):
+        return float("nan")
+    return _ratio(_ratio(row["train_s"], row["total_steps"]), _ratio(dense["train_s"], dense["total_steps"]))
+
+
+def _ratio(above: float, below: float) -> float:
+    return float(above / below) if below and not pd.isna(above) and not pd.isna(below) else float("nan")

@@ -1,0 +1,231 @@
+"""The tables of a section: raw numbers for CSV, one formatting of them for Markdown and HTML.
+
+`Table.frame` is what the CSV holds (all digits, units in the column names); `Table.columns` says what a reader sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from analysis import markup, words
+from analysis.markup import Html, join, tag
+from analysis.sections import CONFIDENCE, DENSE, Section
+
+Row = dict[str, Any]
+
+LONG = 32  # characters; longer words break into lines
+
+
+@dataclass(frozen=True)
+class Column:
+    """One visible column. text: row -> what stands in the cell (plain text, escaped later)."""
+
+    heading: str
+    text: Callable[[Row], str]
+    numeric: bool = True
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table under a file name; empty frames are allowed and say `nothing`."""
+
+    name: str
+    title: str
+    caption: str
+    frame: pd.DataFrame
+    columns: tuple[Column, ...]
+    nothing: str = "Nothing to show yet."
+
+    @property
+    def rows(self) -> list[Row]:
+        return [{str(key): value for key, value in row.items()} for row in self.frame.to_dict("records")]
+
+    def csv(self) -> str:
+        """RFC 4180 text, a header line, empty cells for what is missing."""
+        return str(self.frame.to_csv(index=False, lineterminator="\n"))
+
+    def markdown(self, most: int | None = None) -> str:
+        """A GitHub table; beyond `most` rows a line says how many are left out."""
+        if self.frame.empty:
+            return self.nothing + "\n"
+        lines = [[markup.markdown(column.heading) for column in self.columns]]
+        lines += [[markup.markdown(column.text(row)) for column in self.columns] for row in self.rows[:most]]
+        rule = ["---:" if column.numeric else ":---" for column in self.columns]
+        out = [f"| {' | '.join(cells)} |" for cells in [lines[0], rule, *lines[1:]]]
+        left = len(self.frame) - len(self.rows[:most])
+        return "\n".join(out + ([f"\n{left} more rows in {self.name}.md"] if left else [])) + "\n"
+
+    def html(self) -> Html:
+        """The table in a box that scrolls on its own."""
+        if self.frame.empty:
+            return tag("p", self.nothing, class_="nothing")
+        kinds = ["number" if column.numeric else "words" for column in self.columns]
+        head = [tag("th", c.heading, scope="col", class_=kind) for c, kind in zip(self.columns, kinds, strict=True)]
+        body = [
+            tag("tr", *(_cell(column.text(row), kind) for column, kind in zip(self.columns, kinds, strict=True)))
+            for row in self.rows
+        ]
+        table = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body))
+        box = tag("div", table, class_="scroll", tabindex="0", role="region", aria_label=self.title)
+        return join(box, tag("p", self.caption, class_="caption"))
+
+
+def _settings() -> tuple[Column, ...]:
+    return (
+        Column("method", lambda row: words.text(row["method"]), numeric=False),
+        Column("S", lambda row: words.plain_number(row["sparsity"])),
+        Column("p", lambda row: words.plain_number(row["prune_ratio"])),
+        Column("ΔTe", lambda row: words.integer(row["update_interval_steps"])),
+    )
+
+
+def _other(frame: pd.DataFrame) -> tuple[Column, ...]:
+    """The column of further settings, where any vary."""
+    if not frame["other_settings"].astype(bool).any():
+        return ()
+    return (Column("other settings", lambda row: words.text(row["other_settings"]), numeric=False),)
+
+
+def _results(section: Section, against: tuple[Column, ...] = ()) -> tuple[Column, ...]:
+    return (
+        Column("seeds", _seeds),
+        Column(section.fid_name, lambda row: words.spread(row["fid_mean"], row["fid_std"])),
+        *against,
+        Column(section.kid_name, lambda row: words.spread(row["kid_mean"], row["kid_std"])),
+        Column("params active", lambda row: words.integer(row["params_active"])),
+        Column("params ratio", lambda row: words.ratio(row["params_ratio"])),
+        Column("inference FLOPs ratio", lambda row: words.ratio(row["flops_inference_ratio"])),
+        Column("train FLOPs ratio", lambda row: words.ratio(row["flops_train_ratio"])),
+        Column("train time", lambda row: words.duration(row["train_s"])),
+        Column("time ratio", lambda row: words.ratio(row["train_s_ratio"])),
+    )
+
+
+_AGAINST = (
+    Column("minus dense", lambda row: _difference(row)),
+    Column("verdict", lambda row: words.text(row["verdict"]), numeric=False),
+)
+
+
+def main(section: Section) -> Table:
+    """Every configuration with a result, confirmed ones first."""
+    frame = section.configurations
+    frame = frame[frame["seeds"].gt(0) | frame["stage"].eq("confirm")]
+    against = _AGAINST if frame["verdict"].notna().any() else ()
+    columns = (*_settings(), *_other(frame), Column("stage", lambda row: row["stage"], numeric=False))
+    caption = (
+        "FID of the last report at full budget. Confirmed rows: mean ± standard deviation over seeds; search rows: one "
+        "seed, no spread, no claim. Ratios are to the same model at S = 0; the time ratio is of measured seconds per "
+        "step, to the dense row of the same stage."
+    )
+    if against:
+        sure = words.percent(CONFIDENCE)
+        caption += f" In brackets: Welch intervals at {sure}"
+        caption += f", all {section.comparisons} together." if section.comparisons > 1 else "."
+    return Table(
+        "main", "Configurations", caption, frame.drop(columns="fid_values"), (*columns, *_results(section, against)),
+        "No trial has reached its full budget yet.",
+    )  # fmt: skip
+
+
+def summary(section: Section) -> Table:
+    """Dense and the best configuration of each method, of the confirmed results where there are any."""
+    ranked = section.ranked.sort_values("fid_mean", kind="stable").drop_duplicates("method")
+    ranked = ranked.sort_values("method", key=lambda names: names.ne(DENSE), kind="stable")
+    stage = "confirmed, over seeds" if len(ranked) and ranked["stage"].eq("confirm").all() else "search, one seed each"
+    return Table(
+        "summary", "Dense and the best of each method", f"The lowest FID per method ({stage}).",
+        ranked.drop(columns="fid_values"), (*_settings(), *_other(ranked), *_results(section)),
+        "No trial has reached its full budget yet.",
+    )  # fmt: skip
+
+
+def trials(section: Section) -> Table:
+    """Every trial, whatever became of it."""
+    keep = [
+        "trial_id", "stage", "seed", "method", "sparsity", "prune_ratio", "update_interval_steps", "allocation",
+        "other_settings", "configuration", "state", "state_reason", "step", "total_steps", "stopped_at_step", "fid",
+        "kid", "kid_std", "result_fid", "result_kid", "train_loss", "validation_loss", "density", "topology_updates",
+        "params_total", "params_active", "flops_inference_true", "flops_inference_paper", "flops_train_true",
+        "flops_train_paper", "flops_spent_true", "flops_spent_paper", "train_s", "evaluate_s", "peak_memory_bytes",
+        "batch_size", "world_size", "reports", "sweep", "command",
+        "model", "dataset", "protocol",
+    ]  # fmt: skip
+    columns = (
+        Column("trial", lambda row: row["trial_id"], numeric=False),
+        Column("stage", lambda row: row["stage"], numeric=False),
+        Column("seed", lambda row: words.integer(row["seed"])),
+        *_settings(),
+        *_other(section.trials),
+        Column("state", lambda row: words.text(row["state"]).lower(), numeric=False),
+        Column("step", lambda row: f"{words.integer(row['step'])} / {words.integer(row['total_steps'])}"),
+        Column(f"last {section.fid_name}", lambda row: words.number(row["fid"])),
+        Column("validation loss", lambda row: words.number(row["validation_loss"])),
+        Column("density", lambda row: words.ratio(row["density"])),
+        Column("train time", lambda row: words.duration(row["train_s"])),
+        Column("evaluation", lambda row: words.duration(row["evaluate_s"])),
+        Column("reason", lambda row: words.text(row["state_reason"]), numeric=False),
+    )
+    frame = section.trials[keep].sort_values(["stage", "method", "sparsity", "trial_id"], kind="stable")
+    caption = "The last report of each trial. Values of trials that ended early are not results."
+    return Table("trials", "Trials", caption, frame, columns)
+
+
+def stopped(section: Section) -> Table:
+    """What the trial scheduler ended before its budget, when, and what that saved."""
+    frame = stopped_trials(section)
+    columns = (
+        Column("trial", lambda row: row["trial_id"], numeric=False),
+        *_settings(),
+        *_other(frame),
+        Column("stopped at", lambda row: words.integer(row["stopped_at_step"])),
+        Column("of steps", lambda row: words.integer(row["total_steps"])),
+        Column("steps saved", lambda row: words.integer(row["steps_saved"])),
+        Column("train FLOPs saved", lambda row: words.scientific(row["flops_saved_true"])),
+        Column(f"{section.fid_name} then", lambda row: words.number(row["fid"])),
+        Column("reason", lambda row: words.text(row["state_reason"]), numeric=False),
+    )
+    caption = "Trials ended early by the trial scheduler, earliest first; FLOPs in the true convention."
+    return Table("stopped", "Stopped early", caption, frame, columns, "No trial was stopped early.")
+
+
+def stopped_trials(section: Section) -> pd.DataFrame:
+    """Stopped trials with `steps_saved` and `flops_saved_true`, earliest first."""
+    frame = section.trials[section.trials["state"].eq("STOPPED") & ~section.trials["full_budget"]]
+    at = frame["stopped_at_step"].fillna(frame["step"]).fillna(0)
+    saved = (frame["total_steps"] - at).clip(lower=0)
+    frame = frame.assign(
+        stopped_at_step=at, steps_saved=saved, flops_saved_true=frame["flops_train_true"] * saved / frame["total_steps"]
+    )
+    keep = [
+        "trial_id", "stage", "seed", "method", "sparsity", "prune_ratio", "update_interval_steps", "other_settings",
+        "configuration", "stopped_at_step", "total_steps", "steps_saved", "flops_saved_true", "fid", "kid",
+        "state_reason", "model", "dataset", "protocol",
+    ]  # fmt: skip
+    return frame[keep].sort_values(["stopped_at_step", "trial_id"], kind="stable", ignore_index=True)
+
+
+def all_tables(section: Section) -> list[Table]:
+    return [summary(section), main(section), stopped(section), trials(section)]
+
+
+def _cell(text: str, kind: str) -> Html:
+    return tag("td", text, class_=f"{kind} long" if len(text) > LONG and kind == "words" else kind)
+
+
+def _seeds(row: Row) -> str:
+    if row["seeds"] == row["seeds_started"]:
+        return str(row["seeds"])
+    return f"{row['seeds']} of {row['seeds_started']}"
+
+
+def _difference(row: Row) -> str:
+    estimate, low, high = (
+        words.signed(row[name], row["fid_mean"])
+        for name in ("fid_difference", "fid_difference_low", "fid_difference_high")
+    )
+    return estimate if low == words.NONE else f"{estimate} ({low} to {high})"

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import io
+import math
+
+import pandas as pd
+import pytest
+from synthetic_records import Folder, facts
+
+from analysis import markup, tables, words
+from analysis.load import read
+from analysis.sections import Section, split
+
+
+def only(folder: Folder) -> Section:
+    (section,) = split(read(folder.path))
+    return section
+
+
+def cells(markdown: str) -> list[dict[str, str]]:
+    lines = [line for line in markdown.splitlines() if line.startswith("|")]
+    rows = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return [dict(zip(rows[0], row, strict=True)) for row in rows[2:]]
+
+
+def test_the_main_table_by_hand(sweep: Folder) -> None:
+    rows = cells(tables.main(only(sweep)).markdown())
+    assert len(rows) == 4 + 6  # confirmed, and search trials with a result: stopped and failed ones have none
+    dense, best = rows[:2]
+    assert (dense["method"], dense["stage"], dense["FID (stroke_stats)"]) == ("dense", "confirm", "11.00 ± 1.00")
+    assert best == {
+        "method": "rigl", "S": "0.5", "p": "0.5", "ΔTe": "100", "stage": "confirm", "seeds": "3",
+        "FID (stroke_stats)": "11.50 ± 1.00", "KID (stroke_stats)": "0.0115 ± 0.0010", "params active": "32,510",
+        "params ratio": "0.50", "inference FLOPs ratio": "0.50", "train FLOPs ratio": "0.50", "train time": "40 s",
+        "time ratio": "1.00", "minus dense": "+0.50 (−2.73 to +3.73)", "verdict": "no difference shown",
+    }  # fmt: skip
+    assert {row["stage"] for row in rows[4:]} == {"search"}
+    assert not any("±" in row["FID (stroke_stats)"] for row in rows[4:])
+
+
+def test_the_csv_has_every_digit_and_the_protocol(sweep: Folder) -> None:
+    section = only(sweep)
+    frame = pd.read_csv(io.StringIO(tables.main(section).csv()))
+    assert len(frame) == len(tables.main(section).frame)
+    best = frame[frame["method"].eq("rigl") & frame["sparsity"].eq(0.5) & frame["stage"].eq("confirm")].iloc[0]
+    assert best["fid_mean"] == 11.5
+    assert best["params_ratio"] == 32510 / 65019
+    assert best["protocol"] == section.protocol_text
+
+
+def test_the_summary_has_dense_and_the_best_of_each_confirmed_method(sweep: Folder) -> None:
+    rows = cells(tables.summary(only(sweep)).markdown())
+    assert [(row["method"], row["S"]) for row in rows] == [("dense", "0"), ("rigl", "0.5"), ("static", "0.5")]
+
+
+def test_what_was_stopped_when_and_what_it_saved(sweep: Folder) -> None:
+    table = tables.stopped(only(sweep))
+    assert table.frame["stopped_at_step"].tolist() == [100, 100, 200]
+    assert table.frame["steps_saved"].tolist() == [300, 300, 200]
+    # S = .75 costs .25 of 1e11 FLOPs; half of its steps were saved.
+    assert table.frame["flops_saved_true"].iloc[2] == pytest.approx(0.25 * 1e11 / 2)
+    assert "ASHA: rung 100" in table.markdown()
+
+
+def test_every_trial_is_in_the_trials_table(sweep: Folder) -> None:
+    table = tables.trials(only(sweep))
+    assert len(table.frame) == 22
+    failed = next(row for row in cells(table.markdown()) if row["state"] == "failed")
+    assert (failed["step"], failed["reason"]) == ("– / 400", "out of memory")
+
+
+def test_a_folder_without_results_has_tables_that_say_so(folder: Folder) -> None:
+    folder.add(facts("rigl", 0.5, stage="search"), [], "RUNNING")
+    section = only(folder)
+    assert "No trial has reached its full budget yet." in tables.main(section).markdown()
+    assert "No trial was stopped early." in tables.stopped(section).html()
+    for table in tables.all_tables(section):
+        assert table.csv().startswith(("configuration,", "trial_id,"))
+
+
+def test_markdown_beyond_the_limit_says_how_many_rows_are_left_out(sweep: Folder) -> None:
+    text = tables.main(only(sweep)).markdown(most=4)
+    assert len(cells(text)) == 4
+    assert "6 more rows in main.md" in text
+
+
+def test_hostile_text_stays_in_its_cell(folder: Folder) -> None:
+    folder.add(facts("rigl", 0.5, trial_id="a|b <script>alert(1)<"), [(100, 1.0)], "STOPPED", reason="x\n| y | `z`")
+    table = tables.stopped(only(folder))
+    assert r"a\|b \<script\>alert(1)\<" in table.markdown()
+    assert r"x \| y \| \`z\`" in table.markdown()
+    assert "&lt;script&gt;" in table.html()
+    assert "<script" not in table.html()
+
+
+@pytest.mark.parametrize(
+    ("mean", "std", "shown"),
+    [
+        (12.3456, 0.4, "12.35 ± 0.40"),
+        (123.456, 3.21, "123.5 ± 3.2"),
+        (0.012345, 0.0004, "0.0123 ± 0.0004"),
+        (9000.5, 0.07, "9,000.50 ± 0.07"),
+        (5.0, 0.0, "5.00 ± 0.00"),
+        (5.0, math.nan, "5.00"),
+        (math.nan, math.nan, "–"),
+        (0.0, 0.0, "0.00 ± 0.00"),
+        (-1.5, 0.25, "-1.50 ± 0.25"),
+    ],
+)
+def test_decimals_follow_size_and_spread(mean: float, std: float, shown: str) -> None:
+    assert words.spread(mean, std) == shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"), [(3.21, "3.2 s"), (59.6, "60 s"), (600, "10 min"), (36_000, "10.0 h"), (math.nan, "–")]
+)
+def test_durations(seconds: float, shown: str) -> None:
+    assert words.duration(seconds) == shown
+
+
+def test_small_words() -> None:
+    assert words.scientific(1.92036e13) == "1.92e13"
+    assert words.percent(0.5) == "50\N{NO-BREAK SPACE}%"
+    assert words.percent(0.0123) == "1.2\N{NO-BREAK SPACE}%"
+    assert words.ratio(0.09999) == "0.10"
+    assert words.ratio(0.0123) == "0.012"
+    assert words.listed(["a"]) == "a"
+    assert words.listed(["a", "b", "c"]) == "a, b and c"
+    assert words.listed([*"abcdefgh"], most=3) == "a, b and 6 more"
+
+
+def test_tags_escape_text_and_attributes_but_not_markup() -> None:
+    inner = markup.tag("b", "<i>")
+    assert markup.tag("p", inner, "&", class_="x", data_y='"<', id=None) == (
+        '<p class="x" data-y="&quot;&lt;"><b>&lt;i&gt;</b>&amp;</p>'
+    )
+    assert markup.tag("img", alt="a") == '<img alt="a">'
