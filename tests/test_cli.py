@@ -1,0 +1,135 @@
+"""The command line: exit codes, words, and that results alone go to stdout."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from raysparse import cli
+
+SPACES = Path(__file__).resolve().parents[1] / "tune_spaces"
+QUICK = {
+    "data.name": "hershey",
+    "model.options.hidden": 8,
+    "model.options.layers": 1,
+    "train.steps": 4,
+    "train.batch_size": 16,
+    "evaluate.every_steps": 2,
+    "evaluate.generated": 32,
+    "evaluate.ddim_steps": 2,
+    "evaluate.references": 64,
+    "sparse.method": "rigl",
+    "sparse.update_interval": 1,
+}
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory):
+    """Run a command line; gives (exit code, stdout, stderr)."""
+    monkeypatch.setenv("RAYSPARSE_DATA", str(tmp_path_factory.getbasetemp() / "cli-data"))
+
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["raysparse", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+def settings(**changes: object) -> list[str]:
+    return [word for name, value in (QUICK | changes).items() for word in ("--set", f"{name}={value}")]
+
+
+def test_version(run) -> None:
+    assert run("--version")[:2] == (0, "0.1.0\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["sweep", "absent.yaml"], "cannot read absent.yaml"),
+        (["train", "--set", "sparse.sparcity=0.5"], "did you mean 'sparsity'"),
+        (["train", "--set", "sparse.method=static", "--set", "sparse.sparsity=1"], "[0, 1)"),
+        (["train", "--set", "train.steps"], "--set takes KEY=VALUE"),
+        (["train", "--set", "train.steps=[1"], "not a YAML value"),
+        (["train", "--set", "model.options.hiden=3"], "did you mean 'hidden'"),
+        (["train", "--set", "data.name=hershy"], "did you mean 'hershey'"),
+        (["train", "--set", "evaluate.extractor=none"], "unknown extractor"),
+        (["train", "--data", "absent.npz", "--set", "data.name=kanjivg"], "absent.npz"),
+        (["prepare", "kanjivg", "--path", "absent.npz"], "absent.npz"),
+        (["prepare", "nothing"], "unknown dataset 'nothing'"),
+        (["cost"], "give a sweep file or --model"),
+        (["cost", "--model", "chirodif"], "did you mean 'chirodiff'"),
+        (["resume", "absent"], "absent"),
+        (["nonsense"], "nonsense"),
+    ],
+)
+def test_a_mistake_is_told_without_a_traceback(run, words: list[str], message: str) -> None:
+    code, out, err = run(*words)
+    assert code == 2
+    assert out == ""
+    assert message in err
+    assert "Traceback" not in err
+
+
+def test_cost_prints_the_papers_counts(run) -> None:
+    code, out, _ = run("cost", "--model", "chirodiff", "--points", "88.6", "--sparsity", "0.5", "--json")
+    dense, half = json.loads(out)["rows"]
+    assert code == 0
+    assert dense["params_total"] == 416_859
+    assert f"{dense['flops_inference_paper']:.2e}" == "7.32e+09"  # printed: 7.35e9, at the paper's own mean length
+    assert half["flops_inference_true"] / dense["flops_inference_true"] == pytest.approx(0.5, abs=1e-3)
+    table = run("cost", "--model", "chirodiff", "--points", "88.6", "--sparsity", "0.5")[1]
+    assert "416,859" in table
+    assert "0.5000" in table
+
+
+def test_train_writes_records_and_goes_on_where_it_stopped(run, tmp_path: Path) -> None:
+    code, out, err = run("train", "--output", str(tmp_path), *settings(), "--json")
+    assert code == 0
+    record = json.loads(out)
+    assert (record["state"], record["step"], record["method"]) == ("COMPLETED", 4, "rigl")
+    assert "step 2/4" in err
+    assert "step 4/4" in err
+    # Again: it is at its end, so nothing is trained and the record stays.
+    code, out, err = run("train", "--output", str(tmp_path), *settings())
+    assert code == 0
+    assert "step" not in err
+    assert Path(out.strip()).is_file()
+
+
+def test_a_sweep_file_lends_train_its_base_and_what_the_method_has_of_the_shared_settings(tmp_path: Path) -> None:
+    dense = cli.load_trial(SPACES / "quickstart.yaml", None, None)
+    assert dense.sparse.method == "dense"
+    assert dense.model.options == {"hidden": 32, "layers": 2}
+    rigl = cli.load_trial(SPACES / "quickstart.yaml", ["sparse.method=rigl", "sparse.sparsity=0.9"], tmp_path)
+    assert (rigl.sparse.update_interval, rigl.sparse.sparsity) == (40, 0.9)
+    assert rigl.data.source == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in SPACES.glob("*.yaml")))
+def test_every_sweep_file_that_ships_is_valid(name: str) -> None:
+    from raysparse import space
+
+    loaded = space.load(SPACES / name)
+    assert loaded.name == name.removesuffix(".yaml")
+    assert "dense" in loaded.axes
+    for point in space.grid_points(loaded):
+        space.trial(loaded, point)
+
+
+def test_a_dry_run_prints_the_plan_and_starts_nothing(run, tmp_path: Path) -> None:
+    words = ["sweep", str(SPACES / "vmnist.yaml"), "--dry-run", "--set", "base.evaluate.extractor=oriented_energy"]
+    code, out, _ = run(*words, "--json", "--output", str(tmp_path / "r"))
+    plan = json.loads(out)
+    assert code == 0
+    assert plan["search_trials"] == len(plan["trials"]) == 56
+    assert {row["params_total"] for row in plan["trials"]} == {65_019}
+    assert plan["hours_asha"] < plan["hours_full"]
+    assert not (tmp_path / "r").exists()
+    assert "56 trials" in run(*words)[1]
