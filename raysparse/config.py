@@ -55,6 +55,16 @@ class ModelConfig(Section):
     options: dict[str, Any] = {}  # of the model; see its file
 
 
+class FirstStageConfig(Section):
+    """What turns pictures into latents and back, frozen and dense (PAPER: Latent Diffusion's VQ-f4)."""
+
+    name: str = "autoencoder"  # a file in raysparse/models/ whose KIND is "first_stage"
+    # A diffusers folder, a Hub id, or a CompVis model.ckpt; None: random weights, which serve tests only.
+    weights: str | None = None
+    sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")  # its identity; other weights are refused
+    options: dict[str, Any] = {}  # of its Config; see its file
+
+
 class SparseConfig(Section):
     """The method and its settings; a setting that the method does not have is None, and an error if given."""
 
@@ -117,6 +127,9 @@ class TrainConfig(Section):
     accumulate: int = Field(1, ge=1)  # backward passes per optimizer step
     ema_decay: float = Field(0.9999, ge=0, lt=1)  # warmed up as min(decay, (1 + n) / (10 + n))
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights stay fp32
+    channels_last: bool = False  # memory format of image models; faster convolutions on GPUs, other rounding
+    compile: bool = False  # torch.compile the network; masks stay outside the graph
+    label_dropout: float = Field(0.0, ge=0, lt=1)  # share of labels replaced by the null class; .1 for guidance
     threads: int = Field(1, ge=1)  # CPU threads of a worker
 
     @model_validator(mode="after")
@@ -134,6 +147,9 @@ class EvaluateConfig(Section):
     references: int | None = Field(None, ge=2)  # use only the first so many reference examples
     ddim_steps: int = Field(50, ge=1)
     eta: float = Field(0.0, ge=0, le=1)
+    # leading: ChiroDiff; original: Latent Diffusion's own, where 150 asked for are 167 done (PAPER: Latent Diffusion)
+    timestep_spacing: Literal["leading", "trailing", "original"] = "leading"
+    guidance: float | None = Field(None, ge=0)  # classifier-free guidance scale; None: the conditional model alone
     batch_size: int = Field(256, ge=1)  # samples drawn and extracted at a time
     kid_subsets: int = Field(100, ge=1)
     kid_subset_size: int = Field(1000, ge=2)
@@ -144,6 +160,7 @@ class TrialConfig(Section):
     seed: int = Field(0, ge=0)
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
+    first_stage: FirstStageConfig | None = None  # None: images are trained on as pixels, sketches as points
     sparse: SparseConfig = Field(default_factory=SparseConfig)  # not at import: it loads the method's file
     diffusion: DiffusionConfig = DiffusionConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -159,6 +176,8 @@ class TrialConfig(Section):
     def content(self) -> dict[str, Any]:
         """What is computed, as plain data: all settings but the places."""
         content = self.model_dump(mode="json")
+        if self.first_stage is not None and self.first_stage.sha256 is not None:
+            del content["first_stage"]["weights"]  # then the hash says which they are
         for section, name in PLACES:
             del content[section][name]
         return content
