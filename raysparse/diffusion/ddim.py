@@ -8,21 +8,21 @@ given, and at 150 at t = 894. Where the steps divide the timesteps both are equa
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from raysparse.diffusion.schedule import NoiseSchedule
 from raysparse.errors import UsageError, unknown
 
-SPACINGS = ("leading", "trailing")
+SPACINGS = ("leading", "trailing", "original")
 
 
 @torch.no_grad()
 def sample(
-    model: nn.Module,
+    model: Callable[..., Tensor],
     schedule: NoiseSchedule,
     noise: Tensor,
     *,
@@ -31,23 +31,20 @@ def sample(
     cond: Mapping[str, Any] | None = None,
     generator: torch.Generator | None = None,
     spacing: str = "leading",
-    steps_offset: int = 0,
-    set_alpha_to_one: bool = True,
 ) -> Tensor:
     """x0, float32 like `noise` [B, ...], from a model that predicts eps: model(x, timesteps int64 [B], **cond).
 
     steps: 1 .. schedule.timesteps. eta: 0 is deterministic, 1 as noisy as DDPM; above 0 it draws from `generator`,
-    which must be given. spacing, steps_offset, set_alpha_to_one: as diffusers names them; the defaults are ChiroDiff's,
-    Latent Diffusion has steps_offset=1 and set_alpha_to_one=False. Nothing is clipped. "leading" starts at
-    t = T - T / steps, so with very few steps "trailing", which starts at T - 1, is the better choice.
+    which must be given. spacing: see `timesteps`. Nothing is clipped. The last step goes to a noise level of 0;
+    with "original" to that of t = 0, as Latent Diffusion's sampler does.
     """
     if not 0 <= eta <= 1:
         raise UsageError(f"eta must be in [0, 1], got {eta}")
     if eta > 0 and generator is None:
         raise UsageError(f"eta {eta} draws noise: give a generator")
-    times = timesteps(schedule.timesteps, steps, spacing=spacing, offset=steps_offset)
+    times = timesteps(schedule.timesteps, steps, spacing=spacing)
     levels = schedule.alphas_cumprod.double()
-    last = 1.0 if set_alpha_to_one else float(levels[0])
+    last = float(levels[0]) if spacing == "original" else 1.0
     x = noise.float()
     for t, following in zip(times, [*times[1:], None], strict=True):
         alpha = float(levels[t])
@@ -57,17 +54,24 @@ def sample(
     return x
 
 
-def timesteps(total: int, steps: int, *, spacing: str = "leading", offset: int = 0) -> list[int]:
-    """The `steps` timesteps of 0 .. total - 1 that sampling visits: falling, different, evenly spread."""
+def timesteps(total: int, steps: int, *, spacing: str = "leading") -> list[int]:
+    """The timesteps of 0 .. total - 1 that sampling visits: falling, different, evenly spread.
+
+    "leading" ends at 0 and starts at T - T / steps, so with very few steps "trailing", which starts at T - 1, is the
+    better choice. "original" is Latent Diffusion's own, every (T // steps)-th from 1: where `steps` does not divide T
+    they are more than asked for, 167 for 150 of 1000 (PAPER: Latent Diffusion). UsageError: steps out of range.
+    """
     if not 1 <= steps <= total:
         raise UsageError(f"DDIM takes 1 to {total} steps, as many as the schedule has timesteps; got {steps}")
     if spacing not in SPACINGS:
         raise UsageError(unknown("spacing", spacing, SPACINGS))
     if spacing == "trailing":
         return [total - 1 - index * total // steps for index in range(steps)]
-    times = [index * total // steps for index in reversed(range(steps))]
-    offset = min(offset, total - 1 - times[0])  # all timesteps visited: nothing to move up to
-    return [time + offset for time in times]
+    if spacing == "leading":
+        return [index * total // steps for index in reversed(range(steps))]
+    times = list(range(0, total, total // steps))[::-1]
+    # Their code adds 1 to each and fails where that leaves the schedule (333 or 1000 of 1000); there nothing is added.
+    return [time + min(1, total - 1 - times[0]) for time in times]
 
 
 def _step(

@@ -53,7 +53,7 @@ def diffusers_loop(steps: int, eta: float, generator: torch.Generator, **setting
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 7, 50, 150, 333, 600, 999, 1000])
-@pytest.mark.parametrize("spacing", ddim.SPACINGS)
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
 def test_a_perfect_prediction_recovers_x0_in_any_number_of_steps(steps: int, spacing: str) -> None:
     x0 = torch.rand(4, 6, 3, generator=rng.generator(1, "test x0"))
     start = ddim.timesteps(1000, steps, spacing=spacing)[0]
@@ -63,39 +63,28 @@ def test_a_perfect_prediction_recovers_x0_in_any_number_of_steps(steps: int, spa
     assert len(oracle.seen) == steps
 
 
+DIFFUSERS = {
+    "leading": {"timestep_spacing": "leading", "set_alpha_to_one": True, "steps_offset": 0},
+    "trailing": {"timestep_spacing": "trailing", "set_alpha_to_one": True, "steps_offset": 0},
+    "original": {"timestep_spacing": "leading", "set_alpha_to_one": False, "steps_offset": 1},
+}
+
+
 @pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("steps", [1, 4, 50, 100, 1000])
-@pytest.mark.parametrize("spacing", ["leading", "trailing"])
-@pytest.mark.parametrize("to_one", [True, False])
-def test_equals_diffusers_where_the_steps_divide_the_timesteps(
-    steps: int, eta: float, spacing: str, to_one: bool
-) -> None:
-    theirs = diffusers_loop(
-        steps, eta, rng.generator(2, "eta"), timestep_spacing=spacing, set_alpha_to_one=to_one, steps_offset=0
-    )
+@pytest.mark.parametrize("steps", [1, 4, 50, 100, 200])
+@pytest.mark.parametrize("spacing", ddim.SPACINGS)
+def test_equals_diffusers_where_the_steps_divide_the_timesteps(steps: int, eta: float, spacing: str) -> None:
+    theirs = diffusers_loop(steps, eta, rng.generator(2, "eta"), **DIFFUSERS[spacing])
     ours = ddim.sample(
-        Bent(),
-        SCHEDULE,
-        noise(),
-        steps=steps,
-        eta=eta,
-        generator=rng.generator(2, "eta"),
-        spacing=spacing,
-        set_alpha_to_one=to_one,
+        Bent(), SCHEDULE, noise(), steps=steps, eta=eta, generator=rng.generator(2, "eta"), spacing=spacing
     )
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3 * float(theirs.abs().max()))
 
 
-def test_equals_diffusers_with_latent_diffusions_offset() -> None:
-    theirs = diffusers_loop(50, 0.0, rng.generator(2, "eta"), steps_offset=1, set_alpha_to_one=False)
-    ours = ddim.sample(Bent(), SCHEDULE, noise(), steps=50, steps_offset=1, set_alpha_to_one=False)
-    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-
-
-@given(st.integers(1, 1200), st.data(), st.sampled_from(ddim.SPACINGS), st.integers(0, 3))
-def test_timesteps_fall_evenly_through_the_whole_range(total: int, data: Any, spacing: str, offset: int) -> None:
+@given(st.integers(1, 1200), st.data(), st.sampled_from(["leading", "trailing"]))
+def test_timesteps_fall_evenly_through_the_whole_range(total: int, data: Any, spacing: str) -> None:
     steps = data.draw(st.integers(1, total))
-    times = ddim.timesteps(total, steps, spacing=spacing, offset=offset)
+    times = ddim.timesteps(total, steps, spacing=spacing)
     gaps = [a - b for a, b in pairwise(times)]
     assert len(times) == steps
     assert times[-1] >= 0
@@ -104,12 +93,29 @@ def test_timesteps_fall_evenly_through_the_whole_range(total: int, data: Any, sp
     assert times[0] >= total - 1 - -(-total // steps)  # no further from pure noise than one step
 
 
+@given(st.integers(1, 1200), st.data())
+def test_original_timesteps_are_evenly_spaced_and_at_least_as_many(total: int, data: Any) -> None:
+    steps = data.draw(st.integers(1, total))
+    times = ddim.timesteps(total, steps, spacing="original")
+    assert len(times) >= steps
+    assert {a - b for a, b in pairwise(times)} <= {total // steps}
+    assert 0 <= times[-1] <= 1
+    assert times[0] <= total - 1
+
+
+@pytest.mark.parametrize(("asked", "done", "first"), [(50, 50, 981), (100, 100, 991), (150, 167, 997), (200, 200, 996)])
+def test_the_papers_numbers_of_steps(asked: int, done: int, first: int) -> None:
+    times = ddim.timesteps(1000, asked, spacing="original")
+    assert (len(times), times[0], times[-1]) == (done, first, 1)
+
+
 def test_timesteps_by_hand() -> None:
     assert ddim.timesteps(1000, 5) == [800, 600, 400, 200, 0]
-    assert ddim.timesteps(1000, 5, offset=1) == [801, 601, 401, 201, 1]
+    assert ddim.timesteps(1000, 5, spacing="original") == [801, 601, 401, 201, 1]
     assert ddim.timesteps(1000, 5, spacing="trailing") == [999, 799, 599, 399, 199]
     assert ddim.timesteps(10, 4) == [7, 5, 2, 0]
-    assert ddim.timesteps(4, 4, offset=1) == [3, 2, 1, 0]
+    assert ddim.timesteps(4, 4, spacing="original") == [3, 2, 1, 0]
+    assert ddim.timesteps(10, 4, spacing="original") == [9, 7, 5, 3, 1]
 
 
 def test_eta_0_draws_nothing_and_repeats() -> None:
