@@ -13,7 +13,7 @@ from raysparse.errors import UsageError
 from raysparse.sparse import allocation as allocations
 from raysparse.sparse.agreement import Agreement
 from raysparse.sparse.criteria import CRITERIA, NEEDS_GRADIENT, Layer, random
-from raysparse.sparse.masks import all_bits, highest, lowest, maskable, one_thread, unwrapped, zero_outside
+from raysparse.sparse.masks import all_bits, highest, lowest, maskable, one_thread, shapes, unwrapped, zero_outside
 from raysparse.sparse.method import Method
 from raysparse.sparse.optimizer_state import Undo, clear, keeps_zeros
 from raysparse.sparse.schedules import UpdateSchedule
@@ -114,7 +114,7 @@ class SparseEngine:
             self._weights = _weights_of(model, optimizer, keep_dense)
             groups = getattr(unwrapped(model), "allocation_groups", ()) if groups is None else groups
             self._counts = allocations.counts(
-                {name: tuple(weight.shape) for name, weight in self._weights.items()},
+                shapes(model, self._weights),
                 sparsity=settings["sparsity"],
                 allocation=settings["allocation"],
                 groups=groups,

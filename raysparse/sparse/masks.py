@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Iterator
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,6 +44,21 @@ def maskable(model: nn.Module, keep_dense: Iterable[str] = ()) -> dict[str, nn.P
             seen.add(id(weight))
             if not any(name == kept or name.startswith(f"{kept}.") for kept in dense):
                 found[name] = weight
+    return found
+
+
+def shapes(model: nn.Module, weights: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """The shapes [n_out, n_in, *kernel] that allocation sees: each weight's, or what `model.allocation_shapes` says.
+
+    A model declares one where its layer stands for another kind: diffusers has a Linear where Latent Diffusion has a
+    convolution of kernel 1, which ERK counts. ValueError: a declared shape of another size.
+    """
+    declared = getattr(unwrapped(model), "allocation_shapes", {})
+    found = {name: tuple(weight.shape) for name, weight in weights.items()}
+    for name in found.keys() & declared.keys():
+        if math.prod(declared[name]) != math.prod(found[name]):
+            raise ValueError(f"{name} has shape {found[name]}, allocation_shapes says {tuple(declared[name])}")
+        found[name] = tuple(declared[name])
     return found
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from raysparse import plugins
 from raysparse.config import SparseConfig, TrialConfig
+from raysparse.diffusion import ddim
 from raysparse.metrics import flops, params
 from raysparse.sparse import allocation, criteria, masks
 
@@ -31,9 +32,9 @@ class Costs:
     update_end_step: int  # no topology update after this step
 
     def inference(self, convention: flops.Convention, *, dense: bool = False) -> float:
-        """One sample, all DDIM steps."""
+        """One sample, all evaluations of the network: DDIM steps as they are done, twice with guidance."""
         densities = None if dense else self.densities
-        return flops.inference(self.macs, densities, ddim_steps=self.config.evaluate.ddim_steps, convention=convention)
+        return flops.inference(self.macs, densities, ddim_steps=evaluations(self.config), convention=convention)
 
     def train(self, convention: flops.Convention, steps: int, *, dense: bool = False) -> float:
         """The first `steps` optimizer steps, with the dense gradients that topology updates take."""
@@ -81,6 +82,13 @@ def costs(config: TrialConfig, options: BaseModel, mean_points: float) -> Costs:
     )
 
 
+def evaluations(config: TrialConfig) -> int:
+    """How often the network runs for one sample: its DDIM steps, twice each with classifier-free guidance."""
+    settings = config.evaluate
+    times = ddim.timesteps(config.diffusion.timesteps, settings.ddim_steps, spacing=settings.timestep_spacing)
+    return len(times) * (1 if settings.guidance is None else 2)
+
+
 def update_end_step(config: TrialConfig) -> int:
     """No topology update at this optimizer step or after it."""
     return max(1, round((config.sparse.update_end_fraction or 1.0) * config.train.steps))
@@ -90,6 +98,6 @@ def _densities(sparse: SparseConfig, model: nn.Module) -> dict[str, float]:
     """Of the layers that the method masks; none where it is dense."""
     if sparse.sparsity is None or sparse.allocation is None:
         return {}
-    shapes = {name: tuple(weight.shape) for name, weight in masks.maskable(model).items()}
+    shapes = masks.shapes(model, masks.maskable(model))
     groups = getattr(model, "allocation_groups", ())
     return allocation.densities(shapes, sparsity=sparse.sparsity, allocation=sparse.allocation, groups=groups)

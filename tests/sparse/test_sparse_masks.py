@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from raysparse.errors import UsageError
-from raysparse.sparse import masks
+from raysparse.sparse import SparseEngine, allocation, masks
 from raysparse.sparse.masks import all_bits, highest, lowest, maskable, zero_outside
 
 
@@ -142,3 +142,17 @@ def test_zero_outside_is_exact_for_every_number(dtype):
     assert tensor[0, [0, 1, 2, 3]].tolist() == numbers[:4]
     assert (tensor[1] == 0).all()
     assert not tensor[1].signbit().any()
+
+
+def test_a_model_says_what_shape_allocation_sees():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
+    weights = maskable(model)
+    assert masks.shapes(model, weights) == {"0.weight": (4, 3), "1.weight": (2, 4)}
+    model.allocation_shapes = {"0.weight": (4, 3, 1)}
+    assert masks.shapes(model, weights) == {"0.weight": (4, 3, 1), "1.weight": (2, 4)}
+    engine = SparseEngine(model, torch.optim.SGD(model.parameters()), method="static", sparsity=0.5, seed=0)
+    counts = allocation.counts({"0.weight": (4, 3, 1), "1.weight": (2, 4)}, sparsity=0.5)
+    assert {name: int(mask.sum()) for name, mask in engine.masks.items()} == counts
+    model.allocation_shapes = {"0.weight": (4, 2, 1)}
+    with pytest.raises(ValueError, match="allocation_shapes says"):
+        masks.shapes(model, weights)

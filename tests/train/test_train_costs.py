@@ -47,3 +47,9 @@ def test_facts_carry_protocol_versions_and_the_trial(tiny, rigl):
     assert '"kid_subset_size":16' in facts.protocol
     assert '"torch"' in facts.versions
     assert facts.params_active < facts.params_total
+
+
+def test_a_sample_costs_the_steps_that_are_done(tiny):
+    hundred = setup.estimate(tiny({"evaluate.ddim_steps": 100, "evaluate.timestep_spacing": "original"}))
+    more = setup.estimate(tiny({"evaluate.ddim_steps": 150, "evaluate.timestep_spacing": "original"}))
+    assert more.inference(flops.TRUE) / hundred.inference(flops.TRUE) == pytest.approx(1.67)
