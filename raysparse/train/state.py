@@ -8,7 +8,8 @@
                                   sha256 of each file; written last
 
 The folder is written under a temporary name beside its place, fsynced and renamed. The data order, the draws and the
-learning rate are functions of (seed, step), so nothing of them is kept.
+learning rate are functions of (seed, step), so nothing of them is kept. What `raysparse import` makes is such a folder
+with ema and engine alone: all that sampling and evaluation need (restored.py), too little to train on.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
+import torch
 from torch import Tensor
 
 from raysparse.errors import UsageError
@@ -43,27 +46,33 @@ def save(trainer: Trainer, folder: Path) -> Path:
     """
     if trainer.rank != 0:
         return folder
+    facts = {
+        "trial_id": trainer.config.trial_id,
+        "config": json.loads(trainer.config.dump_json()),
+        "step": trainer.step,
+        "world_size": trainer.world_size,
+        "totals": dataclasses.asdict(trainer.totals),
+    }
+    return write(folder, _parts(trainer), facts)
+
+
+def write(folder: Path, parts: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
+    """Write `parts`, trees of tensors and plain values, and a manifest of `facts`; whole or not at all.
+
+    folder: absent, empty, or an older checkpoint to replace. facts: JSON, with trial_id, config and step.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=TEMPORARY))
     try:
         trees, hashes = {}, {}
-        for part, state in _parts(trainer).items():
+        for part, state in parts.items():
             tensors: dict[str, Tensor] = {}
             trees[part] = _pack(state, part, tensors)
             path = temporary / f"{part}.safetensors"
             safetensors.torch.save_file(tensors, path)
             hashes[path.name] = _sha256(path.read_bytes())
             _sync(path)
-        content = {
-            "format": FORMAT,
-            "trial_id": trainer.config.trial_id,
-            "config": json.loads(trainer.config.dump_json()),
-            "step": trainer.step,
-            "world_size": trainer.world_size,
-            "totals": dataclasses.asdict(trainer.totals),
-            "trees": trees,
-            "sha256": hashes,
-        }
+        content = {"format": FORMAT, **facts, "trees": trees, "sha256": hashes}
         text = json.dumps(content, sort_keys=True)
         path = temporary / MANIFEST
         path.write_text(json.dumps({"content": content, "sha256": _sha256(text.encode())}, sort_keys=True, indent=1))
@@ -90,10 +99,16 @@ def load(trainer: Trainer, folder: Path) -> None:
             f"{_differences(content['config'], json.loads(trainer.config.dump_json()))}; "
             "give the settings that it was made with, or another output folder"
         )
-    parts = {part: _unpack(content["trees"][part], _tensors(folder, part, content["sha256"])) for part in PARTS}
+    if missing := [part for part in PARTS if part not in content["trees"]]:
+        raise UsageError(
+            f"{folder} was imported and has no {', '.join(missing)}: it can be sampled, evaluated and exported, not "
+            "trained on; train from a checkpoint of `raysparse train`"
+        )
+    parts = {part: read(folder, part, content) for part in PARTS}
     trainer.model.load_state_dict(parts["weights"])
     trainer.ema.model.load_state_dict(parts["ema"])
     trainer.optimizer.load_state_dict(parts["optimizer"])
+    _lay_out(trainer.optimizer)
     trainer.engine.load_state_dict(parts["engine"]["engine"])
     trainer.masks_reported = {name: mask.to(trainer.device) for name, mask in parts["engine"]["reported"].items()}
     trainer.totals = type(trainer.totals)(**content["totals"])
@@ -107,9 +122,11 @@ def manifest(folder: Path) -> dict[str, Any]:
         outer = json.loads(path.read_text(encoding="utf-8"))
         content: dict[str, Any] = outer["content"]
         intact = outer["sha256"] == _sha256(json.dumps(content, sort_keys=True).encode())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (KeyError, TypeError):
+        raise UsageError(f"{folder} is no checkpoint: its {MANIFEST} is of something else") from None
+    except (OSError, ValueError) as error:
         raise _damaged(path, str(error)) from error
     if not intact:
         raise _damaged(path, "its sha256 does not match")
@@ -118,6 +135,11 @@ def manifest(folder: Path) -> dict[str, Any]:
             f"{path} has format {content['format']}, this raysparse reads {FORMAT}; use the one that wrote it"
         )
     return content
+
+
+def read(folder: Path, part: str, content: Mapping[str, Any]) -> Any:
+    """One part of a checkpoint, as it was written. content: its manifest. UsageError where the file is damaged."""
+    return _unpack(content["trees"][part], _tensors(folder, part, content["sha256"]))
 
 
 def at_step(parent: Path, step: int) -> Path:
@@ -155,6 +177,17 @@ def _parts(trainer: Trainer) -> dict[str, Any]:
         "engine": {"engine": trainer.engine.state_dict(), "reported": trainer.masks_reported},
         "optimizer": trainer.optimizer.state_dict(),
     }
+
+
+def _lay_out(optimizer: torch.optim.Optimizer) -> None:
+    """Give loaded moments their parameter's memory format: files hold row-major tensors, the weights may be otherwise.
+
+    A fused step over two formats would pair each weight with the moments of another.
+    """
+    for parameter, kept in optimizer.state.items():
+        for name, value in kept.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                kept[name] = torch.empty_like(parameter).copy_(value)
 
 
 def _pack(node: Any, path: str, tensors: dict[str, Tensor]) -> Any:

@@ -1,0 +1,150 @@
+"""A trained model, back from disk: what sampling, evaluation and export start from.
+
+Reads a checkpoint of `raysparse train` or `sweep`, and the folder that `raysparse import` makes. Only the averaged
+weights and the masks are loaded; the trained weights and the moments, two thirds of a checkpoint, stay on disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from raysparse import config as configs
+from raysparse import plugins
+from raysparse.config import TrialConfig
+from raysparse.errors import UsageError
+from raysparse.train import checks, state
+
+EXPORTED = "raysparse.json"  # what an exported folder has and a checkpoint has not
+_NAMED = 3  # so many names in a message are enough
+
+
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A trial's model at one step.
+
+    model: the averaged weights, exactly 0 outside the masks, in eval mode, without gradients.
+    masks: parameter name -> bool, the weight's shape, true where active; empty for the dense method.
+    facts: what the manifest says beside these, such as the measurements that an imported folder brought along.
+    """
+
+    config: TrialConfig
+    model: nn.Module
+    masks: dict[str, Tensor]
+    step: int
+    trial_id: str
+    folder: Path
+    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def load(folder: Path, device: str | torch.device = "cpu") -> Restored:
+    """The model of a checkpoint, of a trial's latest one, or of the one trial of a results folder.
+
+    UsageError: nothing or several trials there, a damaged file, a checkpoint whose tensors are not its model's.
+    """
+    place = latest(folder)
+    content = state.manifest(place)
+    trial = configs.parse(content["config"], str(place / state.MANIFEST))
+    weights = state.read(place, "ema", content)
+    masks: dict[str, Tensor] = state.read(place, "engine", content)["engine"]["masks"]
+    model = model_of(trial, weights, masks, str(place)).to(device)
+    if trial.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)  # as in training: other kernels round otherwise
+    return Restored(
+        config=trial,
+        model=model,
+        masks={name: mask.to(device) for name, mask in masks.items()},
+        step=content["step"],
+        trial_id=content["trial_id"],
+        folder=place,
+        facts=content.get("facts", {}),
+    )
+
+
+def latest(path: Path) -> Path:
+    """The checkpoint that a user means by `path`. UsageError where there is not exactly one trial."""
+    found = find(path)
+    if len(found) > 1:
+        some = ", ".join(str(folder.parent) for folder in found[:_NAMED])
+        raise UsageError(f"{path} holds {len(found)} trials; give the folder of one, such as {some}")
+    return found[0]
+
+
+def find(path: Path) -> list[Path]:
+    """The latest checkpoint of every trial below a results folder, sorted by trial; at least one.
+
+    path: a results folder, its folder `checkpoints`, a trial's folder there, one checkpoint, or an imported folder.
+    UsageError where there is none. Half-written ones are passed over; what is in a file is not looked at.
+    """
+    if not path.is_dir():
+        raise UsageError(f"{path} is {'a file' if path.exists() else 'absent'}; give the folder of a checkpoint")
+    if (path / state.MANIFEST).is_file():
+        return [path]
+    if (path / EXPORTED).is_file():
+        raise UsageError(f"{path} is an exported folder; first: raysparse import {path} --to FOLDER")
+    if own := _steps(path):
+        return own[-1:]
+    trials = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = [steps[-1] for trial in sorted(trials.iterdir()) if (steps := _steps(trial))]
+    if not found:
+        raise UsageError(
+            f"there is no checkpoint in {path}: give a results folder, a trial's folder among its checkpoints, or one "
+            f"of the folders step-* there, which has a {state.MANIFEST}"
+        )
+    return found
+
+
+def model_of(trial: TrialConfig, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], where: str) -> nn.Module:
+    """A trial's model with the given state, on the CPU, in eval mode and without gradients.
+
+    UsageError, told with `where`: tensors that are missing, too many, or of another shape or type than the model's, and
+    weights that are not 0 outside their masks.
+    """
+    module = plugins.load("models", trial.model.name)
+    model: nn.Module = module.build(checks.model_options(trial), seed=trial.seed)
+    _check_state(model.state_dict(), weights, f"{where}: these are no weights of model {trial.model.name!r}")
+    _check_masks(dict(model.named_parameters()), weights, masks, where)
+    model.load_state_dict(dict(weights))
+    return model.eval().requires_grad_(False)
+
+
+def _check_state(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], what: str) -> None:
+    for problem, names in (("missing", expected.keys() - got.keys()), ("unknown", got.keys() - expected.keys())):
+        if names:
+            raise UsageError(f"{what}: {problem} {_some(names)}; the settings beside them must be those they had")
+    for name, tensor in expected.items():
+        mine, theirs = _kind(tensor), _kind(got[name])
+        if mine != theirs:
+            raise UsageError(f"{what}: {name!r} is {theirs}, the model's is {mine}")
+
+
+def _check_masks(
+    parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], where: str
+) -> None:
+    if unknown := masks.keys() - parameters.keys():
+        raise UsageError(f"{where}: masks of weights that the model does not have: {_some(unknown)}")
+    for name, mask in masks.items():
+        if mask.shape != weights[name].shape or mask.dtype != torch.bool:
+            raise UsageError(f"{where}: the mask of {name!r} is {_kind(mask)}, its weight {_kind(weights[name])}")
+        if bool(weights[name][~mask].count_nonzero()):
+            raise UsageError(f"{where}: {name!r} is not 0 outside its mask: they are masks of other weights")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _some(names: Any) -> str:
+    ordered = sorted(names)
+    more = f" and {len(ordered) - _NAMED} more" if len(ordered) > _NAMED else ""
+    return ", ".join(map(repr, ordered[:_NAMED])) + more
+
+
+def _steps(trial: Path) -> list[Path]:
+    """A trial's checkpoints by step; `step-<k>` is zero-padded, so by name. What is half written has another name."""
+    return sorted(path for path in trial.glob("step-*") if path.is_dir())
