@@ -19,6 +19,7 @@ from raysparse import rng
 from raysparse.errors import UsageError
 from raysparse.models._packed_gru import PackedGRU
 
+KIND = "denoiser"
 PAPER_CONVENTION = "chirodiff"  # of raysparse.metrics.flops
 SMALL: dict[str, Any] = {"hidden": 8, "layers": 2}  # a Config for tests of what every model must do
 
