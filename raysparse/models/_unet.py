@@ -35,7 +35,13 @@ class UNetConfig(BaseModel):
 
     @model_validator(mode="after")
     def _levels_fit(self) -> Self:
-        check_levels(self.sample_size, self.block_out_channels, self.attention_levels, self.norm_num_groups)
+        check_levels(self.block_out_channels, self.attention_levels, self.norm_num_groups)
+        halvings = len(self.block_out_channels) - 1
+        if self.sample_size % 2**halvings:
+            raise ValueError(
+                f"sample_size {self.sample_size} cannot be halved {halvings} times, once between each two levels; take "
+                f"a multiple of {2**halvings}"
+            )
         attending = zip(self.block_out_channels, self.attention_levels, strict=True)
         widths = [width for width, has in attending if has] + [self.block_out_channels[-1]]
         for width in widths if self.attention_head_dim else ():
@@ -47,7 +53,7 @@ class UNetConfig(BaseModel):
         return self
 
 
-def check_levels(sample_size: int, widths: Sequence[int], attends: Sequence[bool], groups: int) -> None:
+def check_levels(widths: Sequence[int], attends: Sequence[bool], groups: int) -> None:
     """ValueError (for pydantic) where the levels of a network do not fit together."""
     if len(attends) != len(widths):
         raise ValueError(
@@ -59,11 +65,6 @@ def check_levels(sample_size: int, widths: Sequence[int], attends: Sequence[bool
                 f"block_out_channels has {width}, no positive multiple of norm_num_groups {groups}; lower "
                 "norm_num_groups or change the width"
             )
-    if sample_size % 2 ** (len(widths) - 1):
-        raise ValueError(
-            f"sample_size {sample_size} cannot be halved {len(widths) - 1} times, once between each two levels; "
-            f"take a multiple of {2 ** (len(widths) - 1)}"
-        )
 
 
 class UNet(nn.Module):
