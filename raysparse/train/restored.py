@@ -21,6 +21,7 @@ from raysparse.errors import UsageError
 from raysparse.train import checks, state
 
 EXPORTED = "raysparse.json"  # what an exported folder has and a checkpoint has not
+FIRST_STAGE = "first_stage"  # an imported folder brings its own, as diffusers has it
 _NAMED = 3  # so many names in a message are enough
 
 
@@ -49,7 +50,7 @@ def load(folder: Path, device: str | torch.device = "cpu") -> Restored:
     """
     place = latest(folder)
     content = state.manifest(place)
-    trial = configs.parse(content["config"], str(place / state.MANIFEST))
+    trial = configs.parse(_with_own_first_stage(content["config"], place), str(place / state.MANIFEST))
     weights = state.read(place, "ema", content)
     masks: dict[str, Tensor] = state.read(place, "engine", content)["engine"]["masks"]
     model = model_of(trial, weights, masks, str(place)).to(device)
@@ -105,12 +106,20 @@ def model_of(trial: TrialConfig, weights: Mapping[str, Tensor], masks: Mapping[s
     UsageError, told with `where`: tensors that are missing, too many, or of another shape or type than the model's, and
     weights that are not 0 outside their masks.
     """
-    module = plugins.load("models", trial.model.name)
-    model: nn.Module = module.build(checks.model_options(trial), seed=trial.seed)
-    _check_state(model.state_dict(), weights, f"{where}: these are no weights of model {trial.model.name!r}")
-    _check_masks(dict(model.named_parameters()), weights, masks, where)
+    module, options = plugins.load("models", trial.model.name), checks.model_options(trial)
+    with torch.device("meta"):  # what does not fit is found before memory is taken for it
+        outline: nn.Module = module.build(options, seed=trial.seed)
+    _check_state(outline.state_dict(), weights, f"{where}: these are no weights of model {trial.model.name!r}")
+    _check_masks(dict(outline.named_parameters()), weights, masks, where)
+    model: nn.Module = module.build(options, seed=trial.seed)
     model.load_state_dict(dict(weights))
     return model.eval().requires_grad_(False)
+
+
+def _with_own_first_stage(config: Mapping[str, Any], place: Path) -> Mapping[str, Any]:
+    """The settings, with the first stage that lies in an imported folder, wherever that was moved."""
+    own = place / FIRST_STAGE
+    return configs.with_value(config, "first_stage.weights", str(own)) if own.is_dir() else config
 
 
 def _check_state(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], what: str) -> None:

@@ -1,0 +1,51 @@
+"""A folder of files that is whole or absent."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from raysparse.errors import UsageError
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A temporary folder beside `path`: fsynced and renamed to it when the block ends well, else removed.
+
+    UsageError where `path` is there and not an empty folder, and where it cannot be written.
+    """
+    from safetensors import SafetensorError
+
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise UsageError(f"{path} is there and is no folder; give a new one")
+    if path.is_dir() and any(path.iterdir()):
+        raise UsageError(f"{path} is not empty; give a new folder, nothing is overwritten")
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.writing-"))
+        yield temporary
+        temporary.chmod(0o755)  # mkdtemp makes 0700
+        for written in [*temporary.rglob("*"), temporary]:
+            _sync(written)
+        temporary.rename(path)
+        _sync(path.parent)
+    except BaseException as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        # safetensors tells a full disk as an error of its own
+        if isinstance(error, OSError | SafetensorError):
+            raise UsageError(f"cannot write {path}: {error}; check permissions and free space") from error
+        raise
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
