@@ -257,3 +257,26 @@ def _show(results: Path, sweep_file: space.Sweep, start: Callable[..., Any], as_
         typer.echo(page)
     if len(summary.failed) == len(summary.board.rows):
         raise typer.Exit(1)
+
+
+@app.command("export")
+def export_(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a trial's folder of them, or an imported folder.")],
+    to: Annotated[Path, typer.Option(help="A new folder; plain diffusers loads it.")],
+    first_stage: Annotated[str | None, typer.Option(help="The first stage's weights, where they have moved.")] = None,
+) -> None:
+    """Write a trained model for others: diffusers' layout with exact zeros, masks as bits, a model card."""
+    from raysparse.train import export
+
+    typer.echo(export.export(checkpoint, to, first_stage=first_stage))
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="A folder that `raysparse export` wrote.")],
+    to: Annotated[Path, typer.Option(help="A new folder, for raysparse sample, evaluate and export.")],
+) -> None:
+    """Get an exported model back: its masks and weights, bit for bit, after checking every hash."""
+    from raysparse.train import export
+
+    typer.echo(export.import_(folder, to))
