@@ -206,14 +206,11 @@ def _load(path: Path) -> dict[str, Any]:
 
             return dict(load_file(path))
         loaded = _plain_tensors(path)
-    except pickle.UnpicklingError as error:
-        raise UsageError(
-            f"{path} does not hold plain tensors alone, and code in a file is not run ({_first_line(error)}). Where "
-            "you trust it, write its state_dict alone: torch.save({'state_dict': torch.load(old, weights_only=False)"
-            "['state_dict']}, new)"
-        ) from error
+    except UsageError:
+        raise
     except Exception as error:  # safetensors' own class, and what torch raises for a file that is none of its own
-        raise UsageError(f"{path} could not be read as weights ({_first_line(error)}); get the file again") from error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UsageError(f"{path} could not be read as weights ({reason}); get the file again") from error
     if not isinstance(loaded, Mapping):
         raise UsageError(f"{path} holds a {type(loaded).__name__}, no weights by name; get the right file")
     return dict(loaded)
@@ -225,8 +222,11 @@ def _plain_tensors(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         strangers = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        if not strangers or not all(name.startswith(INERT_PACKAGES) for name in strangers):
-            raise
+    if not all(name.startswith(INERT_PACKAGES) for name in strangers):
+        raise UsageError(
+            f"{path} holds more than plain tensors (it names {_some(strangers)}), and code in a file is not run; where "
+            "you trust it, load it with torch yourself and save its state_dict alone"
+        )
     with torch.serialization.safe_globals([(_Inert, name) for name in strangers]):
         return torch.load(path, map_location="cpu", weights_only=True)
 
@@ -242,7 +242,3 @@ class _Inert:
 
     def __setstate__(self, state: Any) -> None:
         pass
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

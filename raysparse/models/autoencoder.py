@@ -52,6 +52,11 @@ class Config(BaseModel):
         return self
 
     @property
+    def channels(self) -> int:
+        """c, of a latent."""
+        return self.vq_embed_dim
+
+    @property
     def factor(self) -> int:
         """f: a picture is so many times as high and wide as its latent."""
         return 1 << (len(self.block_out_channels) - 1)
@@ -119,9 +124,9 @@ class Autoencoder(nn.Module):
 
     def decode(self, z: Tensor) -> Tensor:
         """Pictures, mostly in [-1, 1]. UsageError: a z of another shape."""
-        if z.ndim != 4 or z.shape[1] != self.config.vq_embed_dim:
+        if z.ndim != 4 or z.shape[1] != self.config.channels:
             raise UsageError(
-                f"the first stage decodes latents [B, {self.config.vq_embed_dim}, h, w], got {list(z.shape)}; were "
+                f"the first stage decodes latents [B, {self.config.channels}, h, w], got {list(z.shape)}; were "
                 "they made by another one?"
             )
         z = z / self.config.scaling_factor
