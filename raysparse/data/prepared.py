@@ -1,6 +1,6 @@
-"""Prepared data sets on disk: flat .npy arrays that every trial maps into memory, and a manifest that comes last.
+"""Prepared data sets on disk: arrays that every trial maps into memory, and a manifest that comes last.
 
-    <root>/<name>-<hash>/points.npy offsets.npy labels.npy manifest.json
+    <root>/<name>-<hash>/points.npy offsets.npy labels.npy manifest.json    sketches; pictures: see image_folder.py
 
 The hash covers the options, the content of the source and RECIPE, so a folder is never out of date and never changed.
 It is built beside its place and renamed, so it is whole or absent: two preparing at once make the same folder twice
@@ -27,6 +27,10 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from raysparse import files, plugins
+from raysparse.data import image_folder
+from raysparse.data.image import Encoder, ImageOptions
+from raysparse.data.shards import Run as Run
+from raysparse.data.shards import in_order as in_order
 from raysparse.data.sketch import Examples, Spec
 from raysparse.errors import UsageError, unknown, usage_error_from
 
@@ -35,7 +39,7 @@ ARRAYS = ("points", "offsets", "labels")
 SPLITS = ("train", "validation", "reference")
 _STALE_S = 60  # a build folder this old that nobody holds is left from a killed process
 
-Progress = Callable[[int, int], None]  # (done, total), in sketches or bytes
+Progress = Callable[[int, int], None]  # (done, total), in sketches, pictures or bytes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,17 +72,28 @@ def prepare(
     source: Path | str | None = None,
     root: Path | str | None = None,
     progress: Progress | None = None,
+    *,
+    encoder: Encoder | None = None,
+    run: Run = in_order,
 ) -> Path:
     """The folder of a prepared data set, made now unless it is there. UsageError for an unknown set or option, and for
     a source that is missing or damaged.
 
     source: the raw file or folder; None: the embedded data, or the download. root: None is default_root().
+    encoder: makes latents of pictures; None: they are kept as pixels. run: how the shards of pictures are worked off.
     """
     module = plugins.load("datasets", name)
     checked = options if isinstance(options, BaseModel) else check_options(name, options or {})
     place = Path(root).expanduser() if root else default_root()
     raw = Path(source).expanduser() if source else None
+    if encoder is not None and module.SPEC.kind != "image":
+        raise UsageError(f"a first stage encodes pictures, but {name} holds sketches; leave out first_stage")
     try:
+        if isinstance(checked, ImageOptions):
+            found = module.find(checked, source=raw, root=place, progress=progress)
+            return image_folder.build(
+                module.SPEC, checked, found, root=place, encoder=encoder, run=run, progress=progress
+            )
         folder: Path = module.prepare(checked, source=raw, root=place, progress=progress)
     except (OSError, MemoryError) as error:
         raise UsageError(f"cannot prepare {name!r} in {place}: {error}; check permissions and free space") from error
@@ -94,11 +109,33 @@ def check_options(name: str, options: Mapping[str, Any]) -> BaseModel:
         raise usage_error_from(error, f"options of data set {name!r}", model) from error
 
 
-def open_split(folder: Path, split: str) -> Examples:
-    """One split of a prepared data set. Checks that the files are whole by their sizes; `verify` reads every byte."""
+def open_split(folder: Path, split: str) -> Any:
+    """One split of a prepared data set: sketch.Examples, image.Pictures or image.Latents.
+
+    Checks that the files are whole by their sizes; `verify` reads every byte.
+    """
     manifest = read_manifest(folder)
     if split not in manifest["splits"]:
         raise UsageError(f"{folder}: {unknown('split', split, manifest['splits'])}")
+    opener = image_folder.open_split if _is_image(manifest) else _open_sketches
+    return opener(folder, manifest, split)
+
+
+def _is_image(manifest: Mapping[str, Any]) -> bool:
+    return manifest.get("kind") == "image"
+
+
+def damaged(folder: Path) -> list[tuple[str, str]]:
+    """(id, reason) of each picture of the source that could not be read and is in no split."""
+    return [(found["id"], found["reason"]) for found in read_manifest(folder).get("damaged", [])]
+
+
+def check_encoder(folder: Path, identity: str | None) -> None:
+    """UsageError where the folder's latents are another encoder's than `identity`; None: pixels are wanted."""
+    image_folder.check_encoder(folder, read_manifest(folder), identity)
+
+
+def _open_sketches(folder: Path, manifest: dict[str, Any], split: str) -> Examples:
     arrays = {name: _map_array(folder, name, facts) for name, facts in manifest["arrays"].items()}
     place = manifest["splits"][split]
     labels = arrays.get("labels")
@@ -116,10 +153,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a prepared folder. UsageError where there is none or it is no manifest."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        kept = {"arrays", "splits", "options", "classes"} <= set(manifest)
+        kept = {"files" if _is_image(manifest) else "arrays", "splits", "options", "classes"} <= set(manifest)
     except FileNotFoundError as error:
         raise UsageError(f"{folder} is not a prepared data set (no manifest.json); run `raysparse prepare`") from error
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, AttributeError, OSError) as error:
         raise UsageError(f"{folder / 'manifest.json'} is damaged ({error}); {_again(folder)}") from error
     if not kept:
         raise UsageError(f"{folder / 'manifest.json'} is not a data set's manifest; {_again(folder)}")
@@ -128,7 +165,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 def verify(folder: Path) -> None:
     """Read every byte of a prepared data set. UsageError naming the array that is not what was written."""
-    for name, facts in read_manifest(folder)["arrays"].items():
+    manifest = read_manifest(folder)
+    if _is_image(manifest):
+        return image_folder.verify(folder, manifest)
+    for name, facts in manifest["arrays"].items():
         _map_array(folder, name, facts)
         if files.sha256(folder / f"{name}.npy") != facts["sha256"]:
             raise UsageError(f"{folder / name}.npy is damaged (its checksum differs); {_again(folder)}")

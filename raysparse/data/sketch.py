@@ -27,6 +27,7 @@ class Download:
     name: str  # the file's name
     url: str
     sha256: str | None  # None: nobody publishes one; what was got is recorded in the manifest
+    md5: str | None = None  # where its authors publish only that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,6 +86,14 @@ class Examples:
     def lengths(self) -> NDArray[np.int32]:
         """Points per sketch: int32 [N]."""
         return np.diff(self.offsets).astype(np.int32)
+
+    def first(self, count: int) -> Examples:
+        """The first so many examples."""
+        if count >= len(self):
+            return self
+        labels = None if self.labels is None else self.labels[:count]
+        content_hash = f"{self.content_hash}-first{count}"
+        return dataclasses.replace(self, offsets=self.offsets[: count + 1], labels=labels, content_hash=content_hash)
 
     def batch(self, indices: ArrayLike) -> dict[str, Any]:
         """x: float32 [B, L, 3], zero beyond a sketch's length, L the longest of them; cond: dict of lengths int64 [B]

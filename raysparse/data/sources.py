@@ -55,21 +55,34 @@ def _fetch(url: str, path: Path, progress: Callable[[int, int], None] | None) ->
 def content_hash(paths: Sequence[Path], root: Path) -> str:
     """One hash of the names and contents of several files, in the order given. UsageError where one cannot be read.
 
-    Remembered in root/sources by the files' paths, sizes and times: a trial that asks for a prepared Quick, Draw! does
-    not read its gigabytes again.
+    Remembered by the files' paths, sizes and times: a trial that asks for a prepared Quick, Draw! does not read its
+    gigabytes again.
     """
+    state, reading = hashlib.sha256(), "cannot read {0.filename} ({0.strerror}); check the path and permissions"
     try:
-        state = hashlib.sha256()
         for path in paths:
             status = path.stat()
             state.update(f"{path.resolve()} {status.st_size} {status.st_mtime_ns}\n".encode())
-        memory = root / "sources" / f"{state.hexdigest()[:32]}.sha256"
-        if memory.is_file() and len(remembered := memory.read_text(encoding="ascii").strip()) == 64:
-            return remembered
-        whole = hashlib.sha256()
-        for path in paths:
-            whole.update(f"{path.parent.name}/{path.name} {files.sha256(path)}\n".encode())
     except OSError as error:
-        raise UsageError(f"cannot read {error.filename} ({error.strerror}); check the path and permissions") from error
-    files.write_text(memory, whole.hexdigest() + "\n")
-    return whole.hexdigest()
+        raise UsageError(reading.format(error)) from error
+
+    def compute() -> str:
+        whole = hashlib.sha256()
+        try:
+            for path in paths:
+                whole.update(f"{path.parent.name}/{path.name} {files.sha256(path)}\n".encode())
+        except OSError as error:
+            raise UsageError(reading.format(error)) from error
+        return whole.hexdigest()
+
+    return remembered(state.hexdigest(), root, compute)
+
+
+def remembered(state: str, root: Path, compute: Callable[[], str]) -> str:
+    """A sha256 that takes long to compute, kept in root/sources under the hex digest of all that it depends on."""
+    memory = root / "sources" / f"{state[:32]}.sha256"
+    if memory.is_file() and len(known := memory.read_text(encoding="ascii").strip()) == 64:
+        return known
+    computed = compute()
+    files.write_text(memory, computed + "\n")
+    return computed

@@ -20,7 +20,7 @@ from raysparse.data import prepared
 from raysparse.data.sketch import Examples, SketchOptions, Spec
 from raysparse.errors import UsageError
 
-NAMES = plugins.names("datasets")
+NAMES = [name for name in plugins.names("datasets") if plugins.load("datasets", name).SPEC.kind == "sketch"]
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -96,6 +96,12 @@ def _jittered(drawings: list[Drawing], draw: int) -> Strokes:
     return Strokes(np.einsum("pij,pj->pi", maps, raw.points), raw.points_per_stroke, raw.strokes_per_sketch)
 
 
+def jittered_drawings(drawings: list[Drawing], draw: int) -> list[Drawing]:
+    """The same maps, applied to glyphs that stay apart: strokes float64 [n, 2] of each."""
+    maps = _affine(len(drawings), rng.numpy_generator(SEED, "hershey jitter", step=draw))
+    return [[stroke @ matrix.T for stroke in drawing] for drawing, matrix in zip(drawings, maps, strict=True)]
+
+
 def _affine(n: int, generator: np.random.Generator) -> NDArray[np.float64]:
     """Random maps [n, 2, 2]: stretch and shear, then rotation."""
     angle = generator.uniform(-ROTATION, ROTATION, n)
