@@ -235,3 +235,24 @@ def test_plain_diffusers_loads_the_inner_network(options: dict[str, Any], tmp_pa
     if model.config.num_classes is not None:
         context["encoder_hidden_states"] = model.class_embedding(inputs["labels"])[:, None]
     assert torch.equal(loaded(inputs["x"], inputs["timesteps"], **context).sample, model(**inputs))
+
+
+def test_what_a_single_token_of_context_leaves_idle() -> None:
+    """Attention over one token is 1 whatever q and k are, as in the original: growth by gradient sees zeros there."""
+    model = lively(build(Config(**CONDITIONAL), seed=0))
+    model(**batch(model.config)).square().sum().backward()
+    idle = {name for name, p in model.named_parameters() if not p.grad.any()}
+    ends = (".attn2.to_q.weight", ".attn2.to_k.weight", ".norm2.weight", ".norm2.bias")
+    assert idle == {n for n, _ in model.named_parameters() if ".transformer_blocks." in n and n.endswith(ends)}
+
+
+def test_the_conditional_model_is_built_and_counted_as_every_model() -> None:
+    config = Config(**CONDITIONAL)
+    before = torch.random.get_rng_state()
+    first, second, other = (build(config, seed=seed).state_dict() for seed in (3, 3, 4))
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["class_embedding.weight"], other["class_embedding.weight"])
+    real = flops.forward_macs(build(config, seed=0), example(config, 2, 1), batch=2)
+    assert flops.forward_macs(on_meta(**CONDITIONAL), example(config, 2, 1, device="meta"), batch=2) == real
+    assert all(real.values())
