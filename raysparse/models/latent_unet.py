@@ -115,7 +115,7 @@ class LatentUNet(_unet.UNet):
         self._check_labels(labels)
         if labels is None:
             return self._predict(x, timesteps)
-        # One token: its softmax is 1 whatever q and k are, so cross-attention's to_q and to_k never get a gradient.
+        # One token: its softmax is 1 whatever q and k are, so cross-attention's to_q and to_k get rounding as gradient.
         return self._predict(x, timesteps, encoder_hidden_states=self.class_embedding(labels)[:, None])
 
     def _check_labels(self, labels: Tensor | None) -> None:

@@ -238,12 +238,13 @@ def test_plain_diffusers_loads_the_inner_network(options: dict[str, Any], tmp_pa
 
 
 def test_what_a_single_token_of_context_leaves_idle() -> None:
-    """Attention over one token is 1 whatever q and k are, as in the original: growth by gradient sees zeros there."""
+    """Attention over one token is 1 whatever q and k are, as in the original; growth by gradient sees rounding."""
     model = lively(build(Config(**CONDITIONAL), seed=0))
     model(**batch(model.config)).square().sum().backward()
-    idle = {name for name, p in model.named_parameters() if not p.grad.any()}
+    idle = {name for name, p in model.named_parameters() if p.grad.abs().max() < 1e-5}
     ends = (".attn2.to_q.weight", ".attn2.to_k.weight", ".norm2.weight", ".norm2.bias")
     assert idle == {n for n, _ in model.named_parameters() if ".transformer_blocks." in n and n.endswith(ends)}
+    assert max(float(p.grad.abs().max()) for p in model.parameters()) > 1
 
 
 def test_the_conditional_model_is_built_and_counted_as_every_model() -> None:
