@@ -12,9 +12,10 @@ from pathlib import Path
 
 import pytest
 
+from raysparse.data.shards import Run
 from raysparse.errors import UsageError
+from raysparse.space import Resources
 from raysparse.sweep import encode
-from raysparse.sweep.encode import Run
 
 pytestmark = pytest.mark.ray
 
@@ -39,6 +40,12 @@ with ray_run(folder, num_cpus=2, temp_dir=home) as run:
 def square(number: int) -> int:
     time.sleep(0.4 if number == 0 else 0)
     return number * number
+
+
+def span(_: int) -> tuple[float, float]:
+    start = time.time()
+    time.sleep(0.3)
+    return start, time.time()
 
 
 def where(_: int) -> tuple[int, tuple[int, str, str]]:
@@ -136,11 +143,22 @@ def test_what_does_not_fit_is_said_before_anything_starts(tmp_path: Path) -> Non
             pass
 
 
+def test_no_more_run_at_a_time_than_memory_has_room_for(run: Run) -> None:
+    import ray
+
+    room = int(ray.nodes()[0]["Resources"]["memory"])
+    for share, together in ((0.6, 1), (0.3, 2), (2, 1)):
+        wanted = int(share * room)
+        spans = list(encode._run(span, range(4), Resources(), wanted))
+        assert max(sum(a <= start < b for a, b in spans) for start, _ in spans) == together, share
+
+
 def test_nothing_starts_before_a_result_is_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise AssertionError("Ray was started")
 
     monkeypatch.setattr(encode, "ray_for", refuse)
+    assert list(encode.run_on(tmp_path)(square, [])) == []
     lazy = encode.run_on(tmp_path, num_cpus=1)(square, [1])
     with pytest.raises(AssertionError, match="Ray was started"):
         next(lazy)
