@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -27,34 +27,43 @@ LINE_EVERY_S = 10.0  # of progress where there is no terminal
 def progress(what: str) -> Iterator[Callable[[int, int], None]]:
     """A function (done, total) that shows a bar with a rate and an end time, or a line every ten seconds."""
     console = Console(stderr=True)
-    start = time.monotonic()
+    pace = _Pace()
     if console.is_terminal:
-        columns = (
-            TextColumn(what),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-        )
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[pace]}"))
         with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(what, total=None, rate="")
-            yield lambda done, total: bar.update(task, completed=done, total=total, rate=_rate(done, start))
+            task = bar.add_task(what, total=None, pace="")
+            yield lambda done, total: bar.update(task, completed=done, total=total, pace=pace.after(done, total))
         return
-    last = start
+    last = time.monotonic()
 
     def line(done: int, total: int) -> None:
         nonlocal last
-        now = time.monotonic()
+        so_far, now = pace.after(done, total), time.monotonic()
         if now - last >= LINE_EVERY_S:
             last = now
-            left = (now - start) / max(done, 1) * (total - done)
-            console.print(f"{what}: {done} of {total}, {_rate(done, start)}, {left:.0f} s left", highlight=False)
+            console.print(f"{what}: {done} of {total}{so_far and ', '}{so_far}", highlight=False)
 
     yield line
 
 
-def _rate(done: int, start: float) -> str:
-    return f"{done / max(time.monotonic() - start, 1e-9):,.0f}/s"
+class _Pace:
+    """Rate and time left, from the first call on: what was done before it (by a process that was killed) took another
+    one's time. A new total is another job: a download, then what is made of it."""
+
+    def __init__(self) -> None:
+        self._job: int | None = None
+        self._before = 0
+        self._start = 0.0
+
+    def after(self, done: int, total: int) -> str:
+        now = time.monotonic()
+        if total != self._job:
+            self._job, self._before, self._start = total, done, now
+        rate = (done - self._before) / max(now - self._start, 1e-9)
+        if rate <= 0:
+            return ""
+        speed = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
+        return f"{speed}/s, {duration((total - done) / rate)} left"
 
 
 def report_line(trial: TrialConfig, report: Report) -> str:
@@ -82,6 +91,22 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def print_damaged(facts: dict[str, Any]) -> None:
+    """On stderr: how many pictures could not be read, and the first ten with the reason."""
+    damaged = facts["damaged"]
+    if not damaged:
+        return
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    console.print(f"{len(damaged)} damaged pictures were left out; all of them are in {facts['folder']}/manifest.json")
+    for one in damaged[:_DAMAGED_SHOWN]:
+        console.print(f"  {one['id']}: {one['reason']}")
+    if len(damaged) > _DAMAGED_SHOWN:
+        console.print(f"  and {len(damaged) - _DAMAGED_SHOWN} more")
+
+
+_DAMAGED_SHOWN = 10
 
 
 def print_plan(sweep: Sweep, plan: dict[str, Any]) -> None:

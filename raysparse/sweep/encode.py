@@ -7,6 +7,7 @@ folder; a shard that is written stays, whatever happens to the driver.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections import deque
@@ -15,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
+from raysparse.config import TrialConfig
 from raysparse.data.shards import Run
 from raysparse.errors import UsageError
 from raysparse.space import Resources
@@ -141,3 +143,62 @@ def run_on(log: Path, **options: Any) -> Run:
             yield from started(function, tasks)
 
     return run
+
+
+def prepare(
+    trial: TrialConfig,
+    *,
+    cpus: int | None = None,
+    gpus_per_task: float | None = None,
+    address: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    **ray: Any,
+) -> Path:
+    """The prepared data set that a trial asks for, made now unless it is there; pictures by a Ray task per shard.
+
+    cpus: of this machine; 1, without an address: in this process, without Ray, and so it is where Ray is not installed.
+    gpus_per_task: None: 1 where this machine has a GPU and there is a first stage. ray: as `ray_run`.
+    UsageError as `prepared.prepare`, for weights that cannot be had, and for what does not fit.
+    """
+    import torch
+
+    from raysparse import plugins
+    from raysparse.data import prepared
+    from raysparse.train.first_stage import FirstStage
+
+    data = trial.data
+    root = Path(data.root or prepared.default_root()).expanduser().absolute()  # a worker may be in another folder
+    source = Path(data.source).expanduser().absolute() if data.source else None
+    if gpus_per_task is None:
+        gpus_per_task = float(trial.first_stage is not None and torch.cuda.is_available())
+    encoder = FirstStage.of(trial.first_stage, "cuda" if gpus_per_task else "cpu") if trial.first_stage else None
+    address = address or os.environ.get("RAY_ADDRESS")
+    run = prepared.in_order
+    if plugins.load("datasets", data.name).SPEC.kind == "image" and (address or (cpus != 1 and has_ray())):
+        memory = ENCODING_BYTES if encoder else 0
+        run = run_on(root, gpus_per_task=gpus_per_task, memory=memory, address=address, num_cpus=cpus, **ray)
+    elif cpus:
+        torch.set_num_threads(cpus)
+    return prepared.prepare(
+        data.name, data.options, source=source, root=root, progress=progress, encoder=encoder, run=run
+    )
+
+
+def has_ray() -> bool:
+    return importlib.util.find_spec("ray") is not None
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What a prepared folder holds, as plain data."""
+    from raysparse.data import prepared
+
+    manifest = prepared.read_manifest(folder)
+    splits = manifest["splits"].items()
+    return {
+        "folder": str(folder),
+        "examples": {name: place.get("rows", place.get("stop", 0) - place.get("start", 0)) for name, place in splits},
+        "classes": len(manifest["classes"]),
+        "encoder": manifest.get("encoder"),
+        "latent_shape": manifest.get("latent_shape"),
+        "damaged": [{"id": name, "reason": reason} for name, reason in prepared.damaged(folder)],
+    }
