@@ -119,7 +119,7 @@ def scheduler(config: TrialConfig) -> Any:
 def equal_steps(config: TrialConfig) -> list[int]:
     """The step counts at which diffusers' scheduler visits the timesteps that ours does; their weights then agree too.
 
-    Found by asking it: diffusers rounds T / steps down, so they are about the divisors of T.
+    Found by asking it: diffusers rounds T / steps down, so they are the divisors of T and few others.
     """
     total, spacing = config.diffusion.timesteps, config.evaluate.timestep_spacing
     theirs = copy.deepcopy(scheduler(config))
