@@ -28,6 +28,7 @@ class Protocol:
     eta: float  # of DDIM: 0 is deterministic
     ema: bool  # sampled from the averaged weights
     guidance: float | None = None  # classifier-free guidance scale
+    timestep_spacing: str = "leading"  # which timesteps DDIM visits
     kid_subsets: int | None = None
     kid_subset_size: int | None = None
 

@@ -56,7 +56,7 @@ def refuse_if_taken(results: Path, sweep: Sweep) -> None:
 
 def create(results: Path, sweep: Sweep, command: str) -> None:
     """Make the folder this sweep's; called with the lock held."""
-    from raysparse.train.setup import versions
+    from raysparse.train.versions import versions
 
     content = {
         "digest": sweep.digest,

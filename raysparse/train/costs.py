@@ -64,8 +64,9 @@ def costs(config: TrialConfig, options: BaseModel, mean_points: float) -> Costs:
     points = max(1, math.ceil(mean_points))
     with torch.device("meta"):
         model = module.build(options, seed=config.seed)
-    macs = flops.forward_macs(model, module.example(options, 1, points, device="meta"), batch=1)
-    if plugins.load("datasets", config.data.name).SPEC.kind == "sketch":
+    inputs = module.example(options, 1, points, device="meta")
+    macs = flops.forward_macs(model, inputs, batch=1)
+    if inputs["x"].ndim == 3:  # a sketch; of an image all is counted that there is
         macs = {name: count * mean_points / points for name, count in macs.items()}
     densities = _densities(config.sparse, model)
     method = plugins.load("methods", config.sparse.method).METHOD

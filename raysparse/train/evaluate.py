@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from raysparse import rng
 from raysparse.config import TrialConfig
-from raysparse.diffusion import ddim, losses
+from raysparse.diffusion import losses
 from raysparse.diffusion.schedule import NoiseSchedule
 from raysparse.metrics import fidelity
 from raysparse.metrics.reference import Reference
 from raysparse.train import distributed
+from raysparse.train.sampling import Sampler, autocast
 
 VALIDATION_EXAMPLES = 1024  # at most so many: the first ones of the split
 VALIDATION_BATCH = 64  # a constant, so that an example's noise depends on no setting
@@ -49,7 +50,8 @@ class Evaluation:
 class Evaluator:
     """Evaluates models of one trial. `evaluate` is called by all ranks together and changes nothing in the model.
 
-    reference: features and statistics of the reference examples; extractor: the one that made them.
+    reference: features and statistics of the reference examples; extractor: the one that made them. image_shape:
+    [C, H, W] of those examples' images, which a sample's image must have too.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class Evaluator:
         validation: Any,
         extractor: Any,
         reference: Reference,
+        image_shape: tuple[int, ...],
         noise_schedule: NoiseSchedule,
         protocol: fidelity.Protocol,
         device: torch.device,
@@ -67,10 +70,12 @@ class Evaluator:
         world_size: int = 1,
     ) -> None:
         self.config = config
-        self.training = training  # samples take their lengths and labels from these examples
+        # Samples take their lengths and labels from the training examples.
+        self.sampler = Sampler(config, training, noise_schedule, device)
         self.validation = validation
         self.extractor = extractor
         self.reference = reference
+        self.image_shape = image_shape
         self.noise_schedule = noise_schedule
         self.protocol = protocol
         self.device = device
@@ -109,48 +114,29 @@ class Evaluator:
             draw = rng.generator(VALIDATION_SEED, "validation noise", step=number)
             t = torch.randint(0, self.config.diffusion.timesteps, (len(x),), generator=draw).to(self.device)
             eps = torch.randn(x.shape, generator=draw).to(self.device)
-            with self._autocast():
+            with autocast(self.config, self.device):
                 prediction = model(self.noise_schedule.add_noise(x, eps, t), t, **cond)
                 loss = losses.eps_mse(prediction, eps, cond.get("lengths"))
             total += torch.tensor([float(loss) * len(x), len(x)], dtype=torch.float64)
         total = distributed.all_sum(total.to(self.device), self.world_size)
         return float(total[0] / total[1])
 
-    def sample(self, model: nn.Module, number: int, count: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Batch `number` of the trial's samples: x as the model's input, float32 [count, ...], and its conditions."""
-        seed, settings = self.config.seed, self.config.evaluate
-        shape, cond = self.training.draw_conditions(count, rng.numpy_generator(seed, "conditions", step=number))
-        noise = torch.randn(shape, generator=rng.generator(seed, "sample noise", step=number)).to(self.device)
-        draw = rng.generator(seed, "sampling noise", step=number, device=str(self.device))  # for eta > 0
-        cond = self._to_device(cond)
-        with self._autocast():
-            x = ddim.sample(
-                model,
-                self.noise_schedule,
-                noise,
-                steps=settings.ddim_steps,
-                eta=settings.eta,
-                cond=cond,
-                generator=draw,
-            )
-        return x, cond
-
     def _sample_features(self, model: nn.Module) -> tuple[Tensor, Tensor, float, float]:
         """Features of all samples float32 [generated, D], the first drawn uint8 [grid, C, H, W], seconds."""
         settings = self.config.evaluate
         features = torch.zeros(settings.generated, self.extractor.feature_dim, device=self.device)
-        blank = self.training.images([0])
-        images = blank.new_zeros(min(settings.grid, settings.generated), *blank.shape[1:])
+        images = torch.zeros((min(settings.grid, settings.generated), *self.image_shape), dtype=torch.uint8)
         sampling_s = extraction_s = 0.0
         for number, first in enumerate(range(0, settings.generated, settings.batch_size)):
             if number % self.world_size != self.rank:
                 continue
             start = time.perf_counter()
             end = min(first + settings.batch_size, settings.generated)
-            x, cond = self.sample(model, number, end - first)
-            x = x.float().cpu()
+            x, cond = self.sampler.batch(model, number, end - first)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # else the seconds of sampling would be counted as extraction's
             middle = time.perf_counter()
-            drawn = self.training.to_images(x, cond)
+            drawn = self.sampler.source.to_images(x, cond)
             features[first:end] = self.extractor(drawn.to(self.device))
             images[first:end] = drawn[: max(0, len(images) - first)].cpu()
             sampling_s += middle - start
@@ -171,9 +157,6 @@ class Evaluator:
 
     def _to_device(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: value.to(self.device) for name, value in cond.items()}
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.train.precision == "bf16")
 
 
 def grid_png(images: Tensor) -> bytes:

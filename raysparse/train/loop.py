@@ -24,6 +24,7 @@ from raysparse.results import Report
 from raysparse.train import distributed
 from raysparse.train.ema import Ema
 from raysparse.train.lr import learning_rate
+from raysparse.train.sampling import autocast
 
 if TYPE_CHECKING:
     from raysparse.diffusion.schedule import NoiseSchedule
@@ -90,17 +91,19 @@ class Trainer:
         self.masks_reported = engine.masks
         self.should_stop: Callable[[], bool] = lambda: False  # asked between steps; any rank's yes ends `run` early
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._network = model
+        self._network: nn.Module = model
+        if config.train.compile:
+            # The masks act on gradients and on weights in place, outside the graph: it is compiled once, whatever the
+            # topology does.
+            self._network = torch.compile(model, dynamic=False)  # type: ignore[assignment]
         if world_size > 1:
             device_ids = [device] if device.type == "cuda" else None
-            self._network = DistributedDataParallel(model, device_ids=device_ids)
+            self._network = DistributedDataParallel(self._network, device_ids=device_ids)
         self._look_steps = 1 if device.type == "cpu" and world_size == 1 else LOOK_STEPS
         self._recent: list[Tensor] = []  # losses not looked at yet
         # Noise is drawn for the longest sketch of the set, so that a row's draw depends on no other row of the batch.
-        self._noise_shape = tuple(examples.batch([0])["x"].shape[1:])
         self._sequences = hasattr(examples, "lengths")
-        if self._sequences:
-            self._noise_shape = (int(examples.lengths.max()), *self._noise_shape[1:])
+        self._noise_shape = (int(examples.lengths.max()), 3) if self._sequences else tuple(examples.value_shape)
 
     def run(self) -> Iterator[Report]:
         """Train to the last step; a Report at each multiple of evaluate.every_steps and at the end, on all ranks.
@@ -140,7 +143,7 @@ class Trainer:
             x, cond, rows = self._share(part)
             t, eps = timesteps[rows], noise[rows, : x.shape[1]] if self._sequences else noise[rows]
             last = part + 1 == train.accumulate
-            with self._reduce_gradients(last), self._autocast():
+            with self._reduce_gradients(last), autocast(self.config, self.device):
                 prediction = self._network(self.noise_schedule.add_noise(x, eps, t), t, **cond)
                 loss = losses.eps_mse(prediction, eps, cond.get("lengths")) / train.accumulate
                 loss.backward()  # type: ignore[no-untyped-call]
@@ -172,19 +175,36 @@ class Trainer:
         indices = batch_indices(
             len(self.examples), train.batch_size, self.config.seed, self.step, rank=share, world_size=shares
         )
-        batch = self.examples.batch(indices)
-        cond = {name: value.to(self.device, non_blocking=True) for name, value in batch["cond"].items()}
         rows = slice(share * len(indices), (share + 1) * len(indices))
-        return batch["x"].to(self.device, non_blocking=True), cond, rows
+        batch = self.examples.batch(indices, **self._flips(rows))
+        cond = self._drop_labels(batch["cond"], rows)
+        x = batch["x"]
+        if train.channels_last and x.ndim == 4:
+            x = x.to(memory_format=torch.channels_last)
+        cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
+        return x.to(self.device, non_blocking=True), cond, rows
+
+    def _flips(self, rows: slice) -> dict[str, Any]:
+        """Which examples of the rows are mirrored; of a set whose recipe flips (PAPER: p = .5)."""
+        if not getattr(self.examples, "flips", False):
+            return {}
+        draw = rng.numpy_generator(self.config.seed, "flips", step=self.step)
+        return {"flips": draw.random(self.config.train.batch_size)[rows] < 0.5}
+
+    def _drop_labels(self, cond: dict[str, Tensor], rows: slice) -> dict[str, Tensor]:
+        """Some labels become the null class, so that the model learns to do without (for guidance)."""
+        share = self.config.train.label_dropout
+        if not share:
+            return cond
+        draw = rng.numpy_generator(self.config.seed, "label dropout", step=self.step)
+        dropped = torch.from_numpy(draw.random(self.config.train.batch_size)[rows] < share)
+        return {**cond, "labels": cond["labels"].masked_fill(dropped, self.model.null_label)}  # type: ignore[arg-type]
 
     def _reduce_gradients(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Only the last backward of a step averages gradients over the ranks."""
         if isinstance(self._network, DistributedDataParallel) and not last:
             return self._network.no_sync()
         return contextlib.nullcontext()
-
-    def _autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.train.precision == "bf16")
 
     def _look(self) -> bool:
         """Look at the losses since the last look, on all ranks alike. -> whether any rank was asked to stop."""

@@ -13,7 +13,7 @@ from raysparse import plugins, rng, space
 from raysparse.config import TrialConfig
 from raysparse.metrics import flops
 from raysparse.space import Sweep
-from raysparse.train import setup
+from raysparse.train import checks, setup
 from raysparse.train.costs import Costs
 
 _TIMED = 3  # steps and forward passes timed, after one that is not; the median counts
@@ -62,7 +62,7 @@ def measure(config: TrialConfig, mean_points: float) -> tuple[float, float]:
     """Seconds of a training step and of an evaluation on this machine, a GPU where there is one."""
     torch.set_num_threads(config.train.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    module, options = plugins.load("models", config.model.name), setup.model_options(config)
+    module, options = plugins.load("models", config.model.name), checks.model_options(config)
     model = module.build(options, seed=0).to(device)
     optimizer = torch.optim.AdamW(model.parameters())
 

@@ -3,63 +3,52 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import json
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ValidationError
 
-import raysparse
 from raysparse import plugins
 from raysparse.config import TrialConfig
 from raysparse.data import prepared
 from raysparse.data.sketch import Examples
 from raysparse.diffusion.schedule import NoiseSchedule
-from raysparse.errors import UsageError, usage_error_from
+from raysparse.errors import UsageError
 from raysparse.metrics import flops
 from raysparse.metrics.extractors._base import Extractor, extract
 from raysparse.metrics.protocol import Protocol
 from raysparse.metrics.reference import Reference, reference
 from raysparse.results import Facts
 from raysparse.sparse.engine import SparseEngine
+from raysparse.train import checks
+from raysparse.train.checks import model_options
 from raysparse.train.costs import Costs, costs, update_end_step
 from raysparse.train.evaluate import Evaluator
+from raysparse.train.first_stage import FirstStage
 from raysparse.train.loop import Trainer
+from raysparse.train.versions import versions
 
 Progress = Callable[[int, int], None]  # (done, total)
+Run = prepared.Run
 
 
 def check(config: TrialConfig) -> None:
     """What can be said of a trial before anything starts. UsageError for what would end it later."""
-    timesteps = getattr(model_options(config), "timesteps", config.diffusion.timesteps)
-    if timesteps != config.diffusion.timesteps:
-        raise UsageError(
-            f"model.options.timesteps is {timesteps}, diffusion.timesteps {config.diffusion.timesteps}: they are one "
-            "number, set both"
-        )
-    if config.evaluate.ddim_steps > config.diffusion.timesteps:
-        raise UsageError(
-            f"evaluate.ddim_steps {config.evaluate.ddim_steps} is above diffusion.timesteps "
-            f"{config.diffusion.timesteps}; lower it"
-        )
-    prepared.check_options(config.data.name, config.data.options)
-    if config.data.source is not None and not Path(config.data.source).exists():
-        raise UsageError(f"data.source {config.data.source} does not exist; give the path of the raw data")
+    checks.check_settings(config)
     _extractor(config, "cpu")
 
 
-def prepare_data(config: TrialConfig, progress: Progress | None = None) -> Path:
+def prepare_data(config: TrialConfig, progress: Progress | None = None, run: Run = prepared.in_order) -> Path:
     """The prepared data set of a trial, made now unless it is there, with the reference statistics of its extractor.
 
-    Call it in the driver: trials that start together then only read. UsageError as `prepared.prepare`, and where the
-    set has fewer examples than the trial asks for.
+    Call it in the driver: trials that start together then only read. run: how the shards of pictures are worked off.
+    UsageError as `prepared.prepare`, and where the set is not what the trial asks for.
     """
-    folder = _folder(config, progress)
-    _check_classes(config, _training(config, folder))
+    folder = _folder(config, progress, run)
+    training = _training(config, folder)
+    checks.check_data(config, training)
     _reference(config, folder, _extractor(config, "cpu"))
     return folder
 
@@ -74,31 +63,41 @@ def build(config: TrialConfig, *, device: str = "cpu", rank: int = 0, world_size
     folder = _folder(config)
     training = _training(config, folder)
     model = plugins.load("models", config.model.name).build(model_options(config), seed=config.seed).to(place)
+    if config.train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
     optimizer = _optimizer(config, model)
-    engine = _engine(config, model, optimizer)
-    schedule = NoiseSchedule(**config.diffusion.model_dump())
-    extractor = _extractor(config, device)
-    where: dict[str, Any] = {"device": place, "rank": rank, "world_size": world_size}
-    evaluator = Evaluator(
-        config,
-        training=training,
-        validation=prepared.open_split(folder, "validation"),
-        extractor=extractor,
-        reference=_reference(config, folder, extractor),
-        noise_schedule=schedule,
-        protocol=_protocol(config, folder, extractor),
-        **where,
-    )
     return Trainer(
         config,
         model=model,
         optimizer=optimizer,
-        engine=engine,
+        engine=_engine(config, model, optimizer),
         examples=training,
-        noise_schedule=schedule,
-        evaluator=evaluator,
+        noise_schedule=NoiseSchedule(**config.diffusion.model_dump()),
+        evaluator=evaluator(config, device=device, rank=rank, world_size=world_size),
         costs=costs(config, model_options(config), _mean_points(training)),
-        **where,
+        device=place,
+        rank=rank,
+        world_size=world_size,
+    )
+
+
+def evaluator(config: TrialConfig, *, device: str = "cpu", rank: int = 0, world_size: int = 1) -> Evaluator:
+    """One rank's Evaluator of a trial's models; the data must be prepared."""
+    folder = _folder(config)
+    extractor = _extractor(config, device)
+    decode = FirstStage.of(config.first_stage, device).decode if config.first_stage else None
+    return Evaluator(
+        config,
+        training=_with_decoder(_training(config, folder), decode),
+        validation=prepared.open_split(folder, "validation"),
+        extractor=extractor,
+        reference=_reference(config, folder, extractor),
+        image_shape=tuple(prepared.open_split(folder, "reference").images([0]).shape[1:]),
+        noise_schedule=NoiseSchedule(**config.diffusion.model_dump()),
+        protocol=_protocol(config, folder, extractor),
+        device=torch.device(device),
+        rank=rank,
+        world_size=world_size,
     )
 
 
@@ -139,6 +138,11 @@ def facts(config: TrialConfig, *, sweep: str, stage: str, world_size: int, comma
     )
 
 
+def protocol(config: TrialConfig) -> Protocol:
+    """What the FIDs of a trial are; the data must be prepared."""
+    return _protocol(config, _folder(config), _extractor(config, "cpu"))
+
+
 def estimate(config: TrialConfig, mean_points: float | None = None) -> Costs:
     """Parameters and FLOPs of a trial, without its data where that would have to be downloaded first.
 
@@ -147,7 +151,9 @@ def estimate(config: TrialConfig, mean_points: float | None = None) -> Costs:
     if mean_points is None:
         spec = plugins.load("datasets", config.data.name).SPEC
         known = getattr(spec, "mean_points", None)  # None: the data is embedded
-        if known is not None and config.data.source is None:
+        if len(checks.value_shape(config)) == 3:
+            mean_points = 1.0  # an image costs what it costs
+        elif known is not None and config.data.source is None:
             spacing = prepared.check_options(config.data.name, config.data.options).model_dump().get("spacing", 0.05)
             mean_points = known * 0.05 / spacing  # measured on KanjiVG: 88.6 at .05, 44.2 at .1
         else:
@@ -155,58 +161,38 @@ def estimate(config: TrialConfig, mean_points: float | None = None) -> Costs:
     return costs(config, model_options(config), mean_points)
 
 
-def model_options(config: TrialConfig) -> BaseModel:
-    """A model's Config, checked. UsageError naming the key, with the nearest valid one."""
-    model: type[BaseModel] = plugins.load("models", config.model.name).Config
-    try:
-        return model.model_validate(dict(config.model.options))
-    except ValidationError as error:
-        raise usage_error_from(error, f"options of model {config.model.name!r}", model) from None
+def training(config: TrialConfig) -> Any:
+    """The training examples of a trial; the data must be prepared."""
+    return _training(config, _folder(config))
 
 
-def versions() -> dict[str, str | None]:
-    """What a result may depend on beside the settings; None: not installed."""
-    found: dict[str, str | None] = {"raysparse": raysparse.__version__, "python": platform.python_version()}
-    for package in ("torch", "diffusers", "torch-fidelity", "numpy", "ray", "optuna"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = None
-    found["cpu"] = _cpu_name()
-    found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return found
+def first_stage(config: TrialConfig) -> FirstStage | None:
+    """What encodes the trial's pictures, on the CPU; None: they are trained on as pixels."""
+    return FirstStage.of(config.first_stage) if config.first_stage else None
 
 
-def _folder(config: TrialConfig, progress: Progress | None = None) -> Path:
+def _folder(config: TrialConfig, progress: Progress | None = None, run: Run = prepared.in_order) -> Path:
     data = config.data
     source, root = (Path(data.source) if data.source else None), (Path(data.root) if data.root else None)
-    return prepared.prepare(data.name, data.options, source=source, root=root, progress=progress)
+    return prepared.prepare(
+        data.name, data.options, source=source, root=root, progress=progress, encoder=first_stage(config), run=run
+    )
 
 
 def _training(config: TrialConfig, folder: Path) -> Any:
     """The training examples. UsageError where there are fewer than asked for."""
-    return _first(prepared.open_split(folder, "train"), config.data.train_examples, "data.train_examples")
-
-
-def _first(examples: Any, count: int | None, key: str) -> Any:
+    examples, count = prepared.open_split(folder, "train"), config.data.train_examples
     if count is None:
         return examples
     if count > len(examples):
-        raise UsageError(f"{key} is {count}, but the data set has only {len(examples)}; lower it or leave it out")
-    assert isinstance(examples, Examples)
-    labels = None if examples.labels is None else examples.labels[:count]
-    return dataclasses.replace(examples, offsets=examples.offsets[: count + 1], labels=labels)
-
-
-def _check_classes(config: TrialConfig, training: Any) -> None:
-    """A conditional model needs the classes of a conditional data set, and the other way round."""
-    wanted = getattr(model_options(config), "num_classes", None)
-    given = training.num_classes if training.labels is not None else None
-    if wanted != given:
         raise UsageError(
-            f"model.options.num_classes is {wanted}, but the data set has {given or 'no'} classes; "
-            f"set it to {given or 'null'}"
+            f"data.train_examples is {count}, but the data set has only {len(examples)}; lower it or leave it out"
         )
+    return examples.first(count)
+
+
+def _with_decoder(examples: Any, decode: Callable[[torch.Tensor], torch.Tensor] | None) -> Any:
+    return dataclasses.replace(examples, decode=decode) if decode else examples
 
 
 def _mean_points(training: Any) -> float:
@@ -277,17 +263,9 @@ def _protocol(config: TrialConfig, folder: Path, extractor: Extractor) -> Protoc
         resize=extractor.resize,
         ddim_steps=settings.ddim_steps,
         eta=settings.eta,
+        timestep_spacing=settings.timestep_spacing,
+        guidance=settings.guidance,
         ema=True,
         kid_subsets=settings.kid_subsets,
         kid_subset_size=min(settings.kid_subset_size, settings.generated, count),
     )
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,22 @@ TINY: dict[str, Any] = {
         "grid": 4,
     },
 }
+PICTURES: dict[str, Any] = {  # 16 x 16 pixels, a U-Net of 24 thousand parameters
+    **TINY,
+    "data": {"name": "hershey_pictures", "options": {"size_px": 16}, "train_examples": 48},
+    "model": {
+        "name": "latent_unet",
+        "options": {
+            "sample_size": 16,
+            "block_out_channels": [8, 16],
+            "attention_levels": [False, True],
+            "layers_per_block": 1,
+            "attention_head_dim": 8,
+            "norm_num_groups": 4,
+        },
+    },
+    "diffusion": {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195},
+}
 RIGL = {"sparse.method": "rigl", "sparse.sparsity": 0.5, "sparse.update_interval": 3}
 
 
@@ -41,16 +58,23 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(data_root: Path) -> Callable[..., TrialConfig]:
     """tiny({"train.steps": 5}, ...) -> a prepared trial: TINY with values at dotted paths changed."""
 
-    def make(*changes: dict[str, Any]) -> TrialConfig:
-        content = config.with_value(TINY, "data.root", str(data_root))
-        for change in changes:
-            for path, value in change.items():
-                content = config.with_value(content, path, value)
-        trial = config.parse(content)
-        setup.prepare_data(trial)
-        return trial
+    return functools.partial(_prepared, TINY, data_root)
 
-    return make
+
+@pytest.fixture
+def pictures(data_root: Path) -> Callable[..., TrialConfig]:
+    """The same of pictures as pixels: PICTURES with values at dotted paths changed."""
+    return functools.partial(_prepared, PICTURES, data_root)
+
+
+def _prepared(base: dict[str, Any], data_root: Path, *changes: dict[str, Any]) -> TrialConfig:
+    content = config.with_value(base, "data.root", str(data_root))
+    for change in changes:
+        for path, value in change.items():
+            content = config.with_value(content, path, value)
+    trial = config.parse(content)
+    setup.prepare_data(trial)
+    return trial
 
 
 @pytest.fixture

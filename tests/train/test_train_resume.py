@@ -2,47 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import multiprocessing
 import os
 import signal
 from pathlib import Path
-from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
+from trainer_state import assert_same, computed, everything, tensors_of
 
 from raysparse import config, results
 from raysparse.results import Report
 from raysparse.train import distributed, run, setup, state
-from raysparse.train.loop import Trainer
-
-MEASURED = ("train_s", "evaluate_s", "peak_memory_bytes")  # differ from run to run
-
-
-def everything(trainer: Trainer, folder: Path) -> dict[str, torch.Tensor]:
-    """All tensors of a trainer's state, through its checkpoint."""
-    return tensors_of(state.save(trainer, folder))
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for part in state.PARTS:
-        found |= {f"{part}/{k}": v for k, v in safetensors.torch.load_file(folder / f"{part}.safetensors").items()}
-    return found
-
-
-def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype
-        assert torch.equal(a[name], b[name]), name
-
-
-def computed(report: Report) -> dict[str, Any]:
-    return {k: v for k, v in dataclasses.asdict(report).items() if k not in MEASURED}
 
 
 @pytest.mark.parametrize("method", ["rigl", "magran", "dense"])

@@ -1,0 +1,104 @@
+"""What can be said of a trial before it starts. UsageError for what would end it later."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ValidationError
+
+from raysparse import plugins
+from raysparse.config import TrialConfig
+from raysparse.data import prepared
+from raysparse.data.sketch import Examples
+from raysparse.errors import UsageError, usage_error_from
+
+
+def check_settings(config: TrialConfig) -> None:
+    """Of the settings alone; nothing is prepared or trained."""
+    timesteps = getattr(model_options(config), "timesteps", config.diffusion.timesteps)
+    if timesteps != config.diffusion.timesteps:
+        raise UsageError(
+            f"model.options.timesteps is {timesteps}, diffusion.timesteps {config.diffusion.timesteps}: they are one "
+            "number, set both"
+        )
+    if config.evaluate.ddim_steps > config.diffusion.timesteps:
+        raise UsageError(
+            f"evaluate.ddim_steps {config.evaluate.ddim_steps} is above diffusion.timesteps "
+            f"{config.diffusion.timesteps}; lower it"
+        )
+    prepared.check_options(config.data.name, config.data.options)
+    _check_parts(config)
+    if config.data.source is not None and not Path(config.data.source).exists():
+        raise UsageError(f"data.source {config.data.source} does not exist; give the path of the raw data")
+
+
+def check_data(config: TrialConfig, training: Any) -> None:
+    """Of the settings and the prepared training examples."""
+    _check_shape(config, training)
+    _check_classes(config, training)
+
+
+def model_options(config: TrialConfig) -> BaseModel:
+    """A model's Config, checked. UsageError naming the key, with the nearest valid one."""
+    model: type[BaseModel] = plugins.load("models", config.model.name).Config
+    try:
+        return model.model_validate(dict(config.model.options))
+    except ValidationError as error:
+        raise usage_error_from(error, f"options of model {config.model.name!r}", model) from None
+
+
+def _check_parts(config: TrialConfig) -> None:
+    """That the parts of a trial go together, as far as their files say."""
+    model, spec = plugins.load("models", config.model.name), plugins.load("datasets", config.data.name).SPEC
+    if model.KIND != "denoiser":
+        raise UsageError(f"model.name {config.model.name!r} is a {model.KIND.replace('_', ' ')}, not a denoiser")
+    if config.first_stage and spec.kind != "image":
+        raise UsageError(f"first_stage encodes pictures, but {config.data.name} holds sketches; leave it out")
+    if config.first_stage and plugins.load("models", config.first_stage.name).KIND != "first_stage":
+        raise UsageError(f"first_stage.name {config.first_stage.name!r} is a denoiser; give a first stage: autoencoder")
+    asked = {"train.label_dropout": config.train.label_dropout or None, "evaluate.guidance": config.evaluate.guidance}
+    for name, value in asked.items():
+        if value is not None and null_label(config) is None:
+            raise UsageError(
+                f"{name} is {value}, but {config.model.name} has no null class here: use a class-conditional "
+                "latent_unet (model.options.num_classes), or leave it out"
+            )
+
+
+def null_label(config: TrialConfig) -> int | None:
+    """The class of the trial's model that stands for none; None: it has no such class."""
+    with torch.device("meta"):
+        model = plugins.load("models", config.model.name).build(model_options(config), seed=config.seed)
+    found: int | None = getattr(model, "null_label", None)
+    return found
+
+
+def value_shape(config: TrialConfig) -> tuple[int, ...]:
+    """The shape of one example as the trial's model takes it: [C, H, W], sketches [1, 3] (of one point)."""
+    module = plugins.load("models", config.model.name)
+    return tuple(module.example(model_options(config), 1, 1, device="meta")["x"].shape[1:])
+
+
+def _check_shape(config: TrialConfig, training: Any) -> None:
+    """The model takes examples of the data set's shape."""
+    takes = value_shape(config)
+    given = (1, 3) if isinstance(training, Examples) else tuple(training.value_shape)
+    if takes != given:
+        what = "sketches" if isinstance(training, Examples) else f"examples of shape {list(given)}"
+        raise UsageError(
+            f"model {config.model.name} takes {'sketches' if takes == (1, 3) else f'x of shape {list(takes)}'}, but "
+            f"data set {config.data.name} has {what}; change model.options, data.options.size_px or first_stage"
+        )
+
+
+def _check_classes(config: TrialConfig, training: Any) -> None:
+    """A conditional model needs the classes of a conditional data set, and the other way round."""
+    wanted = getattr(model_options(config), "num_classes", None)
+    given = training.num_classes if training.labels is not None else None
+    if wanted != given:
+        raise UsageError(
+            f"model.options.num_classes is {wanted}, but the data set has {given or 'no'} classes; "
+            f"set it to {given or 'null'}"
+        )
