@@ -107,17 +107,22 @@ SCHEMA = _schema()
 
 
 def write_trial(results: Path, facts: Facts, outcome: Outcome, reports: Iterable[Report]) -> Path:
-    """Write one trial's records atomically; the last report of a step wins, steps come out ascending."""
+    """Write one trial's records to RESULTS/records; see `write_table`."""
+    path = results / "records" / f"{facts.trial_id}.parquet"
+    write_table(path, facts, outcome, reports)
+    return path
+
+
+def write_table(path: Path, facts: Facts, outcome: Outcome, reports: Iterable[Report]) -> None:
+    """Write one trial's rows atomically; the last report of a step wins, steps come out ascending."""
     if outcome.state not in STATES:
         raise ValueError(f"state {outcome.state!r} is none of {STATES}")
     by_step = {report.step: report for report in reports}
     head = dataclasses.asdict(facts) | dataclasses.asdict(outcome)
     empty = {field.name: None for field in dataclasses.fields(Report)}
     rows = [head | dataclasses.asdict(by_step[step]) for step in sorted(by_step)] or [head | empty]
-    path = results / "records" / f"{facts.trial_id}.parquet"
     with atomic_path(path) as temporary:
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary, compression="zstd")
-    return path
 
 
 def read_trial(path: Path) -> pa.Table:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from raysparse.space import Sweep
     from raysparse.sweep.board import Board, Row
     from raysparse.sweep.journal import Event
+    from raysparse.train.reevaluate import Row as EvaluatedRow
 
 LINE_EVERY_S = 10.0  # of progress where there is no terminal
 
@@ -184,6 +185,31 @@ def _cost_notes(base: TrialConfig, dense: dict[str, Any]) -> str:
         f"test: one sample, {base.evaluate.ddim_steps} DDIM steps; train: {base.train.steps:,} steps of "
         f"{base.train.batch_size} examples. paper: as the papers print it; true: 2 per multiply-add, with the batch."
     )
+
+
+def print_evaluations(rows: Sequence[EvaluatedRow]) -> None:
+    """The table of `raysparse evaluate`: a row per model, a FID for each number of steps."""
+    steps = sorted({(row.ddim_steps, row.network_calls) for row in rows})
+    table = Table(
+        title="FID (KID) of the averaged weights, by DDIM steps and (where it differs) calls of the network",
+        title_justify="left",
+    )
+    for name in ("trial", "method", "S", "seed", "step"):
+        table.add_column(name, justify="left" if name in ("trial", "method") else "right")
+    for asked, calls in steps:
+        table.add_column(str(asked) if asked == calls else f"{asked} ({calls} calls)", justify="right")
+    found = {(row.checkpoint, row.ddim_steps): row for row in rows}
+    for row in {row.checkpoint: row for row in rows}.values():
+        values = [found.get((row.checkpoint, asked)) for asked, _ in steps]
+        table.add_row(
+            row.trial_id,
+            row.method,
+            f"{row.sparsity:g}",
+            str(row.seed),
+            f"{row.step:,}",
+            *("" if value is None else f"{value.fid:.2f} ({value.kid:.4f})" for value in values),
+        )
+    _wide_console().print(table)
 
 
 class SweepDisplay:

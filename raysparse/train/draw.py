@@ -1,0 +1,105 @@
+"""Samples of a model on disk as images: what `raysparse sample` writes."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from raysparse import plugins
+from raysparse.config import TrialConfig
+from raysparse.diffusion.schedule import NoiseSchedule
+from raysparse.errors import UsageError
+from raysparse.train import checks, restored, setup
+from raysparse.train.evaluate import grid_png
+from raysparse.train.first_stage import FirstStage
+from raysparse.train.reevaluate import changed
+from raysparse.train.sampling import ImageSource, Sampler, Source
+
+SHEET = 256  # samples on the sheet at most
+
+
+def draw(
+    checkpoint: Path,
+    count: int,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    seed: int | None = None,
+    labels: Sequence[int] | None = None,
+    device: str = "cpu",
+) -> Iterator[Tensor]:
+    """`count` samples of a model's averaged weights: uint8 [B, C, H, W], batch by batch.
+
+    changes: {dotted path: value} as in an evaluation, such as evaluate.ddim_steps. seed: of the noise, the trial's own
+    where None. labels: of a class-conditional model, one or one for each sample; None: drawn. Pictures need no data
+    set; sketches take their lengths from the trial's. UsageError: a class out of range, a setting, a damaged file.
+    """
+    model = restored.load(checkpoint, device)
+    trial = changed(model.config, changes or {})
+    setup.check(trial)
+    classes = getattr(checks.model_options(trial), "num_classes", None)
+    _check_labels(labels, classes, trial.model.name)
+    source = _source(trial, classes, device)
+    if seed is not None:
+        trial = trial.model_copy(update={"seed": seed})
+    sampler = Sampler(trial, source, NoiseSchedule(**trial.diffusion.model_dump()), torch.device(device))
+    yield from sampler.images(model.model, count, labels)
+
+
+def write(images: Iterator[Tensor], folder: Path, on_done: Callable[[int], None] = lambda _: None) -> Path:
+    """Write FOLDER/00000.png ... and FOLDER/sheet.png with the first SHEET of them; -> the sheet.
+
+    The folder is written beside its place and renamed, so it is whole or absent. UsageError where it is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UsageError(f"{folder} is there already and not empty; give another folder")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".drawing-"))
+    try:
+        kept: list[Tensor] = []
+        done = 0
+        for batch in images:
+            for picture in batch:
+                (temporary / f"{done:05d}.png").write_bytes(grid_png(picture[None]))
+                done += 1
+            kept.append(batch[: max(0, SHEET - sum(map(len, kept)))])
+            on_done(done)
+        (temporary / "sheet.png").write_bytes(grid_png(torch.cat(kept)))
+        temporary.chmod(0o755)  # mkdtemp makes 0700
+        temporary.replace(folder)
+    except OSError as error:
+        raise UsageError(f"cannot write {folder}: {error.strerror}; check permissions and free space") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder / "sheet.png"
+
+
+def _source(trial: TrialConfig, classes: int | None, device: str) -> Source:
+    if plugins.load("datasets", trial.data.name).SPEC.kind != "image":
+        setup.prepare_data(trial)
+        found: Source = setup.training(trial)
+        return found
+    shape = checks.value_shape(trial)
+    decode: Callable[[Tensor], Tensor] = _pixels
+    if trial.first_stage is not None:
+        decode = FirstStage.of(trial.first_stage, device).decode
+    return ImageSource(shape, classes, decode)
+
+
+def _check_labels(labels: Sequence[int] | None, classes: int | None, model: str) -> None:
+    if labels is None:
+        return
+    if classes is None:
+        raise UsageError(f"the model ({model}) has no classes, but labels {list(labels)} were given; leave them out")
+    wrong = [label for label in labels if not 0 <= label < classes]
+    if wrong:
+        raise UsageError(f"label {wrong[0]} is out of range: the model has the classes 0 .. {classes - 1}")
+
+
+def _pixels(x: Tensor) -> Tensor:
+    return ((x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

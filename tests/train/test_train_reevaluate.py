@@ -1,0 +1,127 @@
+"""Evaluating trained models again: other steps, kept beside the records; samples as pictures."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from raysparse import cli, results
+from raysparse.errors import UsageError
+from raysparse.train import draw, reevaluate, restored, run, setup
+
+STEPS = [{"evaluate.ddim_steps": 2}, {"evaluate.ddim_steps": 3, "evaluate.timestep_spacing": "original"}]
+
+
+@pytest.fixture
+def trained(pictures, rigl, tmp_path):
+    """A results folder with one trial that is trained to its end."""
+    trial = pictures(rigl)
+    run.train(trial, tmp_path / "results", device="cpu")
+    return trial, tmp_path / "results"
+
+
+def test_the_trials_own_protocol_gives_its_own_fid(trained):
+    trial, out = trained
+    (row,) = reevaluate.evaluate(out, [{}], device="cpu")
+    (*_, last) = results.reports_of(results.read_trial(out / "records" / f"{trial.trial_id}.parquet"))
+    assert (row.fid, row.kid, row.validation_loss, row.step) == (last.fid, last.kid, last.validation_loss, 12)
+    assert json.loads(row.protocol) == dataclasses.asdict(setup.protocol(trial))
+
+
+def test_a_study_of_steps_is_kept_and_not_measured_twice(trained):
+    trial, out = trained
+    first = reevaluate.evaluate(out, STEPS, device="cpu", command="raysparse evaluate")
+    assert [row.ddim_steps for row in first] == [2, 3]
+    assert [row.network_calls for row in first] == [2, 4]  # 1000 // 3 = 333, and 0, 333, 666, 999
+    assert len({row.fid for row in first}) == 2
+    kept = sorted((out / "evaluations").glob("*.parquet"))
+    assert len(kept) == 2
+    for path in kept:
+        (record,) = results.reports_of(results.read_trial(path))
+        table = results.read_trial(path)
+        assert table["trial_id"][0].as_py() == trial.trial_id
+        assert record.fid in {row.fid for row in first}
+        assert record.train_s > 0
+    before = [path.stat().st_mtime_ns for path in kept]
+    assert reevaluate.evaluate(out, STEPS, device="cpu") == first
+    assert [path.stat().st_mtime_ns for path in kept] == before
+    assert reevaluate.evaluate(out, STEPS, device="cpu", again=True) == first  # the same noise, so the same values
+    assert [path.stat().st_mtime_ns for path in kept] != before
+
+
+def test_workers_share_the_samples(trained):
+    _, out = trained
+    (alone,) = reevaluate.evaluate(out, STEPS[:1], device="cpu")
+    (shared,) = reevaluate.evaluate(out, STEPS[:1], device="cpu", workers=2, again=True)
+    assert shared.fid == pytest.approx(alone.fid, rel=1e-4)
+    assert shared.kid == pytest.approx(alone.kid, rel=1e-3, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"sparse.sparsity": 0.9}, "sparse.sparsity belongs to what was trained"),
+        ({"evaluate.ddim_steps": 2000}, "ddim_steps 2000 is above"),
+        ({"evaluate.dim_steps": 5}, "did you mean 'ddim_steps'"),
+    ],
+)
+def test_what_an_evaluation_cannot_be(trained, changes, said):
+    with pytest.raises(UsageError, match=said):
+        reevaluate.evaluate(trained[1], [changes], device="cpu")
+
+
+def test_samples_as_pictures(trained, tmp_path):
+    _, out = trained
+    batches = list(draw.draw(out, 20, changes={"evaluate.batch_size": 8}))
+    assert [tuple(batch.shape) for batch in batches] == [(8, 3, 16, 16), (8, 3, 16, 16), (4, 3, 16, 16)]
+    assert all(batch.dtype == torch.uint8 for batch in batches)
+    again, other = (torch.cat(list(draw.draw(out, 20, changes={"evaluate.batch_size": 8}, seed=s))) for s in (None, 9))
+    assert torch.equal(again, torch.cat(batches))
+    assert not torch.equal(other, again)
+    sheet = draw.write(iter(batches), tmp_path / "pictures")
+    with Image.open(sheet) as picture:
+        assert picture.size == (5 * 16, 4 * 16)
+    assert len(list((tmp_path / "pictures").glob("0*.png"))) == 20
+    with pytest.raises(UsageError, match="not empty"):
+        draw.write(iter(batches), tmp_path / "pictures")
+
+
+def test_samples_equal_what_evaluation_measures(trained):
+    trial, out = trained
+    model = restored.load(out).model
+    sampler = setup.evaluator(trial).sampler
+    x, cond = sampler.batch(model, 0, 16)
+    assert torch.equal(next(draw.draw(out, 16)), sampler.source.to_images(x, cond))
+
+
+def test_labels_of_a_model_without_classes(trained):
+    with pytest.raises(UsageError, match="has no classes"):
+        next(draw.draw(trained[1], 2, labels=[0]))
+
+
+def test_the_commands(trained, tmp_path, capsys, monkeypatch):
+    _, out = trained
+    steps = ["--ddim-steps", "2", "--ddim-steps", "3"]
+    assert _cli(monkeypatch, "evaluate", str(out), *steps, "--device", "cpu", "--pictures", str(tmp_path / "p")) == 0
+    table = capsys.readouterr().out
+    assert "rigl" in table
+    assert len(list((tmp_path / "p").glob("*.png"))) == 2
+    assert _cli(monkeypatch, "evaluate", str(out), *steps, "--device", "cpu", "--json") == 0
+    assert [row["ddim_steps"] for row in json.loads(capsys.readouterr().out)] == [2, 3]
+    drawn = tmp_path / "drawn"
+    assert _cli(monkeypatch, "sample", str(out), "--output", str(drawn), "--count", "5", "--device", "cpu") == 0
+    assert len(list(drawn.glob("0*.png"))) == 5
+    assert _cli(monkeypatch, "sample", str(out), "--output", str(drawn), "--count", "5", "--device", "cpu") == 2
+    assert "not empty" in capsys.readouterr().err
+    assert _cli(monkeypatch, "sample", str(tmp_path / "nowhere"), "--output", str(drawn), "--count", "5") == 2
+
+
+def _cli(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["raysparse", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code or 0
