@@ -65,6 +65,9 @@ def halves(
     names: Sequence[str] = ()
     if options.conditional or classes is not None:
         names = classes or _classes(source / train, found[train])
+        lacking = set(names) - {listing.printable(key.partition("/")[0]) for key in found[train]}
+        if lacking:
+            raise UsageError(f"class folder {source / train / min(lacking)} has no pictures; get the whole data set")
     picked = {
         train: listing.limited(len(found[train]), options.train_examples, str(source / train), "train_examples"),
         validation: listing.limited(
@@ -127,21 +130,21 @@ def _chosen(folder: Folder, keys: Sequence[str], labels: NDArray[np.int64] | Non
 
 def draw_tiny(folder: Path, classes: Sequence[str], count: int, size_px: int) -> Path:
     """A few made-up pictures per class, for tests: coloured discs on noise. No classes: no subfolders."""
-    from PIL import Image
-
     for number, name in enumerate(classes or ("",)):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for i in range(count):
-            pixels = _doodle(size_px, rng.numpy_generator(number, f"tiny {name}", step=i))
-            Image.fromarray(pixels).save(folder / name / f"{i:04d}.png")
+            draw_one(folder / name / f"{i:04d}.png", 1000 * number + i, (size_px, size_px))
     return folder
 
 
-def _doodle(size_px: int, generator: np.random.Generator) -> NDArray[np.uint8]:
-    """uint8 [H, W, 3]."""
-    rows, columns = np.indices((size_px, size_px)) / size_px
-    image = generator.integers(0, 256, 3) + generator.normal(0, 8, (size_px, size_px, 3))
+def draw_one(path: Path, seed: int, size: tuple[int, int]) -> None:
+    """One made-up picture of (width, height)."""
+    from PIL import Image
+
+    generator, (width, height) = rng.numpy_generator(seed, "tiny picture"), size
+    rows, columns = np.indices((height, width)) / max(size)
+    image = generator.integers(0, 256, 3) + generator.normal(0, 8, (height, width, 3))
     for _ in range(3):
         y, x, radius = generator.uniform(0.2, 0.8), generator.uniform(0.2, 0.8), generator.uniform(0.05, 0.3)
         image[np.hypot(rows - y, columns - x) < radius] = generator.integers(0, 256, 3)
-    return np.clip(image, 0, 255).astype(np.uint8)
+    Image.fromarray(np.clip(image, 0, 255).astype(np.uint8)).save(path)

@@ -123,9 +123,10 @@ def limited(n: int, count: int | None, where: str, option: str) -> NDArray[np.in
 
 def too_few(n: int, where: str, **wanted: int) -> UsageError:
     asked = " and ".join(f"{name} {count}" for name, count in wanted.items())
+    total = f", {sum(wanted.values())} in all" if len(wanted) > 1 else ""
     return UsageError(
-        f"{where} has {n} pictures, but {asked} need {sum(wanted.values())}; get the whole data set, or set smaller "
-        "numbers of them"
+        f"{where} has {n} pictures, but the options ask for {asked}{total}; get the whole data set, or set a smaller "
+        f"{' or '.join(wanted)}"
     )
 
 

@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ValidationError
 
 from raysparse import files, plugins
-from raysparse.data import image_folder
+from raysparse.data import image_build, image_folder
 from raysparse.data.image import Encoder, ImageOptions
 from raysparse.data.shards import Run as Run
 from raysparse.data.shards import in_order as in_order
@@ -91,7 +91,7 @@ def prepare(
     try:
         if isinstance(checked, ImageOptions):
             found = module.find(checked, source=raw, root=place, progress=progress)
-            return image_folder.build(
+            return image_build.build(
                 module.SPEC, checked, found, root=place, encoder=encoder, run=run, progress=progress
             )
         folder: Path = module.prepare(checked, source=raw, root=place, progress=progress)

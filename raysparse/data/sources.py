@@ -22,13 +22,12 @@ def downloaded(file: Download, root: Path, progress: Callable[[int, int], None] 
     UsageError where it cannot be fetched, or is not what the pinned checksum says (then nothing is kept).
     """
     path = root / "sources" / file.name
-    if path.is_file() and (file.sha256 is None or files.sha256(path) == file.sha256):
+    if path.is_file() and _is_pinned(path, file, root):
         return path
     try:
         with files.atomic_path(path) as temporary:
-            digest = _fetch(file.url, temporary, progress)
-            if file.sha256 not in (None, digest):
-                raise UsageError(f"{file.url}: its sha256 is {digest}, not {file.sha256}; try again, or give --path")
+            _fetch(file.url, temporary, progress)
+            _check_pinned(temporary, file)
     except (urllib.error.URLError, TimeoutError, OSError) as error:
         raise UsageError(
             f"cannot download {file.url} ({error}); get it where there is a network and give its path with --path"
@@ -36,20 +35,43 @@ def downloaded(file: Download, root: Path, progress: Callable[[int, int], None] 
     return path
 
 
-def _fetch(url: str, path: Path, progress: Callable[[int, int], None] | None) -> str:
-    """Download to a path; returns the sha256 of what came."""
-    digest = hashlib.sha256()
+def _pinned(file: Download) -> tuple[str, str] | None:
+    """Which digest its authors publish, and what it is."""
+    if file.sha256:
+        return "sha256", file.sha256
+    return ("md5", file.md5) if file.md5 else None
+
+
+def _is_pinned(path: Path, file: Download, root: Path) -> bool:
+    pinned = _pinned(file)
+    if pinned is None:
+        return True
+    status = path.stat()
+    state = hashlib.sha256(f"{pinned} {path.resolve()} {status.st_size} {status.st_mtime_ns}".encode()).hexdigest()
+    return remembered(state, root, lambda: _digest(path, pinned[0])) == pinned[1]
+
+
+def _check_pinned(path: Path, file: Download) -> None:
+    pinned = _pinned(file)
+    if pinned and (digest := _digest(path, pinned[0])) != pinned[1]:
+        raise UsageError(f"{file.url}: its {pinned[0]} is {digest}, not {pinned[1]}; try again, or give --path")
+
+
+def _digest(path: Path, kind: str) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, lambda: hashlib.new(kind, usedforsecurity=False)).hexdigest()
+
+
+def _fetch(url: str, path: Path, progress: Callable[[int, int], None] | None) -> None:
     with urllib.request.urlopen(url, timeout=_TIMEOUT_S) as response, path.open("wb") as stream:  # https, from a SPEC
         total, done = int(response.headers.get("Content-Length") or 0), 0
         while block := response.read(_BLOCK_BYTES):
             stream.write(block)
-            digest.update(block)
             done += len(block)
             if progress:
                 progress(done, max(total, done))
     if total and done != total:
         raise OSError(f"only {done} of {total} bytes came")
-    return digest.hexdigest()
 
 
 def content_hash(paths: Sequence[Path], root: Path) -> str:
@@ -79,9 +101,9 @@ def content_hash(paths: Sequence[Path], root: Path) -> str:
 
 
 def remembered(state: str, root: Path, compute: Callable[[], str]) -> str:
-    """A sha256 that takes long to compute, kept in root/sources under the hex digest of all that it depends on."""
+    """A sha256 or md5 that takes long to compute, kept under the hex digest of all that it depends on."""
     memory = root / "sources" / f"{state[:32]}.sha256"
-    if memory.is_file() and len(known := memory.read_text(encoding="ascii").strip()) == 64:
+    if memory.is_file() and len(known := memory.read_text(encoding="ascii").strip()) in (32, 64):
         return known
     computed = compute()
     files.write_text(memory, computed + "\n")

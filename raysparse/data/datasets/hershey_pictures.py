@@ -56,7 +56,7 @@ def find(options: Options, *, source: Path | None, root: Path, progress: prepare
     splits, first = {}, 0
     for name, draws in hershey.DRAWS.items():
         keys = [(draw, glyph) for draw in range(first, first + draws) for glyph in range(len(_glyphs()))]
-        chosen = listing.limited(len(keys), wanted[name], f"hershey_pictures, {name},", f"{name}_examples")
+        chosen = listing.limited(len(keys), wanted[name], f"hershey_pictures, {name}", f"{name}_examples")
         picked = [keys[i] for i in chosen]
         splits[name] = Entries(picked, [f"glyph {glyph}, draw {draw}" for draw, glyph in picked])
         first += draws
