@@ -29,8 +29,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.writing-"))
         yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes 0700
         for written in [*temporary.rglob("*"), temporary]:
+            written.chmod(0o755 if written.is_dir() else 0o644)  # mkdtemp makes 0700, safetensors 0600
             _sync(written)
         temporary.rename(path)
         _sync(path.parent)

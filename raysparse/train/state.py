@@ -70,6 +70,7 @@ def write(folder: Path, parts: Mapping[str, Any], facts: Mapping[str, Any]) -> P
             trees[part] = _pack(state, part, tensors)
             path = temporary / f"{part}.safetensors"
             safetensors.torch.save_file(tensors, path)
+            path.chmod(0o644)  # safetensors makes 0600; a shared folder's other readers need more
             hashes[path.name] = _sha256(path.read_bytes())
             _sync(path)
         content = {"format": FORMAT, **facts, "trees": trees, "sha256": hashes}
