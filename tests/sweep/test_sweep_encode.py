@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,10 +11,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from raysparse import config
 from raysparse.data.shards import Run
 from raysparse.errors import UsageError
+from raysparse.models import autoencoder
 from raysparse.space import Resources
 from raysparse.sweep import encode
 
@@ -34,6 +39,14 @@ folder, home = map(Path, sys.argv[1:])
 with ray_run(folder, num_cpus=2, temp_dir=home) as run:
     for path in run(shard, [folder / str(n) for n in range(4)]):
         print(path, flush=True)
+"""
+
+PREPARE = """
+import json, sys
+from pathlib import Path
+from raysparse import config
+from raysparse.sweep import encode
+print(encode.prepare(config.parse(json.loads(sys.argv[1]), "test"), cpus=2, temp_dir=Path(sys.argv[2])))
 """
 
 
@@ -132,6 +145,45 @@ def test_ctrl_c_ends_all_and_leaves_finished_shards(ray_home: Path, tmp_path: Pa
     assert b"KeyboardInterrupt" in errors
     assert (tmp_path / "0").read_text() == "whole"
     assert not any((tmp_path / str(n)).exists() for n in (1, 2, 3))
+
+
+@pytest.mark.slow
+def test_a_prepare_that_is_killed_goes_on_and_gives_what_one_process_gives(
+    ray_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for number in range(320):
+        pixels = np.random.default_rng(number).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(pictures / f"{number:03}.png")
+    data = {"name": "imagefolder", "source": str(pictures), "root": str(tmp_path / "ray")}
+    content = {
+        "data": {**data, "options": {"size_px": 32, "flips": True}},
+        "first_stage": {"options": autoencoder.SMALL},
+    }
+    driver = [sys.executable, "-c", PREPARE, json.dumps(content), str(ray_home)]
+    killed = subprocess.Popen(driver, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        _wait(lambda: list(tmp_path.glob("ray/.*.partial/share/*.parquet")), 90)
+    finally:
+        killed.kill()
+        killed.wait()
+    assert not list(tmp_path.glob("ray/*/manifest.json")), "it was too fast to be killed"
+    before = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("ray/.*.partial/share/*.parquet")}
+    done = subprocess.run(driver, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.strip())
+    after = {path.name: path.stat().st_mtime_ns for path in (folder / "share").iterdir()}
+    assert before.items() <= after.items(), "a finished shard was made again"
+    assert len(after) > len(before) > 0
+
+    content["data"]["root"] = str(tmp_path / "alone")
+    monkeypatch.setattr(encode, "ray_for", None)
+    alone = encode.prepare(config.parse(content, "test"), cpus=1)
+    assert alone.name == folder.name
+    assert [path.name for path in sorted(alone.iterdir())] == [path.name for path in sorted(folder.iterdir())]
+    for name in ("train.arrow", "validation.arrow", "reference.arrow", "manifest.json"):
+        assert (alone / name).read_bytes() == (folder / name).read_bytes(), name
 
 
 def test_what_does_not_fit_is_said_before_anything_starts(tmp_path: Path) -> None:
