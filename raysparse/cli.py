@@ -341,8 +341,11 @@ def sweep(
         typer.echo(json.dumps(planned)) if as_json else print_plan(loaded, planned)
         return
     from raysparse.sweep import tuner
+    from raysparse.terminal import progress
 
     results = output or Path("results") / loaded.name
+    with progress(f"preparing {space.parsed_base(loaded).data.name}") as advance:
+        tuner.prepare(loaded, progress=advance, num_cpus=cpus, address=address)
     start = partial(tuner.run, loaded, results, command=command_line(), num_cpus=cpus, address=address)
     _show(results, loaded, start, as_json)
 

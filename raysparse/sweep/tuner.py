@@ -28,6 +28,7 @@ from raysparse.sweep.board import Board, Ledger, Row
 from raysparse.sweep.journal import Event, event
 
 OnEvent = Callable[[Event], None]
+Progress = Callable[[int, int], None]  # (done, total)
 LOST_PROCESS_RETRIES = 2  # of a trial whose process or node was lost; what a trial itself raises is not tried again
 
 
@@ -53,7 +54,7 @@ def run(sweep: Sweep, results: Path, *, command: str, on_event: OnEvent | None =
     """
     results, sweep = results.absolute(), with_whole_paths(sweep)
     folder.refuse_if_taken(results, sweep)
-    check(sweep)
+    prepare(sweep, **ray)
     with folder.locked(results):
         folder.refuse_if_taken(results, sweep)
         return _drive(sweep, results, command, on_event, ray, new=True)
@@ -66,7 +67,7 @@ def resume(results: Path, *, on_event: OnEvent | None = None, **ray: Any) -> Sum
     with folder.locked(results):
         if Board.load(results).finished:
             return Summary(results, Board.load(results), interrupted=False)
-        check(sweep)
+        prepare(sweep, **ray)
         return _drive(sweep, results, command, on_event, ray)
 
 
@@ -76,25 +77,34 @@ def with_whole_paths(sweep: Sweep) -> Sweep:
     from raysparse.data.prepared import default_root
 
     base = with_value(sweep.base, "data.root", space.parsed_base(sweep).data.root or str(default_root()))
-    for path in ("data.source", "data.root", "evaluate.weights"):
+    for path in ("data.source", "data.root", "evaluate.weights", "first_stage.weights"):
         section, name = path.split(".")
-        if (value := base.get(section, {}).get(name)) is not None:
+        value = (base.get(section) or {}).get(name)
+        hub_id = path == "first_stage.weights" and value is not None and not Path(value).expanduser().exists()
+        if value is not None and not hub_id:
             base = with_value(base, path, str(Path(value).expanduser().absolute()))
     return space.parse(sweep.model_dump(mode="json") | {"base": base}, sweep.name)
 
 
-def check(sweep: Sweep) -> None:
-    """Each planned trial's own check, and the data prepared, before anything starts. UsageError."""
+def prepare(sweep: Sweep, *, progress: Progress | None = None, **ray: Any) -> None:
+    """Each planned trial's own check, and the data prepared, before anything starts. UsageError.
+
+    ray: as `run`; pictures are encoded on it, which starts and ends where there are any to encode.
+    """
+    from raysparse.sweep import encode
     from raysparse.sweep.axes import first_points
     from raysparse.train import setup
 
     points = first_points(sweep.search) if sweep.search else space.grid_points(sweep)
     trials = [space.trial(sweep, point) for point in points]
-    sections = ("data", "model", "diffusion", "evaluate")  # sparsity and optimizer have been checked with the file
+    # Sparsity and optimizer have been checked with the file.
+    sections = ("data", "model", "first_stage", "diffusion", "train", "evaluate")
     different = {trial.model_dump_json(include=set(sections)): trial for trial in trials}.values()
     for trial in different:
         setup.check(trial)
+    options = {name: value for name, value in ray.items() if name != "num_cpus"}
     for trial in different:
+        encode.prepare(trial, cpus=ray.get("num_cpus"), progress=progress, **options)
         setup.prepare_data(trial)
 
 
