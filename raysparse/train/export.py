@@ -72,6 +72,7 @@ def export(checkpoint: Path, to: Path, *, first_stage: str | None = None) -> Pat
             measured=facts,
             unet=unet,
             pipeline=None if unet is None else diffusers_parts.pipeline_of(unet, stage is not None),
+            first_stage=identity,
             equal_steps=[] if unet is None else diffusers_parts.equal_steps(model.config),
         )
         (folder / CARD).write_text(card, encoding="utf-8")

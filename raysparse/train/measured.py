@@ -59,12 +59,15 @@ def of(restored: Restored) -> Measured:
     active = sum(int(mask.count_nonzero()) for mask in restored.masks.values())
     size = sum(mask.numel() for mask in restored.masks.values())
     tables = list(_tables(restored))
+    fids: dict[str, Fid] = {}
+    for fid in (fid for rows in tables for fid in _fids(rows, restored.step)):
+        fids.setdefault(fid.protocol, fid)
     return Measured(
         params_total=params.count(restored.model),
         params_active=params.active(restored.model, restored.masks),
         density=active / size if size else 1.0,
         flops=_flops(restored.config, tables),
-        fids=tuple(fid for rows in tables for fid in _fids(rows, restored.step)),
+        fids=tuple(fids.values()),
     )
 
 

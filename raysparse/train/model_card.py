@@ -24,18 +24,19 @@ def render(
     measured: Measured,
     unet: str | None,
     pipeline: str | None,
+    first_stage: str | None,
     equal_steps: Sequence[int],
 ) -> str:
     """Markdown with a YAML head, as the Hugging Face hub reads it.
 
-    unet: diffusers' class of the network, None where diffusers has none; pipeline: likewise; equal_steps: the numbers
-    of steps at which diffusers' scheduler does what raysparse does.
+    unet: diffusers' class of the network, None where diffusers has none; pipeline: likewise; first_stage: its identity;
+    equal_steps: the numbers of steps at which diffusers' scheduler does what raysparse does.
     """
     title = f"{config.model.name} on {config.data.name}, {_method(config)}"
     sections = [
         f"# {title}",
         f"A diffusion model trained by raysparse: {_sentence(config, measured)}",
-        _table("Setting", _settings(config, trial_id, step)),
+        _table("Setting", _settings(config, trial_id, step, first_stage)),
         "## Measured\n\n" + _fids(measured.fids, step),
         "## Size and cost\n\n" + _cost(config, measured),
         "## Use\n\n" + _use(config, unet, pipeline),
@@ -48,10 +49,11 @@ def render(
 
 
 def _head(config: TrialConfig, trial_id: str, measured: Measured, unet: str | None) -> dict[str, Any]:
-    task = "unconditional-image-generation"
+    classes = getattr(model_options(config), "num_classes", None)
+    task = "image-generation" if classes else "unconditional-image-generation"
     head: dict[str, Any] = {
         "library_name": "raysparse" if unet is None else "diffusers",
-        "pipeline_tag": task,
+        **({} if classes else {"pipeline_tag": task}),  # the hub has no tag for pictures by class
         "tags": ["diffusion", "sparse-to-sparse", config.sparse.method, config.model.name, config.data.name],
     }
     metrics = []
@@ -84,7 +86,7 @@ def _sentence(config: TrialConfig, measured: Measured) -> str:
     )
 
 
-def _settings(config: TrialConfig, trial_id: str, step: int) -> dict[str, Any]:
+def _settings(config: TrialConfig, trial_id: str, step: int, first_stage: str | None) -> dict[str, Any]:
     sparse = config.sparse
     rows = {
         "method": sparse.method,
@@ -99,6 +101,7 @@ def _settings(config: TrialConfig, trial_id: str, step: int) -> dict[str, Any]:
             f"{config.diffusion.beta_end:g}, eps prediction"
         ),
         "sampled with": _sampling(config),
+        "first stage, sha256": first_stage and f"`{first_stage}`",
         "trial": f"`{trial_id}`",
     }
     return {name: value for name, value in rows.items() if value is not None}
@@ -127,7 +130,7 @@ def _in_words(protocol: str) -> str:
     guidance = "" if told.guidance is None else f", guidance {told.guidance:g}"
     return (
         f"{told.extractor} {told.layer}, {told.generated} samples against {told.reference_examples} examples, "
-        f"DDIM {told.ddim_steps} steps, eta {told.eta:g}{guidance}"
+        f"DDIM {told.ddim_steps} steps, {told.timestep_spacing} timesteps, eta {told.eta:g}{guidance}"
     )
 
 
@@ -249,7 +252,8 @@ def _data(config: TrialConfig) -> str:
         spec = plugins.load("datasets", config.data.name).SPEC
     except UsageError:
         return f"`{config.data.name}`; its licence is not known here."
-    return f"{spec.title}. Licence of the data: {spec.licence}. Cite: {spec.citation}."
+    cite = f" Cite: {spec.citation}." if spec.citation not in ("", "none") else ""
+    return f"{spec.title}. Licence of the data: {spec.licence}.{cite}"
 
 
 def _table(head: str, rows: Mapping[str, Any]) -> str:

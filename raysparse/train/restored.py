@@ -30,6 +30,7 @@ class Restored:
     """A trial's model at one step.
 
     model: the averaged weights, exactly 0 outside the masks, in eval mode, without gradients.
+    trial_id: the one that was trained; config.trial_id can be another where the first stage now lies elsewhere.
     masks: parameter name -> bool, the weight's shape, true where active; empty for the dense method.
     facts: what the manifest says beside these, such as the measurements that an imported folder brought along.
     """

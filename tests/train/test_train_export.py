@@ -114,6 +114,7 @@ def test_the_card_of_a_conditional_model_makes_the_same_samples(tmp_path, guidan
     checkpoint = save(tmp_path / "c", config)
     folder = export.export(checkpoint, tmp_path / "out")
     assert not (folder / "model_index.json").exists()
+    assert "pipeline_tag" not in yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
     found = run_card(
         folder, "x = torch.randn(", "x = torch.randn(generator=torch.Generator().manual_seed(5), size=(", ")"
     )
@@ -288,11 +289,12 @@ def test_a_first_stage_that_moved_is_named_and_its_sha256_is_kept_to(tmp_path):
         export.export(save(tmp_path / "p", trial()), tmp_path / "wrong", first_stage=str(folder / "vqvae"))
 
 
-def record(out: Path, config: Any, fids: dict[int, float]) -> None:
+def record(path: Path, trial_id: str, ddim_steps: int, fids: dict[int, float]) -> None:
+    """A trial's records with these FIDs by step."""
     hints = dict.fromkeys((field for field in results.Facts.__dataclass_fields__), 0.0)
     numbers = {name: 1e12 for name in hints if name.startswith("flops")} | {"flops_train_paper": 4.5e11}
     words = dict.fromkeys(("sweep", "model", "dataset", "allocation", "config", "versions", "command"), "x")
-    protocol = Protocol("inception", "h", "2048", 10_000, 12_500, "r", "bilinear 299", ddim_steps=50, eta=0.0, ema=True)
+    protocol = Protocol("inception", "h", "2048", 10_000, 12_500, "r", "bilinear 299", ddim_steps, eta=0.0, ema=True)
     counts = dict.fromkeys(
         ("seed", "update_interval_steps", "total_steps", "batch_size", "world_size", "params_total", "params_active"), 1
     )
@@ -301,7 +303,7 @@ def record(out: Path, config: Any, fids: dict[int, float]) -> None:
         | numbers
         | words
         | counts
-        | {"trial_id": config.trial_id, "stage": "single", "method": "rigl", "protocol": protocol.json()}
+        | {"trial_id": trial_id, "stage": "single", "method": "rigl", "protocol": protocol.json()}
     )
     empty = dict.fromkeys(results.Report.__dataclass_fields__, 0.0)
     rest = {"samples_png": b"x", "layer_density": "{}", "topology_updates": 0, "peak_memory_bytes": 1, "reason": None}
@@ -309,25 +311,32 @@ def record(out: Path, config: Any, fids: dict[int, float]) -> None:
         results.Report(**empty | rest | {"diverged": False, "step": step, "fid": fid, "kid": 0.012, "kid_std": 0.001})
         for step, fid in fids.items()
     ]
-    results.write_trial(out, facts, results.Outcome("COMPLETED"), reports)
+    results.write_table(path, facts, results.Outcome("COMPLETED"), reports)
 
 
 def test_the_card_says_what_was_measured_at_this_step(tmp_path):
     config = trial(sparse=RIGL)
     checkpoint = in_results(tmp_path / "r", config)
-    record(tmp_path / "r", config, {STEP - 1: 99.5, STEP: 12.25, STEP + 1: 88.5})
-    (tmp_path / "r" / "evaluations").mkdir()
+    for path, ddim_steps, fids in (
+        (f"records/{config.trial_id}.parquet", 50, {STEP - 1: 99.5, STEP: 12.25, STEP + 1: 88.5}),
+        (f"evaluations/{config.trial_id}-0.parquet", 20, {STEP: 13.75, STEP + 1: 77.5}),
+        (f"evaluations/{config.trial_id}-1.parquet", 50, {STEP: 12.25}),  # again under the trial's own protocol
+        ("evaluations/rigl-0123456789-0.parquet", 20, {STEP: 66.5}),  # another trial's
+    ):
+        record(tmp_path / "r" / path, config.trial_id, ddim_steps, fids)
     folder = export.export(tmp_path / "r", tmp_path / "out")
     text = (folder / "README.md").read_text()
     _, head, body = text.split("---\n", 2)
     head = yaml.safe_load(head)
     assert head["library_name"] == "diffusers"
-    fid, kid = head["model-index"][0]["results"][0]["metrics"]
+    fid, kid, *other = head["model-index"][0]["results"][0]["metrics"]
     assert (fid["type"], fid["value"], kid["type"], kid["value"]) == ("fid", 12.25, "kid", 0.012)
-    assert "10000 samples against 12500 examples, DDIM 50 steps" in fid["name"]
+    assert "10000 samples against 12500 examples, DDIM 50 steps, leading timesteps" in fid["name"]
     assert "| 12.25 | 0.012 ± 0.001 |" in body
-    assert "99.5" not in text
-    assert "88.5" not in text
+    assert [metric["value"] for metric in other] == [13.75, 0.012]
+    assert "DDIM 20 steps" in other[0]["name"]
+    assert not any(fid in text for fid in ("99.5", "88.5", "77.5", "66.5"))
+    assert body.count("| 12.25 |") == 1
     for told in ("rigl", "S = 0.5", "0.5 |", "800 steps", "| seed | 0 |", "7 of 40,800", "4.5000e+11", "0.4500"):
         assert told in body
     active = sum(int((p != 0).sum()) for p in restored.load(checkpoint).model.parameters())
