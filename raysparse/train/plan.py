@@ -14,9 +14,12 @@ from raysparse.config import TrialConfig
 from raysparse.metrics import flops
 from raysparse.space import Sweep
 from raysparse.train import checks, setup
-from raysparse.train.costs import Costs
+from raysparse.train.costs import Costs, evaluations
 
 _TIMED = 3  # steps and forward passes timed, after one that is not; the median counts
+# What takes longer than this at full batch size is timed with fewer examples and scaled up: a step of the 274M U-Net
+# takes minutes on a CPU.
+_LONG_S = 4.0
 
 
 def cost_row(config: TrialConfig, mean_points: float | None = None) -> dict[str, Any]:
@@ -27,12 +30,13 @@ def cost_row(config: TrialConfig, mean_points: float | None = None) -> dict[str,
 def plan(sweep: Sweep, *, cpus: int | None = None) -> dict[str, Any]:
     """The plan of a sweep as plain data for `--dry-run`.
 
-    Hours are of this machine: a dense step and a forward pass at the sweep's batch sizes on random sketches, measured
-    now, times what the sweep asks for. `hours_full` lets every trial run to its end; `hours_asha` lets ASHA keep one in
-    reduction_factor at each rung, which is what it aims at. Both take a sparse step to be as long as a dense one.
+    Hours are of this machine: a dense step, a forward pass and the decoding of a latent, measured now on random input,
+    times what the sweep asks for; the extractor's time is left out. `hours_full` lets every trial run to its end;
+    `hours_asha` lets ASHA keep one in reduction_factor at each rung, which is what it aims at. Both take a sparse step
+    to be as long as a dense one.
     """
     base = space.parsed_base(sweep)
-    setup.check(base)
+    checks.check_settings(base)
     points = list(sweep.search.seed_points) if sweep.search else space.grid_points(sweep)
     trials = [space.trial(sweep, point) for point in points]
     rows = [_row(setup.estimate(trial)) | _settings(trial) for trial in trials]
@@ -41,15 +45,14 @@ def plan(sweep: Sweep, *, cpus: int | None = None) -> dict[str, Any]:
     mean_points = setup.estimate(base).mean_points
     step_s, evaluation_s = measure(base, mean_points)
     concurrent = _concurrent(sweep, cpus or os.cpu_count() or 1)
-    evaluations = -(-base.train.steps // base.evaluate.every_steps)
-    trial_s = base.train.steps * step_s + evaluations * evaluation_s
+    trial_s = base.train.steps * step_s + -(-base.train.steps // base.evaluate.every_steps) * evaluation_s
     return {
         "name": sweep.name,
         "trials": rows,
         "search_trials": count,
         "confirm_trials": confirmed,
         "steps_per_trial": base.train.steps,
-        "mean_points": mean_points,
+        "mean_points": mean_points if len(checks.value_shape(base)) == 2 else None,
         "step_s": step_s,
         "evaluation_s": evaluation_s,
         "concurrent": concurrent,
@@ -71,19 +74,34 @@ def measure(config: TrialConfig, mean_points: float) -> tuple[float, float]:
         noise = torch.randn(given["x"].shape, generator=rng.generator(0, "plan"))
         return {**given, "x": noise.to(device)}
 
-    training, sampling = inputs(config.train.batch_size), inputs(config.evaluate.batch_size)
-
-    def step() -> None:
-        model(**training).square().mean().backward()
+    def step(batch: dict[str, Any]) -> None:
+        model(**batch).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
 
-    def forward() -> None:
-        with torch.inference_mode():
-            model(**sampling)
+    @torch.inference_mode()
+    def forward(batch: dict[str, Any]) -> None:
+        model(**batch)
 
-    batches = -(-config.evaluate.generated // config.evaluate.batch_size)
-    return _median_s(step, device), _median_s(forward, device) * batches * config.evaluate.ddim_steps
+    settings = config.evaluate
+    train_s = _seconds(step, inputs, config.train.batch_size, device)
+    sampling_s = _seconds(forward, inputs, settings.batch_size, device) / settings.batch_size * evaluations(config)
+    return train_s, settings.generated * (sampling_s + _decoding_s(config, device))
+
+
+def _decoding_s(config: TrialConfig, device: str) -> float:
+    """Of one sample by the first stage, with random weights; 0 without one."""
+    if config.first_stage is None:
+        return 0.0
+    module = plugins.load("models", config.first_stage.name)
+    model = module.build(module.Config(**config.first_stage.options), seed=0).to(device)
+    latent = torch.zeros(1, *checks.value_shape(config), device=device)
+
+    @torch.inference_mode()
+    def decode(latents: torch.Tensor) -> None:
+        model.decode(latents)
+
+    return _seconds(decode, lambda count: latent.expand(count, -1, -1, -1), 1, device)
 
 
 def _row(cost: Costs) -> dict[str, Any]:
@@ -126,12 +144,20 @@ def _expected_share(sweep: Sweep, steps: int) -> float:
     return (share + alive * (steps - spent)) / steps
 
 
-def _median_s(work: Callable[[], None], device: str) -> float:
-    seconds = []
-    for _ in range(1 + _TIMED):
-        start = time.perf_counter()
-        work()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - start)
-    return sorted(seconds[1:])[_TIMED // 2]
+def _seconds(work: Callable[[Any], None], inputs: Callable[[int], Any], batch: int, device: str) -> float:
+    """Of `work` on `batch` examples; of as many as are quick, scaled up, where all would take too long."""
+    one = _timed(work, inputs(1), device)  # the first call also allocates: too high, and so at most too careful
+    count = batch if one * batch <= _LONG_S else max(1, min(batch, int(_LONG_S / one)))
+    given = inputs(count)
+    if one * count > _LONG_S:
+        return _timed(work, given, device) / count * batch
+    work(given)
+    return sorted(_timed(work, given, device) for _ in range(_TIMED))[_TIMED // 2] / count * batch
+
+
+def _timed(work: Callable[[Any], None], given: Any, device: str) -> float:
+    start = time.perf_counter()
+    work(given)
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
