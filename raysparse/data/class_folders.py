@@ -141,7 +141,9 @@ def draw_one(path: Path, seed: int, size: tuple[int, int]) -> None:
     """One made-up picture of (width, height)."""
     from PIL import Image
 
-    generator, (width, height) = rng.numpy_generator(seed, "tiny picture"), size
+    # The folder in the key: the same name in train/ and val/ is not the same picture.
+    place = "/".join(path.parts[-3:-1])
+    generator, (width, height) = rng.numpy_generator(seed, f"tiny picture {place}"), size
     rows, columns = np.indices((height, width)) / max(size)
     image = generator.integers(0, 256, 3) + generator.normal(0, 8, (height, width, 3))
     for _ in range(3):

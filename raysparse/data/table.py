@@ -7,6 +7,7 @@ footer; rows are read when they are gathered.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -18,12 +19,13 @@ from numpy.typing import ArrayLike, NDArray
 from raysparse import files
 
 METADATA = b"raysparse"
+_TEXTS = ("id", "png")  # the columns that are no arrays of one size
 
 
 def write_parquet(path: Path, columns: Mapping[str, Any], facts: Mapping[str, Any]) -> None:
     """Columns of equal length, atomically: arrays [N, ...] of fixed-size rows, int64 [N], lists of str or bytes.
 
-    facts: kept in the file's metadata, read back by `read_facts`. zstd, and a checksum on every page.
+    facts: kept in the file's metadata with a digest of all, read back by `read_facts`. zstd.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -36,7 +38,10 @@ def write_parquet(path: Path, columns: Mapping[str, Any], facts: Mapping[str, An
         else:
             kind = {"id": pa.string(), "png": pa.large_binary()}.get(name, pa.int64())
             arrays[name] = pa.array(values, kind)
-    table = pa.table(arrays).replace_schema_metadata({METADATA: json.dumps({"columns": layout, **facts})})
+    table = pa.table(arrays)
+    facts = {"columns": layout, **facts}
+    facts["digest"] = _digest(table.combine_chunks().to_batches(), facts)
+    table = table.replace_schema_metadata({METADATA: json.dumps(facts)})
     with files.atomic_path(path) as temporary:
         pq.write_table(
             table,
@@ -44,7 +49,7 @@ def write_parquet(path: Path, columns: Mapping[str, Any], facts: Mapping[str, An
             compression="zstd",
             use_dictionary=False,
             write_statistics=False,  # the smallest and largest latent, as bytes, would be kept in full
-            write_page_checksum=True,
+            write_page_checksum=True,  # for who reads them without our digest
             row_group_size=max(1, len(table)),
         )
 
@@ -58,13 +63,27 @@ def _packed(values: NDArray[Any]) -> Any:
 
 
 def read_facts(path: Path) -> dict[str, Any]:
-    """The facts of a Parquet file, once every page's checksum holds. OSError or ValueError where one does not."""
-    facts: dict[str, Any] = {}
-    for batch in batches(path):
-        facts = json.loads(batch.schema.metadata[METADATA])
-    if not facts:
-        raise ValueError("no row group")
+    """The facts of a Parquet file that is what was written; else OSError, ValueError or KeyError. Reads all of it."""
+    found = list(batches(path))
+    facts: dict[str, Any] = json.loads((found[0].schema.metadata or {})[METADATA])
+    written = facts.pop("digest")
+    if _digest([batch for batch in found if len(batch)], facts) != written:
+        raise ValueError("its digest differs")
     return facts
+
+
+def _digest(batches: Iterable[Any], facts: Mapping[str, Any]) -> str:
+    """Of columns and facts; the pages' checksums do not cover the headers."""
+    whole = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
+    for batch in batches:
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            whole.update(f"{name} {len(column)}\n".encode())
+            if name not in _TEXTS:
+                whole.update(_view(column, np.dtype(np.uint8), (column.type.byte_width,)).tobytes())
+            else:
+                values = [value.encode() if isinstance(value, str) else value for value in column.to_pylist()]
+                whole.update(b"".join(len(value).to_bytes(8, "little") + value for value in values))
+    return whole.hexdigest()
 
 
 def batches(path: Path) -> Iterator[Any]:

@@ -18,7 +18,7 @@ SPEC = Spec(
     title="ImageNet-1k (ILSVRC 2012)",
     licence="ImageNet's terms: non-commercial research and education",
     citation="O. Russakovsky et al., ImageNet Large Scale Visual Recognition Challenge, IJCV 2015",
-    source="a folder with train/<wnid>/ and val/ (or ILSVRC/Data/CLS-LOC above them); conditional: val/<wnid>/",
+    source="a folder with train/<wnid>/ and val/, by class too if conditional (or ILSVRC/Data/CLS-LOC above them)",
     splits={
         "train": "the folder train/: 1,281,167 pictures",
         "validation": "the folder val/: 50,000 pictures",

@@ -26,7 +26,7 @@ SPEC = Spec(
     title="Imagenette 2: ten classes of ImageNet",
     licence="Apache 2.0 for the selection; the pictures are ImageNet's, for non-commercial research",
     citation="J. Howard, Imagenette, https://github.com/fastai/imagenette",
-    source="the unpacked folder imagenette2 (or -320, -160) with train/ and val/, or its .tgz",
+    source="the unpacked folder imagenette2 (or -320, -160) with train/ and val/ by class, or its .tgz",
     splits={
         "train": "the folder train/: 9,469 pictures",
         "validation": "the folder val/: 3,925 pictures",

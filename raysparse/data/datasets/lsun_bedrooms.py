@@ -20,9 +20,9 @@ SPEC = Spec(
     citation="F. Yu et al., LSUN: Construction of a Large-Scale Image Dataset, arXiv:1506.03365",
     source="the folder bedroom_train_lmdb (or one that holds it), a folder of pictures, or of .parquet files",
     splits={
-        "train": "10,598 pictures; of a folder by a fixed shuffle of the sorted names, of an lmdb or Parquet the first "
-        "(an lmdb is sorted by keys that are hashes: a fair sample without a walk over 3 million)",
-        "validation": "2,500 others; which ones the paper took is unknown",
+        "train": "10,598 pictures; of a folder by a fixed shuffle of sorted names, of an lmdb or Parquet those after "
+        "validation (an lmdb is sorted by keys that are hashes: a fair sample without a walk over 3 million)",
+        "validation": "2,500 others, the first of an lmdb or Parquet; which ones the paper took is unknown",
         "reference": "the training pictures, or the first `reference_examples` of them",
     },
     kind="image",
@@ -75,7 +75,7 @@ def _wanted(options: Options, total: int) -> int:
 def _first(
     store: Lmdb | Parquet, entries: Entries, options: Options, source_hash: str, kind: str, where: str = "the lmdb"
 ) -> Listing:
-    """The first pictures for training and the next ones for validation."""
+    """The first pictures for validation, which so does not depend on train_examples, and the next ones for training."""
     n = len(entries)
     held_out = options.validation_examples or min(listing.VALIDATION_LIMIT, max(1, n // 10))
     train = options.train_examples or n - held_out
@@ -83,8 +83,8 @@ def _first(
         raise listing.too_few(n, where, train_examples=max(train, 1), validation_examples=held_out)
     return listing.complete(
         store,
-        entries.part(0, train),
-        entries.part(train, train + held_out),
+        entries.part(held_out, held_out + train),
+        entries.part(0, held_out),
         options,
         source_hash=source_hash,
         facts={"kind": kind},
