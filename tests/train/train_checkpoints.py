@@ -73,3 +73,13 @@ def save(folder: Path, trial: TrialConfig) -> Path:
 def in_results(results: Path, trial: TrialConfig, step: int = STEP) -> Path:
     """The same where a results folder has it."""
     return save(state.at_step(results / "checkpoints" / trial.trial_id, step), trial)
+
+
+def bits(state: dict[str, torch.Tensor]) -> dict[str, bytes]:
+    """A state's bytes: -0 and 0 differ."""
+    return {name: tensor.contiguous().numpy().tobytes() for name, tensor in state.items()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
