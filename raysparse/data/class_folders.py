@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from raysparse import rng
 from raysparse.data import listing
 from raysparse.data.image import ImageOptions
-from raysparse.data.listing import Entries, Folder, Listing
+from raysparse.data.listing import Entries, Folder, Listing, Progress
 from raysparse.errors import UsageError
 
 VALIDATION_NAMES = ("val", "valid", "validation", "test")
@@ -27,7 +27,7 @@ def split_folders(source: Path) -> tuple[str, str] | None:
     return None
 
 
-def whole(source: Path, options: ImageOptions, root: Path, expects: str) -> Listing:
+def whole(source: Path, options: ImageOptions, root: Path, expects: str, progress: Progress | None = None) -> Listing:
     """One folder, split by a fixed shuffle. UsageError as the functions below."""
     keys, others = _found(source, expects)
     classes = _classes(source, keys) if options.conditional else ()
@@ -39,7 +39,7 @@ def whole(source: Path, options: ImageOptions, root: Path, expects: str) -> List
         _chosen(folder, keys, labels, train),
         _chosen(folder, keys, labels, held_out),
         options,
-        source_hash=folder.content_hash([keys[i] for i in np.concatenate([train, held_out])], root),
+        source_hash=folder.content_hash([keys[i] for i in np.concatenate([train, held_out])], root, progress),
         classes=classes,
         facts={"pictures": len(keys), "other_files": others},
     )
@@ -53,6 +53,7 @@ def halves(
     root: Path,
     expects: str,
     classes: Sequence[str] | None = None,
+    progress: Progress | None = None,
 ) -> Listing:
     """A folder with one for each split. classes: the folders that must be there; None: those of the training pictures.
 
@@ -83,7 +84,7 @@ def halves(
         entries[train],
         entries[validation],
         options,
-        source_hash=folder.content_hash([*entries[train].keys, *entries[validation].keys], root),
+        source_hash=folder.content_hash([*entries[train].keys, *entries[validation].keys], root, progress),
         classes=names,
         facts={"pictures": sum(map(len, found.values())), **others},
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from raysparse import files
-from raysparse.data import table
+from raysparse.data import decoding, table
 from raysparse.data.image import Latents, Pictures
 from raysparse.data.partial import locked
 from raysparse.data.table import Table
@@ -41,12 +41,16 @@ def open_split(folder: Path, manifest: Mapping[str, Any], split: str) -> Picture
 
 def _opened(folder: Path, manifest: Mapping[str, Any], name: str) -> Table:
     path, place = folder / f"{name}.arrow", manifest["splits"][name]
-    try:
-        if not path.is_file():
+    if not path.is_file():
+        try:
             _made_again(folder, manifest, name)
+        except (OSError, ValueError, KeyError) as error:
+            raise UsageError(
+                f"{path} is missing and cannot be made from {folder / 'share'} ({error}); give this user the right to "
+                "write there, make room, or prepare the data set again"
+            ) from error
+    try:
         opened = Table(path)
-    except FileNotFoundError as error:
-        raise UsageError(f"{path} is missing ({error}); {_again(folder)}") from error
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{path} is damaged ({error}); delete it: it is made again from {folder / 'share'}") from error
     if len(opened) != place["rows"]:
@@ -75,21 +79,31 @@ def verify(folder: Path, manifest: Mapping[str, Any]) -> None:
     for split, place in manifest["splits"].items():
         opened = _opened(folder, manifest, place["table"])
         found = hashes(opened, place["rows"], manifest["size_px"])
-        if found != {name: place[name] for name in found} or not _pixels_hold(opened):
+        if found != {name: place[name] for name in found} or not _holds(opened):
             raise UsageError(
                 f"{opened.path} is damaged (the checksum of split {split} differs); delete it: it is made again"
             )
 
 
-def _pixels_hold(opened: Table) -> bool:
-    if "pixels" not in opened.columns:
-        return True
-    pairs = zip(opened.blocks("pixels"), opened.blocks("sha256"), strict=True)
-    return all(
-        hashlib.sha256(picture.tobytes()).digest() == digest.tobytes()
-        for pictures, digests in pairs
-        for picture, digest in zip(pictures, digests, strict=True)
-    )
+def _pictures_hold(opened: Table) -> bool:
+    """Whether each picture is the one of its checksum."""
+    if "latent" in opened.columns:
+        return True  # its pictures were not kept; the latents are part of the content's hash
+    for row, digest in enumerate(opened.gather("sha256", range(len(opened)))):
+        if "png" in opened.columns:
+            picture = decoding.pixels(decoding.decode(opened.blob("png", row)))
+        else:
+            picture = opened.gather("pixels", [row])[0]
+        if hashlib.sha256(picture.tobytes()).digest() != digest.tobytes():
+            return False
+    return True
+
+
+def _holds(opened: Table) -> bool:
+    try:
+        return _pictures_hold(opened)
+    except decoding.Damaged:
+        return False
 
 
 def _check_file(path: Path, facts: Mapping[str, Any], folder: Path, *, whole: bool) -> None:

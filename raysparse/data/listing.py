@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,8 @@ from raysparse.errors import UsageError
 
 _SEED = 0  # fixed: the splits are the same everywhere
 VALIDATION_LIMIT = 2_500
+
+Progress = Callable[[int, int], None]  # (done, total)
 
 
 class Reader(Protocol):
@@ -142,17 +144,21 @@ class Folder:
     def entries(self, keys: Sequence[str], labels: NDArray[np.int64] | None = None) -> Entries:
         return Entries(list(keys), [printable(key) for key in keys], labels)
 
-    def content_hash(self, keys: Sequence[str], root: Path) -> str:
-        """Of the names and contents of these pictures, in this order; remembered by sizes and times."""
+    def content_hash(self, keys: Sequence[str], root: Path, progress: Progress | None = None) -> str:
+        """Of the names and contents of these pictures, in this order; remembered by sizes and times.
+
+        progress: (done, total) in pictures."""
         base = self.path.resolve()
         state = hashlib.sha256(f"{base}\n".encode(errors="surrogateescape"))
         for key in keys:
             state.update(f"{key} {_status(base / key)}\n".encode(errors="surrogateescape"))
-        return sources.remembered(state.hexdigest(), root, lambda: self._hash(keys))
+        return sources.remembered(state.hexdigest(), root, lambda: self._hash(keys, progress))
 
-    def _hash(self, keys: Sequence[str]) -> str:
+    def _hash(self, keys: Sequence[str], progress: Progress | None) -> str:
         whole = hashlib.sha256()
-        for key in keys:
+        for done, key in enumerate(keys):
+            if progress and done % 500 == 0:
+                progress(done, len(keys))
             try:
                 digest = files.sha256(self.path / key)
             except OSError as error:  # it is named as damaged when it is to be read

@@ -62,7 +62,7 @@ def find(options: Options, *, source: Path | None, root: Path, progress: prepare
         train,
         validation,
         options,
-        source_hash=folder.content_hash([*train.keys, *validation.keys], root),
+        source_hash=folder.content_hash([*train.keys, *validation.keys], root, progress),
         facts={"pictures": len(keys), "other_files": others},
     )
 

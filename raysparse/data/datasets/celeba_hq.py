@@ -45,7 +45,7 @@ def find(options: Options, *, source: Path | None, root: Path, progress: prepare
             "validation_examples": options.validation_examples or validation,
         }
     )
-    return class_folders.whole(source, counted, root, SPEC.source)
+    return class_folders.whole(source, counted, root, SPEC.source, progress)
 
 
 def tiny_source(folder: Path) -> Path:

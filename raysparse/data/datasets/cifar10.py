@@ -69,7 +69,7 @@ def find(options: Options, *, source: Path | None, root: Path, progress: prepare
     halves = class_folders.split_folders(folder)
     if halves is None:
         raise UsageError(f"{source} has neither {TEST_BATCH} nor train/ and test/; cifar10 expects {SPEC.source}")
-    return class_folders.halves(folder, *halves, options, root, SPEC.source, CLASSES)
+    return class_folders.halves(folder, *halves, options, root, SPEC.source, CLASSES, progress=progress)
 
 
 def _batches(folder: Path, options: Options, root: Path) -> Listing:

@@ -36,9 +36,9 @@ def find(options: Options, *, source: Path | None, root: Path, progress: prepare
         raise UsageError(f"imagefolder needs --path (data.source): {SPEC.source}")
     folders = class_folders.split_folders(source)
     if folders is None:
-        return class_folders.whole(source, options, root, SPEC.source)
+        return class_folders.whole(source, options, root, SPEC.source, progress)
     train, validation = folders
-    return class_folders.halves(source, train, validation, options, root, SPEC.source)
+    return class_folders.halves(source, train, validation, options, root, SPEC.source, progress=progress)
 
 
 def tiny_source(folder: Path) -> Path:

@@ -46,14 +46,14 @@ def find(options: Options, *, source: Path | None, root: Path, progress: prepare
     if chosen is None:
         raise UsageError(f"{source} has no folders train/ and val/; imagenet expects {SPEC.source}")
     if not options.conditional:
-        return class_folders.halves(chosen, "train", "val", options, root, SPEC.source)
+        return class_folders.halves(chosen, "train", "val", options, root, SPEC.source, progress=progress)
     wnids = sorted(place.name for place in (chosen / "train").iterdir() if _WNID.fullmatch(place.name))
     if len(wnids) != options.classes:
         raise UsageError(
             f"{chosen / 'train'} has {len(wnids)} folders named by a WordNet id, not {options.classes}; get the whole "
             "data set, or set the option classes"
         )
-    return class_folders.halves(chosen, "train", "val", options, root, SPEC.source, wnids)
+    return class_folders.halves(chosen, "train", "val", options, root, SPEC.source, wnids, progress=progress)
 
 
 def tiny_source(folder: Path) -> Path:

@@ -59,7 +59,7 @@ def find(options: Options, *, source: Path | None, root: Path, progress: prepare
     chosen = next((place for place in inner if (place / "train").is_dir() and (place / "val").is_dir()), None)
     if chosen is None:
         raise UsageError(f"{source} has no folders train/ and val/; imagenette expects {SPEC.source}")
-    return class_folders.halves(chosen, "train", "val", options, root, SPEC.source, CLASSES)
+    return class_folders.halves(chosen, "train", "val", options, root, SPEC.source, CLASSES, progress=progress)
 
 
 def tiny_source(folder: Path) -> Path:

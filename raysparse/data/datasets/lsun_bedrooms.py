@@ -56,7 +56,7 @@ def find(options: Options, *, source: Path | None, root: Path, progress: prepare
         entries = files.entries(_wanted(options, files.total()))
         used = paths[: entries.keys[-1][0] + 1] if len(entries) else paths
         return _first(files, entries, options, sources.content_hash(used, root), "Parquet", str(source))
-    return class_folders.whole(source, options, root, SPEC.source)
+    return class_folders.whole(source, options, root, SPEC.source, progress)
 
 
 def _parquet(source: Path) -> tuple[Path, ...]:
