@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import multiprocessing
@@ -82,6 +83,32 @@ def test_latents_are_those_of_the_pictures_and_of_the_mirrored_pictures(source: 
         train.to_images(batch["x"], {})
     assert not set(names) & set(validation.table.values("id"))
     prepared.verify(folder)
+
+
+def test_samples_are_decoded_by_what_setup_puts_in(source: Path, tmp_path: Path) -> None:
+    train = prepared.open_split(prepare(source, tmp_path), "train")
+
+    def decode(x: torch.Tensor) -> torch.Tensor:
+        return x.repeat_interleave(4, -1).repeat_interleave(4, -2).add(1).mul(127.5).clamp(0, 255).to(torch.uint8)
+
+    images = dataclasses.replace(train, decode=decode).to_images(torch.zeros(2, *train.value_shape), {})
+    assert images.shape == (2, 3, SIDE, SIDE)
+    assert (images == 127).all()
+
+
+def test_the_first_so_many(source: Path, tmp_path: Path) -> None:
+    train = prepared.open_split(prepare(source, tmp_path, conditional=True), "train")
+    few = train.first(7)
+    assert train.labels is not None
+    assert few.labels is not None
+    assert (len(few), few.labels.tolist()) == (7, train.labels[:7].tolist())
+    assert torch.equal(few.batch(range(7))["x"], train.batch(range(7))["x"])
+    assert few.content_hash != train.content_hash
+    assert train.first(90) is train
+    with pytest.raises(IndexError, match="examples are 0 to 6, got 7 to 7"):
+        few.batch([7])
+    _, cond = few.draw_conditions(100, np.random.default_rng(0))
+    assert set(cond["labels"].tolist()) == set(few.labels.tolist())
 
 
 def test_pixels(source: Path, tmp_path: Path) -> None:
@@ -407,6 +434,31 @@ def test_manifest_and_shards_are_enough(source: Path, tmp_path: Path) -> None:
         prepared.open_split(elsewhere, "train")
 
 
+def test_shards_that_cannot_be_unpacked_where_they_lie(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = prepare(source, tmp_path)
+    (folder / "train.arrow").unlink()
+
+    def fails(*_: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(table, "write_arrow", fails)
+    with pytest.raises(UsageError, match=r"train.arrow is missing and cannot be made from .*Permission denied"):
+        prepared.open_split(folder, "train")
+
+
+def test_damaged_reference_pictures_are_found_by_verify(source: Path, tmp_path: Path) -> None:
+    folder = prepare(source, tmp_path)
+    arrow = folder / "reference.arrow"
+    whole = bytearray(arrow.read_bytes())
+    place = whole.index(b"IDAT") + 20
+    whole[place] ^= 0xFF
+    arrow.write_bytes(whole)
+    with pytest.raises(UsageError, match=r"reference.arrow is damaged"):
+        prepared.verify(folder)
+
+
 def test_damage_is_named_with_what_to_do(source: Path, tmp_path: Path) -> None:
     folder = prepare(source, tmp_path, encoder=None)
     with pytest.raises(UsageError, match=r"unknown split 'trian' \(did you mean 'train'"):
@@ -465,7 +517,6 @@ def test_12500_latents_open_unread_and_gather_fast(tmp_path: Path) -> None:
     }
     table.write_parquet(tmp_path / "shard.parquet", columns | latents, {})
     table.write_arrow(tmp_path / "train.arrow", [tmp_path / "shard.parquet"] * 25)
-    os.sync()
 
     def examples() -> Latents:
         opened = table.Table(tmp_path / "train.arrow")

@@ -112,3 +112,17 @@ def test_the_images_hash_changes_with_the_drawing(monkeypatch: pytest.MonkeyPatc
     assert sketches.content_hash in before
     monkeypatch.setattr(drawing, "VERSION", drawing.VERSION + 1)
     assert sketches.images_hash != before
+
+
+def test_the_first_so_many() -> None:
+    data = examples(labels=True)
+    few = data.first(7)
+    assert len(few) == 7
+    assert few.lengths.tolist() == data.lengths[:7].tolist()
+    assert few.labels is not None
+    assert data.labels is not None
+    assert few.labels.tolist() == data.labels[:7].tolist()
+    assert torch.equal(few.images(range(7)), data.images(range(7)))
+    assert few.content_hash != data.content_hash
+    assert few.first(7) is few
+    assert data.first(10**9) is data
