@@ -2,9 +2,10 @@
 
     <root>/.<name>-<hash>.partial/share/...    in the making; renamed to <root>/<name>-<hash>
 
-The hash covers options, content of the source, the encoder's identity and RECIPE, so a folder is never out of date. Who
-builds holds a lock on the partial folder, which the system frees when the process dies; the next one goes on from the
-finished shards.
+The hash covers options, content of the source, the encoder's identity and the recipe's version, so a folder is never out
+of date. Who builds holds a lock on the partial folder, which the system frees when the process dies; the next one goes
+on from the finished shards. A shard that another folder has already, because only the classes or another reference are
+asked for, is linked and not made again.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from raysparse.data.sketch import Spec
 from raysparse.data.table import Table
 from raysparse.errors import UsageError
 
-RECIPE = 1  # raise it whenever the same source and options would give other arrays
 SPLITS = ("train", "validation", "reference")
 
 Progress = Callable[[int, int], None]  # (done, total), in pictures
@@ -58,7 +58,10 @@ def build(
     with building(folder) as partial:
         if (folder / "manifest.json").is_file():  # made by another process while this one waited
             return folder
-        tasks = _plan(found, options, encoder, identity, partial / "share")
+        (partial / "share").mkdir(exist_ok=True)
+        tasks = _plan(found, options, encoder, partial / "share")
+        for task in (task for plan in tasks.values() for task in plan):
+            shards.adopt(task, sorted(root.glob(f"{spec.name}-*/share/{task.path.name}")))
         try:
             done = _work(tasks, run, progress)
             manifest = _assemble(spec, options, found, encoder, done, partial)
@@ -73,7 +76,7 @@ def build(
 
 def _identity(spec: Spec, options: ImageOptions, found: Listing, encoder: Encoder | None) -> str:
     """Of all that decides what the folder holds. The labels' and splits' part of it does not follow from the files."""
-    whole = hashlib.sha256(f"{RECIPE}\n{spec.name}\n{options.model_dump_json()}\n{found.source_hash}\n".encode())
+    whole = hashlib.sha256(f"{shards.RECIPE}\n{spec.name}\n{options.model_dump_json()}\n{found.source_hash}\n".encode())
     whole.update(f"{encoder.identity if encoder else None}\n{json.dumps(found.classes)}\n".encode())
     for split in SPLITS:
         entries: Entries = getattr(found, split)
@@ -88,9 +91,7 @@ def _is_view(found: Listing) -> bool:
     return list(found.train.keys[: len(found.reference)]) == list(found.reference.keys)
 
 
-def _plan(
-    found: Listing, options: ImageOptions, encoder: Encoder | None, identity: str, share: Path
-) -> dict[str, list[Task]]:
+def _plan(found: Listing, options: ImageOptions, encoder: Encoder | None, share: Path) -> dict[str, list[Task]]:
     """Tasks by split. The reference of a pixel set that is a part of train is not stored twice."""
     plans = {}
     for split in SPLITS:
@@ -102,7 +103,7 @@ def _plan(
             getattr(found, split),
             share,
             split,
-            identity=identity,
+            source_hash=found.source_hash,
             reader=found.reader,
             options=options,
             content=content,
@@ -167,7 +168,7 @@ def _assemble(
             **hashes(opened, rows[split], options.size_px),
         }
     return {
-        "recipe": RECIPE,
+        "recipe": shards.RECIPE,
         "kind": "image",
         "spec": dataclasses.asdict(spec) | {"splits": dict(spec.splits)},
         "options": json.loads(options.model_dump_json()),

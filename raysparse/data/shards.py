@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -27,6 +29,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 Content = Literal["pixels", "png", "latents"]
 
+RECIPE = 1  # raise it whenever the same pictures and options would give other arrays
 SMALLEST = 32  # pictures of a shard: what a killed prepare loses at most, per process
 MOST_SHARDS = 256  # of a split; a larger set has larger shards
 ENCODED_AT_ONCE = 16  # pictures of 256 px, of which an encoder's activations take 6 GB
@@ -57,7 +60,7 @@ class Task:
 
     path: Path
     split: str
-    identity: str  # of the data set: a shard of another one is not reused
+    identity: str  # of all that decides what is in it: a file of another identity is not reused
     reader: Reader
     entries: Entries
     start: int  # place of the first of them in the split
@@ -80,14 +83,15 @@ class Shard:
     sha256: str
 
 
-def plan(entries: Entries, folder: Path, split: str, **common: Any) -> list[Task]:
-    """The tasks of one split. common: the other fields of Task."""
+def plan(entries: Entries, folder: Path, split: str, *, source_hash: str, **common: Any) -> list[Task]:
+    """The tasks of one split. source_hash: of what the entries are read from; common: the other fields of Task."""
     rows = max(SMALLEST, -(-len(entries) // MOST_SHARDS))
     starts = range(0, len(entries), rows)
     return [
         Task(
             path=folder / f"{split}-{number:05d}-of-{len(starts):05d}.parquet",
             split=split,
+            identity=_identity(entries.part(start, start + rows), start, source_hash, **common),
             entries=entries.part(start, start + rows),
             start=start,
             **common,
@@ -96,11 +100,41 @@ def plan(entries: Entries, folder: Path, split: str, **common: Any) -> list[Task
     ]
 
 
+def _identity(
+    entries: Entries,
+    start: int,
+    source_hash: str,
+    *,
+    options: ImageOptions,
+    content: Content,
+    flips: bool,
+    encoder: Encoder | None,
+    **_: Any,
+) -> str:
+    shape = (options.size_px, options.resize, options.filter)
+    encoding = encoder.identity if encoder else None
+    whole = hashlib.sha256(json.dumps([RECIPE, source_hash, start, shape, content, flips, encoding]).encode())
+    whole.update("\n".join(entries.ids).encode())
+    if entries.labels is not None:
+        whole.update(entries.labels.astype(np.int64).tobytes())
+    return whole.hexdigest()
+
+
+def adopt(task: Task, donors: Iterable[Path]) -> None:
+    """Link the same shard of another prepared folder: pictures are not encoded again because another option changed."""
+    for donor in donors:
+        try:
+            if not task.path.exists() and table.glance(donor)["identity"] == task.identity:
+                os.link(donor, task.path)
+        except (OSError, ValueError, KeyError):
+            continue  # another set's, damaged, or a file system without links: it is made anew
+
+
 def finished(task: Task) -> Shard | None:
     """The shard of a task where it is there whole; a damaged one, or another set's, is removed."""
     try:
         facts = table.read_facts(task.path)
-        if facts["identity"] == task.identity and facts["start"] == task.start:
+        if facts["identity"] == task.identity:
             return _shard(task, facts["rows"], tuple((place, name, why) for place, name, why in facts["damaged"]))
     except FileNotFoundError:
         return None
@@ -129,7 +163,7 @@ def make(task: Task) -> Shard:
         "sha256": _digests(whole),
     }
     columns |= _content(task, whole)
-    facts = {"identity": task.identity, "start": task.start, "rows": len(kept), "damaged": damaged}
+    facts = {"identity": task.identity, "rows": len(kept), "damaged": damaged}
     table.write_parquet(task.path, columns, facts)
     return _shard(task, len(kept), tuple(damaged))
 

@@ -25,7 +25,7 @@ from toy_encoder import ToyEncoder
 
 from raysparse import files
 from raysparse.data import class_folders, image_build, prepared, shards, table
-from raysparse.data.image import Latents, Pictures
+from raysparse.data.image import ImageOptions, Latents, Pictures
 from raysparse.errors import UsageError
 
 SIDE = 16
@@ -158,6 +158,38 @@ def test_another_encoder_is_another_data_set(source: Path, tmp_path: Path) -> No
         prepared.check_encoder(folder, None)
     with pytest.raises(UsageError, match="a first stage encodes pictures, but hershey holds sketches"):
         prepared.prepare("hershey", root=tmp_path, encoder=ToyEncoder())
+
+
+def test_other_options_do_not_encode_again_what_is_encoded(tmp_path: Path) -> None:
+    from raysparse.data.datasets import imagenet
+
+    log, made = tmp_path / "log", tmp_path / "made"
+    made.mkdir()
+    tiny = imagenet.tiny_source(made)
+    options: dict[str, Any] = {"size_px": SIDE, "classes": 2, "train_examples": 20, "validation_examples": 8}
+
+    def folder(identity: str = "toy", **changes: Any) -> Path:
+        log.write_text("")
+        encoder = ToyEncoder(identity, log=str(log))
+        made = prepared.prepare("imagenet", options | changes, tiny, tmp_path / "root", encoder=encoder)
+        prepared.verify(made)
+        return made
+
+    first = folder()
+    assert len(log.read_text().split()) == 28
+    told = folder(conditional=True)
+    assert log.read_text() == ""
+    fewer = folder(reference_examples=5)
+    assert log.read_text() == ""
+    assert len({first, told, fewer}) == 3
+    assert prepared.open_split(told, "train").labels is not None
+    assert prepared.open_split(first, "train").labels is None
+    assert len(prepared.open_split(fewer, "reference")) == 5
+    shutil.rmtree(first)
+    prepared.verify(told)
+    for changes in ({"flips": True}, {"filter": "box"}, {"identity": "other"}):
+        folder(**changes)
+        assert len(log.read_text().split()) >= 20
 
 
 def test_a_picture_is_encoded_once(source: Path, tmp_path: Path) -> None:
@@ -493,8 +525,14 @@ def test_latents_that_are_not_finite(source: Path, tmp_path: Path) -> None:
 
 def test_large_sets_have_a_bounded_number_of_shards(tmp_path: Path) -> None:
     entries = image_build.Entries(range(1_281_167), [""] * 1_281_167)
-    common = dict.fromkeys(("identity", "reader", "options", "content", "flips", "encoder"))
-    tasks = shards.plan(entries, tmp_path, "train", **common)
+    common: dict[str, Any] = {
+        "source_hash": "",
+        "reader": None,
+        "options": ImageOptions(),
+        "content": "latents",
+        "flips": True,
+    }
+    tasks = shards.plan(entries, tmp_path, "train", encoder=None, **common)
     assert len(tasks) == 256
     assert sum(len(task.entries) for task in tasks) == len(entries)
     assert [task.start for task in tasks] == list(range(0, len(entries), 5005))

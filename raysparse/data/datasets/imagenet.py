@@ -45,9 +45,11 @@ def find(options: Options, *, source: Path | None, root: Path, progress: prepare
     chosen = next((place for place in places if (place / "train").is_dir() and (place / "val").is_dir()), None)
     if chosen is None:
         raise UsageError(f"{source} has no folders train/ and val/; imagenet expects {SPEC.source}")
-    if not options.conditional:
-        return class_folders.halves(chosen, "train", "val", options, root, SPEC.source, progress=progress)
     wnids = sorted(place.name for place in (chosen / "train").iterdir() if _WNID.fullmatch(place.name))
+    whole = len(wnids) == options.classes and all((chosen / "val" / wnid).is_dir() for wnid in wnids)
+    if not (options.conditional or whole):
+        return class_folders.halves(chosen, "train", "val", options, root, SPEC.source, progress=progress)
+    # With its classes also where the model is not told: then both kinds of models share the encoded shards.
     if len(wnids) != options.classes:
         raise UsageError(
             f"{chosen / 'train'} has {len(wnids)} folders named by a WordNet id, not {options.classes}; get the whole "
