@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Before torch is imported: the suite shares few cores with Ray's processes, and one thread makes sums repeatable.
@@ -20,3 +24,28 @@ def kanjivg_path() -> Path:
     if not path.is_file():
         pytest.skip("no kanji.rdp100.npz here; set RAYSPARSE_KANJIVG to its path to run this test")
     return path
+
+
+@pytest.fixture(scope="session")
+def ray_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A Ray of one's own: own sockets in a short folder (107 bytes are allowed), own token, never one that runs."""
+    home = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))
+    token = home / "token"
+    token.write_text(secrets.token_hex(32))
+    token.chmod(0o600)
+    root = str(ROOT)  # `raysparse` for a driver that is started as a script
+    changes = {
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_TMPDIR": str(home),  # where no temp_dir is given
+        "RAYSPARSE_DATA": str(tmp_path_factory.mktemp("data")),
+        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
+    }
+    before = {name: os.environ.get(name) for name in [*changes, "RAY_ADDRESS"]}
+    os.environ.update(changes)
+    os.environ.pop("RAY_ADDRESS", None)
+    yield home
+    for name, value in before.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    shutil.rmtree(home, ignore_errors=True)

@@ -95,6 +95,7 @@ def photographs(folder: Path, count: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.ray
+@pytest.mark.usefixtures("ray_home")
 def test_the_whole_latent_path(command: Command, tmp_path: Path) -> None:
     """prepare on Ray, train, evaluate in several steps, sample, export, import: 64 pictures at 64 x 64."""
     photographs(tmp_path / "photographs", 72)

@@ -157,6 +157,8 @@ def _row(
 def _results_of(checkpoint: Path) -> Path | None:
     """RESULTS of RESULTS/checkpoints/<trial>/step-<k> where it has the trial's records, else None."""
     place = checkpoint.resolve()
+    if len(place.parents) < 3:
+        return None
     out = place.parents[2]
     has = place.parents[1].name == "checkpoints" and (out / "records" / f"{place.parent.name}.parquet").is_file()
     return out if has else None

@@ -1,13 +1,8 @@
-"""A Ray of its own per test: own sockets, own token, never one that runs already."""
+"""Sweeps small enough to run in seconds."""
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -58,27 +53,3 @@ def sweep_of() -> Callable[..., Sweep]:
         return space.parse(content, "test")
 
     return build
-
-
-@pytest.fixture(scope="session")
-def ray_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A short folder for Ray's sockets (107 bytes are allowed), and the environment that goes with it."""
-    home = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))
-    token = home / "token"
-    token.write_text(secrets.token_hex(32))
-    token.chmod(0o600)
-    root = str(Path(__file__).parents[2])  # `raysparse` for a driver that is started as a script
-    changes = {
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        "RAYSPARSE_DATA": str(tmp_path_factory.mktemp("data")),
-        "PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")])),
-    }
-    before = {name: os.environ.get(name) for name in [*changes, "RAY_ADDRESS"]}
-    os.environ.update(changes)
-    os.environ.pop("RAY_ADDRESS", None)
-    yield home
-    for name, value in before.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-    shutil.rmtree(home, ignore_errors=True)
