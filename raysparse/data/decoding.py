@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +45,23 @@ def decode(raw: Raw) -> Image.Image:
     """The picture in RGB. Damaged where it cannot be read; OSError where the disk fails."""
     if isinstance(raw, np.ndarray):
         return Image.fromarray(raw)
-    return _opened(raw, pixels=True)
+    with _opened(raw) as (image, turn):
+        image.load()
+        rgb = _rgb(image)
+        return rgb.transpose(_TURNS[turn]) if turn in _TURNS else rgb
 
 
 def size(raw: Raw) -> tuple[int, int]:
     """(width, height) in pixels as `decode` gives them, from the header alone. Errors as there."""
     if isinstance(raw, np.ndarray):
         return raw.shape[1], raw.shape[0]
-    return _opened(raw, pixels=False).size
+    with _opened(raw) as (image, turn):
+        return (image.height, image.width) if turn in _TRANSPOSED else (image.width, image.height)
 
 
-def _opened(raw: Path | bytes, *, pixels: bool) -> Image.Image:
+@contextmanager
+def _opened(raw: Path | bytes) -> Iterator[tuple[Image.Image, int]]:
+    """A picture whose header is read, and its EXIF orientation. What is raised in the block becomes Damaged too."""
     try:
         stream = io.BytesIO(raw) if isinstance(raw, bytes) else raw.open("rb")
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:  # a link into the void, say
@@ -64,17 +72,13 @@ def _opened(raw: Path | bytes, *, pixels: bool) -> Image.Image:
             with Image.open(stream, formats=FORMATS) as image:
                 if image.width * image.height > PIXEL_LIMIT:
                     raise Damaged(f"{image.width}x{image.height} pixels are more than the limit of {PIXEL_LIMIT}")
-                turn = _orientation(image)
-                if not pixels:
-                    turned = turn in _TRANSPOSED
-                    return Image.new("1", (image.height, image.width) if turned else (image.width, image.height))
-                image.load()
-                rgb = _rgb(image)
+                yield image, _orientation(image)
         except (Damaged, MemoryError):
             raise
         except Exception as error:  # hostile bytes make decoders raise almost anything
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk, not the picture: Pillow's own have no number
             raise Damaged(_reason(error)) from error
-    return rgb.transpose(_TURNS[turn]) if turn in _TURNS else rgb
 
 
 def _reason(error: Exception) -> str:

@@ -2,9 +2,9 @@
 
     <root>/.<name>-<hash>.partial/share/...    in the making; renamed to <root>/<name>-<hash>
 
-The hash covers options, content of the source, the encoder's identity and the recipe's version, so a folder is never out
-of date. Who builds holds a lock on the partial folder, which the system frees when the process dies; the next one goes
-on from the finished shards. A shard that another folder has already, because only the classes or another reference are
+The hash covers options, content of the source, encoder's identity and recipe's version: a folder is never out of date.
+Who builds holds a lock on the partial folder, which the system frees when the process dies; the next one goes on
+from the finished shards. A shard that another folder has already, because only the classes or another reference are
 asked for, is linked and not made again.
 """
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import struct
 import zlib
@@ -157,6 +158,21 @@ def test_a_link_into_the_void_is_damaged(tmp_path: Path) -> None:
     (tmp_path / "gone.png").symlink_to(tmp_path / "nothing.png")
     with pytest.raises(Damaged, match="no such file"):
         decoding.decode(tmp_path / "gone.png")
+
+
+def test_a_failing_disk_is_not_a_damaged_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It must not shrink the data set."""
+
+    class Failing(io.BytesIO):
+        def read(self, *arguments: Any) -> bytes:
+            if self.tell() > 100:
+                raise OSError(errno.EIO, "Input/output error")
+            return super().read(*arguments)
+
+    data = encoded(Image.effect_noise((64, 64), 50), "PNG")
+    monkeypatch.setattr(Path, "open", lambda *_: Failing(data))
+    with pytest.raises(OSError, match="Input/output error"):
+        decoding.decode(tmp_path / "a.png")
 
 
 @settings(max_examples=200, deadline=None)
