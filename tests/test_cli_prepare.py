@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raysparse import cli, space
+from raysparse import cli, config, space
 from raysparse.config import FirstStageConfig
 from raysparse.data import prepared
 from raysparse.models import autoencoder
@@ -165,7 +165,7 @@ def test_ray_is_used_for_pictures_with_several_cpus_or_an_address(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     data = {"name": "imagefolder", "source": str(pictures), "root": str(tmp_path / "data")}
     data["options"] = {"size_px": 16, "validation_examples": 8}  # type: ignore[assignment]
-    pixels = cli.config.parse({"data": data}, "test")
+    pixels = config.parse({"data": data}, "test")
     latents = pixels.model_copy(update={"first_stage": FirstStageConfig(options=autoencoder.SMALL)})
     encode.prepare(pixels, cpus=1)
     assert asked == []

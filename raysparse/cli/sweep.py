@@ -1,0 +1,94 @@
+"""`raysparse sweep, resume`: the main job."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from raysparse import space
+from raysparse.cli.app import (
+    Address,
+    AsJson,
+    Cpus,
+    Data,
+    app,
+    command_line,
+    load_sweep,
+)
+
+
+@app.command()
+def sweep(
+    path: Annotated[Path, typer.Argument(help="A sweep file, such as tune_spaces/quickstart.yaml.")],
+    output: Annotated[Path | None, typer.Option(help="Results folder; default results/NAME.")] = None,
+    data: Data = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. base.train.steps=100; repeatable.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and print trials, FLOPs and hours; start nothing.")
+    ] = False,
+    cpus: Cpus = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Search S, p and ΔTe over dense and sparse methods, confirm the best on fresh seeds, write a report."""
+    loaded = load_sweep(path, changes, data)
+    if dry_run:
+        from raysparse.terminal import print_plan
+        from raysparse.train import plan
+
+        planned = plan.plan(loaded, cpus=cpus)
+        typer.echo(json.dumps(planned)) if as_json else print_plan(loaded, planned)
+        return
+    from raysparse.sweep import tuner
+    from raysparse.terminal import progress
+
+    results = output or Path("results") / loaded.name
+    with progress(f"preparing {space.parsed_base(loaded).data.name}") as advance:
+        tuner.prepare(loaded, progress=advance, num_cpus=cpus, address=address)
+    start = partial(tuner.run, loaded, results, command=command_line(), num_cpus=cpus, address=address)
+    _show(results, loaded, start, as_json)
+
+
+@app.command()
+def resume(
+    results: Annotated[Path, typer.Argument(help="The folder of an interrupted sweep.")],
+    cpus: Cpus = None,
+    address: Address = None,
+    as_json: AsJson = False,
+) -> None:
+    """Go on with a sweep that was interrupted or killed."""
+    from raysparse.sweep import folder, tuner
+
+    sweep_file, _ = folder.load(results)
+    _show(results, sweep_file, partial(tuner.resume, results, num_cpus=cpus, address=address), as_json)
+
+
+def _show(results: Path, sweep_file: space.Sweep, start: Callable[..., Any], as_json: bool) -> None:
+    """Drive a sweep with its table on the screen, then write its report; its path is all that goes to stdout."""
+    from raysparse.sweep.board import Board
+    from raysparse.terminal import SweepDisplay
+
+    with SweepDisplay(Board.load(results), space.trial_count(sweep_file)) as display:
+        summary = start(on_event=display.on_event)
+    if summary.interrupted:
+        typer.echo(f"interrupted; go on with: raysparse resume {results}", err=True)
+        raise typer.Exit(130)
+    from analysis import report
+
+    page = report.write(results)
+    for row in summary.failed:
+        typer.echo(f"failed: {row.trial_id}: {row.reason}", err=True)
+    if as_json:
+        counts = {"results": str(results), "report": str(page), "trials": summary.board.counts()}
+        typer.echo(json.dumps(counts))
+    else:
+        typer.echo(page)
+    if len(summary.failed) == len(summary.board.rows):
+        raise typer.Exit(1)
