@@ -58,6 +58,15 @@ class Encoder(Protocol):
         """float16 [B, c, h, w] on the CPU, of uint8 [B, 3, H, W]."""
 
 
+def to_pixels(x: torch.Tensor) -> torch.Tensor:
+    """Values around [-1, 1] as 0 ... 255, rounded: uint8 like x, on its device. What is not finite counts as 0, so a
+    diverged model gives gray pictures and no error."""
+    import torch
+
+    values = x.detach().float().nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+    return ((values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Examples:
     """Rows 0 ... count - 1 of a table, which is memory-mapped.
@@ -149,10 +158,7 @@ class Pictures(_Examples):
 
         Values that are not finite count as 0, so a diverged model gives gray pictures and no error.
         """
-        import torch
-
-        values = torch.nan_to_num(x.detach().float(), nan=0.0, posinf=0.0, neginf=0.0)
-        return ((values + 1) * 127.5).round().clamp(0, 255).to(torch.uint8).cpu()
+        return to_pixels(x).cpu()
 
     def _pixels(self, chosen: NDArray[np.int64]) -> NDArray[np.uint8]:
         if "png" not in self.table.columns:

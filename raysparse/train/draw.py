@@ -13,6 +13,7 @@ from torch import Tensor
 
 from raysparse import plugins
 from raysparse.config import TrialConfig
+from raysparse.data import image
 from raysparse.diffusion.schedule import NoiseSchedule
 from raysparse.errors import UsageError
 from raysparse.train import checks, restored, setup
@@ -85,7 +86,7 @@ def _source(trial: TrialConfig, classes: int | None, device: str) -> Source:
         found: Source = setup.training(trial)
         return found
     shape = checks.value_shape(trial)
-    decode: Callable[[Tensor], Tensor] = _pixels
+    decode: Callable[[Tensor], Tensor] = image.to_pixels
     if trial.first_stage is not None:
         decode = FirstStage.of(trial.first_stage, device).decode
     return ImageSource(shape, classes, decode)
@@ -99,7 +100,3 @@ def _check_labels(labels: Sequence[int] | None, classes: int | None, model: str)
     wrong = [label for label in labels if not 0 <= label < classes]
     if wrong:
         raise UsageError(f"label {wrong[0]} is out of range: the model has the classes 0 .. {classes - 1}")
-
-
-def _pixels(x: Tensor) -> Tensor:
-    return ((x.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from raysparse import plugins
 from raysparse.config import FirstStageConfig
+from raysparse.data.image import to_pixels
 from raysparse.errors import UsageError, usage_error_from
 
 FP16_MAX = 65504.0  # the largest number that latents can be kept as
@@ -86,8 +87,7 @@ class FirstStage:
         """Latents [B, c, h, w] -> pictures uint8 [B, 3, H, W] on `device`. What is not finite counts as 0."""
         with self._model() as model:
             parts = [model.decode(_finite(part.to(self.device).float())) for part in self._parts(latents)]
-        pictures = (_finite(torch.cat(parts)) + 1) * 127.5
-        return pictures.round().clamp(0, 255).to(torch.uint8)
+        return to_pixels(torch.cat(parts))
 
     def _parts(self, batch: Tensor) -> tuple[Tensor, ...]:
         return torch.split(batch, self.batch_size)

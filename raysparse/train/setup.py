@@ -171,12 +171,21 @@ def first_stage(config: TrialConfig) -> FirstStage | None:
     return FirstStage.of(config.first_stage) if config.first_stage else None
 
 
+_known_folders: dict[str, Path] = {}  # a trial asks several times, and listing ImageNet's files takes seconds
+
+
 def _folder(config: TrialConfig, progress: Progress | None = None, run: Run = prepared.in_order) -> Path:
-    data = config.data
-    source, root = (Path(data.source) if data.source else None), (Path(data.root) if data.root else None)
-    return prepared.prepare(
-        data.name, data.options, source=source, root=root, progress=progress, encoder=first_stage(config), run=run
-    )
+    data, encoder = config.data, first_stage(config)
+    root = Path(data.root) if data.root else prepared.default_root()
+    key = f"{data.model_dump_json(exclude={'train_examples'})} {root} {encoder and encoder.identity}"
+    known = _known_folders.get(key)
+    if known is None or not (known / "manifest.json").is_file():
+        source = Path(data.source) if data.source else None
+        known = prepared.prepare(
+            data.name, data.options, source=source, root=root, progress=progress, encoder=encoder, run=run
+        )
+        _known_folders[key] = known
+    return known
 
 
 def _training(config: TrialConfig, folder: Path) -> Any:
