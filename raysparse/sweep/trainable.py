@@ -32,6 +32,7 @@ from raysparse import config as settings
 from raysparse.errors import UsageError
 from raysparse.files import atomic_path
 from raysparse.results import Report
+from raysparse.sweep import trial_log
 from raysparse.sweep.scheduler import last_line
 
 KEEP_CHECKPOINTS = 2  # the last, and the one before in case the last is damaged
@@ -47,6 +48,7 @@ def train(config: dict[str, Any]) -> None:
     train_rank(config, tune.report, device="cuda" if config["gpus_per_worker"] else "cpu")
 
 
+@trial_log.kept
 def train_rank(
     config: dict[str, Any], say: Callable[[Metrics], Any], *, rank: int = 0, world_size: int = 1, device: str = "cpu"
 ) -> None:
