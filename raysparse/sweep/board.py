@@ -25,6 +25,10 @@ class Row:
     fids: dict[int, float | None] = dataclasses.field(default_factory=dict)  # step -> FID
     reason: str | None = None
     number: int | None = None  # of the Optuna trial
+    stopped_by: str | None = None  # the person, where it was not ASHA
+    busy_s: float = 0.0  # with its resources held, as far as is known; see `Board.busy_s`
+    since: float | None = None  # it holds them now, since this time
+    heard: float | None = None  # time of its last event
 
     @property
     def step(self) -> int:
@@ -63,17 +67,22 @@ class Board:
         self.chosen: list[Event] = []
         self.stage: str | None = None
         self.finished = False
+        self.folder: Path | None = None  # where its trials' files are
+        self.first: Event | None = None
+        self.last: Event | None = None
 
     @classmethod
     def load(cls, results: Path) -> Board:
         """The table of a sweep that runs, was interrupted, or is finished."""
         board = cls()
+        board.folder = results
         for item in read(results / "journal.jsonl"):
             board.apply(item)
         return board
 
     def apply(self, item: Event) -> None:
         row = self.rows.get(item.trial_id or "")
+        self._count_time(item, row)
         match item.kind:
             case "planned":
                 assert item.trial_id is not None
@@ -99,8 +108,13 @@ class Board:
             case "report" | "stopped" | "completed" | "failed" if row:
                 row.state = {"report": "RUNNING"}.get(item.kind, item.kind.upper())
                 row.reason = item.reason
+                row.stopped_by = item.by
                 if item.step is not None:
                     row.fids[item.step] = item.fid
+            case "reopened" if row:
+                row.state, row.reason, row.stopped_by = "PENDING", None, None
+                row.fids = {step: fid for step, fid in row.fids.items() if fid is not None}  # where it was lost
+                self.finished = False
             case "chosen":
                 self.chosen.append(item)
             case "stage":
@@ -109,6 +123,35 @@ class Board:
                 self.finished = True
             case _:
                 pass
+
+    def busy_s(self, now: float | None = None) -> float:
+        """Seconds in which trials held their resources, over all drivers; x GPUs per trial = GPU seconds.
+
+        now: seconds since 1970, while a driver runs. None: up to the last event. What a killed driver's trials did
+        after its last event is not known and not counted.
+        """
+        until = now if now is not None else self.last.time if self.last else 0.0
+        return sum(
+            row.busy_s + (max(until - row.since, 0.0) if row.since is not None else 0.0) for row in self.rows.values()
+        )
+
+    def settle(self) -> None:
+        """No trial runs: the driver that heard of them is gone."""
+        for row in self.rows.values():
+            _let_go(row, row.heard)
+
+    def _count_time(self, item: Event, row: Row | None) -> None:
+        self.first, self.last = self.first or item, item
+        if item.kind == "interrupted":
+            for each in self.rows.values():
+                _let_go(each, item.time)
+        elif row and item.kind == "started":
+            _let_go(row, row.heard)  # of a process that was lost
+            row.since = item.time
+        elif row and item.kind in ("stopped", "completed", "failed"):
+            _let_go(row, item.time)
+        if row:
+            row.heard = item.time
 
     def of_stage(self, stage: str) -> list[Row]:
         return [row for row in self.rows.values() if row.stage == stage]
@@ -119,11 +162,18 @@ class Board:
         return {state: states.count(state) for state in dict.fromkeys(states)}
 
 
+def _let_go(row: Row, time: float | None) -> None:
+    if row.since is not None:
+        row.busy_s += max((time or row.since) - row.since, 0.0)
+        row.since = None
+
+
 class Ledger:
     """The journal and the board together: an event is on disk before anything acts on it."""
 
     def __init__(self, results: Path, on_event: Callable[[Event], None] | None = None) -> None:
         self.board = Board.load(results)
+        self.board.settle()
         self._journal = Journal(results / "journal.jsonl")
         self._on_event = on_event
 

@@ -31,6 +31,10 @@ from raysparse.space import Sweep
 from raysparse.sweep.board import Board
 
 
+class Busy(UsageError):
+    """Another process drives the sweep."""
+
+
 def refuse_if_taken(results: Path, sweep: Sweep) -> None:
     """UsageError where the folder is another sweep's or something else, or this sweep has begun or ended there."""
     if (results / "sweep.json").is_file():
@@ -89,7 +93,7 @@ def locked(results: Path) -> Iterator[None]:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             stream.seek(0)
-            raise UsageError(f"another process drives the sweep in {results}: {stream.read().strip()}") from None
+            raise Busy(f"another process drives the sweep in {results}: {stream.read().strip()}") from None
         stream.truncate(0)
         stream.write(f"process {os.getpid()} on {platform.node()}\n")
         stream.flush()

@@ -23,9 +23,11 @@ Kind = Literal[
     "repeated",  # the search asked for a point again: nothing is trained, the known result counts
     "started",  # a worker began, or went on from `step`
     "report",  # an evaluation: step and fid
-    "stopped",  # an evaluation after which ASHA stopped the trial at this rung; reason: its FID and the cutoff
+    "stopped",  # an evaluation after which ASHA stopped the trial at this rung; reason: its FID and the cutoff; or a
+    #             person stopped it: `by` says who
     "completed",  # the last evaluation
     "failed",  # diverged, raised or lost; reason
+    "reopened",  # a person asked for a trial again that had failed or been stopped by a person; `by` and reason
     "chosen",  # confirm: a winner of the search; reason: why
     "note",  # something to know; reason
     "interrupted",  # Ctrl-C or SIGTERM; `raysparse resume` goes on
@@ -50,6 +52,7 @@ class Event:
     total_steps: int | None = None
     config: dict[str, Any] | None = None  # planned: the whole TrialConfig
     number: int | None = None  # planned, repeated in a search: the Optuna trial's number
+    by: str | None = None  # stopped, reopened: the person, USER@HOST
 
 
 def event(kind: Kind, **fields: Any) -> Event:
@@ -79,18 +82,36 @@ class Journal:
 
 def read(path: Path) -> Iterator[Event]:
     """The events of a journal, also while it grows. UsageError naming a line that is damaged."""
-    if not path.is_file():
-        return
-    names = {field.name for field in dataclasses.fields(Event)}
-    with path.open("rb") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.endswith(b"\n"):  # being written, or cut off
-                return
-            try:
-                data = json.loads(line)
-                yield Event(**{name: value for name, value in data.items() if name in names})
-            except (ValueError, TypeError, AttributeError) as error:
-                raise UsageError(f"{path}, line {number} is damaged: restore the file from a copy ({error})") from error
+    return iter(Reader(path).fresh())
+
+
+class Reader:
+    """Follows a journal as another process, or another machine, appends to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._bytes = self._lines = 0
+
+    def fresh(self) -> Iterator[Event]:
+        """The whole lines that came since the last call. UsageError naming a line that is damaged."""
+        if not self.path.is_file():
+            return
+        with self.path.open("rb") as stream:
+            stream.seek(self._bytes)
+            for line in stream:
+                if not line.endswith(b"\n"):  # being written, or cut off
+                    return
+                self._bytes, self._lines = self._bytes + len(line), self._lines + 1
+                try:
+                    data = json.loads(line)
+                    yield Event(**{name: value for name, value in data.items() if name in _FIELDS})
+                except (ValueError, TypeError, AttributeError) as error:
+                    raise UsageError(
+                        f"{self.path}, line {self._lines} is damaged: restore the file from a copy ({error})"
+                    ) from error
+
+
+_FIELDS = {field.name for field in dataclasses.fields(Event)}
 
 
 def _whole_bytes(path: Path) -> int | None:

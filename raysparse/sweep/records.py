@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from raysparse import results as records
-from raysparse.results import Facts, Outcome, Report
+from raysparse.results import Facts, Report
+from raysparse.sweep import control
 from raysparse.sweep.board import Ledger, Row
 from raysparse.sweep.journal import event
 from raysparse.sweep.trainable import read_reports, with_samples
@@ -24,6 +26,7 @@ class Records(Callback):  # type: ignore[misc]
 
     def __init__(self, ledger: Ledger, results: Path, facts_of: FactsOf, interrupted: Callable[[], bool]) -> None:
         self._ledger, self._results, self._facts_of, self._interrupted = ledger, results, facts_of, interrupted
+        self._beat = 0.0  # when the next sign of life is due
         self._reports: dict[str, dict[int, Report]] = {}  # of open trials
 
     def on_trial_start(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
@@ -50,15 +53,18 @@ class Records(Callback):  # type: ignore[misc]
         self._end(self._row(trial))
 
     def on_step_end(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        if time.monotonic() > self._beat:
+            self._beat = time.monotonic() + control.HEARTBEAT_S
+            control.beat(self._results)
         if self._interrupted():
             raise KeyboardInterrupt
 
     def repair(self) -> None:
         """Bring the records to where the ledger is: the driver may have been killed between the two."""
         for row in self._ledger.board.rows.values():
-            if row.state == "PENDING":
-                continue
             path = self._results / "records" / f"{row.trial_id}.parquet"
+            if row.state == "PENDING" and not path.is_file():
+                continue
             table = records.read_trial(path) if path.is_file() else None
             reports = {report.step: report for report in records.reports_of(table)} if table else {}
             state = table["state"][0].as_py() if table else None
@@ -86,7 +92,4 @@ class Records(Callback):  # type: ignore[misc]
         return self._reports[row.trial_id]
 
     def _write(self, row: Row) -> None:
-        state = "RUNNING" if row.open else row.state
-        stopped = row.step if row.state == "STOPPED" else None
-        outcome = Outcome(state=state, stopped_at_step=stopped, state_reason=row.reason)
-        records.write_trial(self._results, self._facts_of(row), outcome, self._known(row).values())
+        records.write_trial(self._results, self._facts_of(row), control.outcome_of(row), self._known(row).values())

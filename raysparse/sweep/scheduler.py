@@ -6,6 +6,7 @@ the report go to the journal here, as one line, and what follows only repeats it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +35,15 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
     the lower rungs that the trial has jumped over. Without `asha` every trial runs to its end.
     """
 
-    def __init__(self, ledger: Ledger, stage: str, total_steps: int, asha: Asha | None) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        stage: str,
+        total_steps: int,
+        asha: Asha | None,
+        asked_to_stop: Callable[[str], str | None] = lambda trial_id: None,
+    ) -> None:
+        """asked_to_stop: the person who asked for the end of a trial, None where nobody did."""
         super().__init__(
             time_attr="step",
             metric="fid",
@@ -43,7 +52,7 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
             grace_period=asha.grace_steps if asha else total_steps,
             reduction_factor=asha.reduction_factor if asha else 2,
         )
-        self._ledger, self._stage = ledger, stage
+        self._ledger, self._stage, self._asked_to_stop = ledger, stage, asked_to_stop
         for row in ledger.board.of_stage(stage):
             for step, fid in sorted(row.fids.items()):
                 rung = self._rung(row.trial_id, step)
@@ -83,6 +92,10 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
                 )
                 self._add("stopped", row, step=step, fid=fid, reason=reason)
                 return str(TrialScheduler.STOP)
+        by = self._asked_to_stop(row.trial_id)
+        if by is not None:  # after the rung has its FID: a rebuilt rung, made from the journal, has it too
+            self._add("stopped", row, step=step, fid=fid, reason=f"by {by} at step {step}", by=by)
+            return str(TrialScheduler.STOP)
         self._add("report", row, step=step, fid=fid)
         return str(TrialScheduler.CONTINUE)
 

@@ -23,7 +23,7 @@ from raysparse.config import parse, with_value
 from raysparse.files import write_text
 from raysparse.results import Facts
 from raysparse.space import Sweep
-from raysparse.sweep import folder
+from raysparse.sweep import control, folder
 from raysparse.sweep.board import Board, Ledger, Row
 from raysparse.sweep.journal import Event, event
 
@@ -151,7 +151,13 @@ def _stage(
     if stage == "confirm" and not any(row.open for row in ledger.board.of_stage(stage)):
         return
     total_steps = space.parsed_base(sweep).train.steps
-    scheduler = Rungs(ledger, stage, total_steps, sweep.asha if stage == "search" else None)
+    scheduler = Rungs(
+        ledger,
+        stage,
+        total_steps,
+        sweep.asha if stage == "search" else None,
+        functools.partial(control.stop_asked_by, results),
+    )
     tuner = _tuner(sweep, results, scheduler, _searcher(stage, sweep, results, ledger), callback, at_a_time)
     try:
         tuner.fit()

@@ -8,7 +8,7 @@ import pytest
 
 from raysparse.errors import UsageError
 from raysparse.sweep.board import Board, Ledger
-from raysparse.sweep.journal import Event, Journal, event, read
+from raysparse.sweep.journal import Event, Journal, Reader, event, read
 
 
 def events() -> list[Event]:
@@ -85,3 +85,41 @@ def test_an_event_is_on_disk_before_anyone_hears_of_it(tmp_path: Path) -> None:
     ledger.close()
     assert heard == [("stage", 1), ("planned", 2), ("planned", 3)]
     assert list(Board.load(tmp_path).rows) == ["a", "b"]
+
+
+def test_time_with_resources_is_counted_over_drivers_and_not_between_them() -> None:
+    board = Board()
+    planned = {"stage": "search", "method": "rigl", "config": {"sparse": {}}, "total_steps": 9}
+    for item in (
+        Event("planned", 0.0, trial_id="a", **planned),
+        Event("planned", 0.0, trial_id="b", **planned),
+        Event("started", 10.0, trial_id="a"),
+        Event("report", 15.0, trial_id="a", step=2, fid=1.0),
+        Event("interrupted", 16.0),
+        Event("started", 100.0, trial_id="b"),
+        Event("report", 101.0, trial_id="b", step=2, fid=1.0),  # then the driver is killed
+        Event("started", 1000.0, trial_id="a"),
+    ):
+        board.apply(item)
+        if item.time == 101.0:
+            assert board.busy_s(now=103.0) == 6 + 3
+            board.settle()
+    assert board.busy_s() == 6 + 1
+    assert board.busy_s(now=1005.0) == 6 + 1 + 5
+
+
+def test_a_reader_goes_on_where_it_was_and_never_sees_half_a_line(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.jsonl"
+    journal = Journal(whole)
+    for item in events():
+        journal.append(item)
+    journal.close()
+    data, path = whole.read_bytes(), tmp_path / "grows.jsonl"
+    reader, kinds = Reader(path), []
+    assert list(reader.fresh()) == []
+    for size in range(0, len(data) + 1, 37):
+        path.write_bytes(data[:size])
+        kinds += [item.kind for item in reader.fresh()]
+    path.write_bytes(data)
+    kinds += [item.kind for item in reader.fresh()]
+    assert kinds == [item.kind for item in events()]
