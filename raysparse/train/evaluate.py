@@ -11,6 +11,7 @@ import dataclasses
 import io
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -83,12 +84,18 @@ class Evaluator:
         self.world_size = world_size
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module) -> Evaluation:
-        """Measure `model` (in eval mode, on `device`). The values are rank 0's to use; other ranks only help."""
+    def evaluate(self, model: nn.Module, should_stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
+        """Measure `model` (in eval mode, on `device`). The values are rank 0's to use; other ranks only help.
+
+        should_stop: asked before each batch of samples; any rank's yes ends it on all, with None.
+        """
         loss = self.validation_loss(model)
         if not math.isfinite(loss):
             return Evaluation(loss, math.nan, math.nan, math.nan, None, wrong=f"validation loss became {loss}")
-        features, images, sampling_s, extraction_s = self._sample_features(model)
+        sampled = self._sample_features(model, should_stop)
+        if sampled is None:
+            return None
+        features, images, sampling_s, extraction_s = sampled
         start = time.perf_counter()
         if self.rank != 0 or not bool(torch.isfinite(features).all()):
             wrong = None if self.rank else "the samples' features are not finite"
@@ -121,14 +128,22 @@ class Evaluator:
         total = distributed.all_sum(total.to(self.device), self.world_size)
         return float(total[0] / total[1])
 
-    def _sample_features(self, model: nn.Module) -> tuple[Tensor, Tensor, float, float]:
+    def _sample_features(
+        self, model: nn.Module, should_stop: Callable[[], bool]
+    ) -> tuple[Tensor, Tensor, float, float] | None:
         """Features of all samples float32 [generated, D], the first drawn uint8 [grid, C, H, W], seconds."""
         settings = self.config.evaluate
         features = torch.zeros(settings.generated, self.extractor.feature_dim, device=self.device)
         images = torch.zeros((min(settings.grid, settings.generated), *self.image_shape), dtype=torch.uint8)
         sampling_s = extraction_s = 0.0
-        for number, first in enumerate(range(0, settings.generated, settings.batch_size)):
-            if number % self.world_size != self.rank:
+        batches = math.ceil(settings.generated / settings.batch_size)
+        for round_ in range(math.ceil(batches / self.world_size)):
+            asked = torch.tensor(float(should_stop()), device=self.device)
+            if distributed.all_sum(asked, self.world_size) > 0:
+                return None
+            number = round_ * self.world_size + self.rank
+            first = number * settings.batch_size
+            if number >= batches:
                 continue
             start = time.perf_counter()
             end = min(first + settings.batch_size, settings.generated)

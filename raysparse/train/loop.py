@@ -48,6 +48,7 @@ class Totals:
     evaluate_s: float = 0.0
     loss_sum: float = 0.0  # since the last report
     loss_steps: int = 0
+    reported: int = 0  # the step of the last report
     reason: str | None = None  # why the trial diverged: it does not go on
 
 
@@ -108,19 +109,28 @@ class Trainer:
     def run(self) -> Iterator[Report]:
         """Train to the last step; a Report at each multiple of evaluate.every_steps and at the end, on all ranks.
 
-        A trial that diverges yields a last Report that says why. Ends without one where `should_stop` said so.
+        A trial that diverges yields a last Report that says why. Ends without one where `should_stop` said so, between
+        two steps or in the middle of an evaluation, which a resume then begins again.
         """
         every, last = self.config.evaluate.every_steps, self.config.train.steps
-        while self.step < last and self.totals.reason is None:
-            target = min(last, self.step - self.step % every + every)
-            if not self._train_to(target):
+        while True:
+            if self.totals.reported < self.step and (self.step % every == 0 or self.step == last or self._lost()):
+                report = self._report()
+                if report is None:
+                    return
+                yield report
+            if self.step >= last or self._lost():
                 return
-            yield self._report()
+            if not self._train_to(min(last, self.step - self.step % every + every)):
+                return
+
+    def _lost(self) -> bool:
+        return self.totals.reason is not None
 
     def _train_to(self, target: int) -> bool:
         """Train until step `target`, or until the loss is lost; False where the trial was asked to stop before."""
         self.model.train()
-        while self.step < target and self.totals.reason is None:
+        while self.step < target and not self._lost():
             start = time.perf_counter()
             self._recent.append(self._train_step())
             stop = False
@@ -220,8 +230,8 @@ class Trainer:
             self.totals.loss_steps += 1
         return bool(seen[-1] > 0)
 
-    def _report(self) -> Report:
-        """Evaluate and say how the trial stands; rank 0's view, on all ranks."""
+    def _report(self) -> Report | None:
+        """Evaluate and say how the trial stands; rank 0's view, on all ranks. None: asked to stop meanwhile."""
         totals = self.totals
         train_loss = totals.loss_sum / totals.loss_steps if totals.loss_steps else None
         if totals.reason is None and train_loss is not None and train_loss > DIVERGED_LOSS:
@@ -229,7 +239,10 @@ class Trainer:
         found: Evaluation | None = None
         if totals.reason is None:
             start = time.perf_counter()
-            found = distributed.from_rank_0(self.evaluator.evaluate(self.ema.evaluation_model()), self.world_size)
+            found = self.evaluator.evaluate(self.ema.evaluation_model(), self.should_stop)
+            if found is None:
+                return None
+            found = distributed.from_rank_0(found, self.world_size)
             totals.evaluate_s += time.perf_counter() - start
             if found.wrong is not None:
                 totals.reason = f"{found.wrong} at step {self.step}"
@@ -259,7 +272,7 @@ class Trainer:
             reason=totals.reason,
             samples_png=found.samples_png if found and sound else None,
         )
-        totals.loss_sum, totals.loss_steps = 0.0, 0
+        totals.loss_sum, totals.loss_steps, totals.reported = 0.0, 0, self.step
         self.masks_reported = self.engine.masks
         return distributed.from_rank_0(report, self.world_size)
 

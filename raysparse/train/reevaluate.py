@@ -65,7 +65,7 @@ def evaluate(
 
     The samples are shared by the workers (ranks on this machine). A protocol that RESULTS/evaluations has already is
     not measured again unless `again`. on_row: called in this process as each is done. An interrupt (see ranks.run) ends
-    it after the variant at hand: then there are fewer rows than variants. UsageError: a setting that is not an
+    it: then there are fewer rows than variants. UsageError: a setting that is not an
     evaluation's, an unknown or damaged checkpoint. RuntimeError: a worker died.
     """
     device = ranks.checked_device(device, workers)
@@ -122,10 +122,10 @@ def _work(member: ranks.Member, checkpoint: Path, trials: Sequence[TrialConfig])
     """One rank's part: all variants, told one by one."""
     model = restored.load(checkpoint, member.device)
     for trial in trials:
-        if member.should_stop():
-            return
         evaluator = setup.evaluator(trial, device=member.device, rank=member.rank, world_size=member.world_size)
-        found = evaluator.evaluate(model.model)
+        found = evaluator.evaluate(model.model, member.should_stop)
+        if found is None:
+            return  # interrupted
         if member.rank != 0:
             continue
         if found.wrong is not None:

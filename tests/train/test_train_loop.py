@@ -69,13 +69,13 @@ def test_averaged_weights_are_masked_whenever_used(tiny, rigl):
     seen = []
     evaluate = trainer.evaluator.evaluate
 
-    def spy(model):
+    def spy(model, should_stop):
         shadow = dict(model.named_parameters())
         for name, mask in trainer.engine.masks.items():
             assert torch.all(shadow[name][~mask] == 0), name
             assert torch.any(shadow[name][mask] != 0), name
         seen.append(trainer.step)
-        return evaluate(model)
+        return evaluate(model, should_stop)
 
     trainer.evaluator.evaluate = spy
     assert [report.topology_updates for report in trainer.run()] == [1, 2, 3]

@@ -54,6 +54,24 @@ def test_evaluation_leaves_training_alone(tiny, rigl, tmp_path):
     assert_same({k: v for k, v in a.items() if k not in reported}, {k: v for k, v in b.items() if k not in reported})
 
 
+def test_an_evaluation_that_was_interrupted_is_begun_again(tiny, rigl, tmp_path):
+    """generated 24 at 8 a batch: asked once before each of three batches of samples, beside the training steps."""
+    trial = tiny(rigl, {"evaluate.batch_size": 8})
+    expected = [computed(report) for report in setup.build(trial).run()]
+    first, asked = setup.build(trial), []
+
+    def in_the_second_batch() -> bool:
+        asked.append(first.step)
+        return asked[-3:] == [4, 4, 4]  # after step 4, before the first batch, before the second
+
+    first.should_stop = in_the_second_batch
+    assert list(first.run()) == []
+    assert (first.step, first.totals.reported) == (4, 0)
+    second = setup.build(trial)
+    state.load(second, state.save(first, tmp_path / "checkpoint"))
+    assert [computed(report) for report in second.run()] == expected
+
+
 def test_a_finished_trial_has_nothing_left_to_do(tiny, tmp_path):
     trainer = setup.build(tiny({"train.steps": 2}))
     assert [report.step for report in trainer.run()] == [2]
