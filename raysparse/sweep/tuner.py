@@ -23,13 +23,13 @@ from raysparse.config import parse, with_value
 from raysparse.files import write_text
 from raysparse.results import Facts
 from raysparse.space import Sweep
-from raysparse.sweep import control, folder
+from raysparse.sweep import control, folder, leaving
 from raysparse.sweep.board import Board, Ledger, Row
 from raysparse.sweep.journal import Event, event
+from raysparse.sweep.leaving import Pause
 
 OnEvent = Callable[[Event], None]
 Progress = Callable[[int, int], None]  # (done, total)
-LOST_PROCESS_RETRIES = 2  # of a trial whose process or node was lost; what a trial itself raises is not tried again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +117,7 @@ def _drive(
         signals.catch()  # again: Ray's start puts a SIGTERM handler of its own in place
         interrupted = signals.came
         at_a_time = concurrency(sweep.resources)
+        leaving.forget(results)
         if new:  # now that it can start
             folder.create(results, sweep, command)
         with closing(Ledger(results, on_event)) as ledger:
@@ -128,7 +129,9 @@ def _drive(
                 ledger.add(event("interrupted", stage=ledger.board.stage, reason=reason))
             else:
                 ledger.add(event("finished"))
-            return Summary(results, ledger.board, interrupted())
+            summary = Summary(results, ledger.board, interrupted())
+    leaving.forget(results)  # its processes have ended with Ray
+    return summary
 
 
 def _stage(
@@ -141,12 +144,15 @@ def _stage(
     interrupted: Callable[[], bool],
 ) -> None:
     """One stage to its end, or until interrupted."""
+    from raysparse.sweep.event_files import EventFiles
+    from raysparse.sweep.gauges import Gauges
     from raysparse.sweep.records import Records
     from raysparse.sweep.scheduler import Rungs
 
     _plan(stage, sweep, ledger)
     facts = functools.cache(functools.partial(_facts, sweep, command, ledger))
-    callback = Records(ledger, results, lambda row: facts(row.trial_id), interrupted)
+    pause = Pause(results, interrupted, lambda: _running(ledger))
+    callback = Records(ledger, results, lambda row: facts(row.trial_id), pause)
     callback.repair()
     if stage == "confirm" and not any(row.open for row in ledger.board.of_stage(stage)):
         return
@@ -158,13 +164,18 @@ def _stage(
         sweep.asha if stage == "search" else None,
         functools.partial(control.stop_asked_by, results),
     )
-    tuner = _tuner(sweep, results, scheduler, _searcher(stage, sweep, results, ledger), callback, at_a_time)
+    callbacks = [callback, Gauges(ledger, sweep, results), EventFiles(ledger, results)]
+    tuner = _tuner(sweep, results, scheduler, _searcher(stage, sweep, results, ledger), callbacks, at_a_time)
     try:
         tuner.fit()
     except KeyboardInterrupt:
         if not interrupted():
             raise
     callback.repair()  # trials that failed before they were handed out
+
+
+def _running(ledger: Ledger) -> list[str]:
+    return [row.trial_id for row in ledger.board.rows.values() if row.state == "RUNNING"]
 
 
 def _plan(stage: str, sweep: Sweep, ledger: Ledger) -> None:
@@ -221,7 +232,7 @@ def _facts(sweep: Sweep, command: str, ledger: Ledger, trial_id: str) -> Facts:
     return setup.facts(trial, sweep=sweep.name, stage=row.stage, world_size=sweep.resources.workers, command=command)
 
 
-def _tuner(sweep: Sweep, results: Path, scheduler: Any, searcher: Any, callback: Any, at_a_time: int) -> Any:
+def _tuner(sweep: Sweep, results: Path, scheduler: Any, searcher: Any, callbacks: list[Any], at_a_time: int) -> Any:
     from ray import tune
 
     from raysparse.sweep import trainable, worker
@@ -247,8 +258,8 @@ def _tuner(sweep: Sweep, results: Path, scheduler: Any, searcher: Any, callback:
         run_config=tune.RunConfig(
             name="tune",
             storage_path=str(results),
-            callbacks=[callback],
-            failure_config=tune.FailureConfig(max_failures=LOST_PROCESS_RETRIES),
+            callbacks=callbacks,
+            failure_config=tune.FailureConfig(max_failures=-1),  # of lost processes; leaving.count_start ends it
             verbose=0,
         ),
     )
