@@ -1,0 +1,102 @@
+"""`raysparse submit, doctor`: a cluster of machines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from raysparse.cli.app import (
+    AsJson,
+    app,
+    load_sweep,
+)
+from raysparse.errors import UsageError
+
+if TYPE_CHECKING:
+    from raysparse.sweep import submit as jobs
+
+Token = Annotated[
+    Path | None,
+    typer.Option("--token", help="The cluster's token; default $RAY_AUTH_TOKEN_PATH, else ~/.ray/auth_token."),
+]
+
+
+@app.command()
+def submit(
+    path: Annotated[Path | None, typer.Argument(help="A sweep file; or none, with --resume.")] = None,
+    address: Annotated[
+        str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, such as the tunnel's.")
+    ] = "http://127.0.0.1:8265",
+    output: Annotated[
+        str | None,
+        typer.Option(help="Results folder as the cluster sees it, on shared storage; /mnt/raysparse/results/NAME."),
+    ] = None,
+    resume: Annotated[str | None, typer.Option(help="Go on with the sweep in this folder of the cluster.")] = None,
+    token: Token = None,
+    requirements: Annotated[
+        Path | None, typer.Option(help="A requirements.txt for nodes whose image lacks what raysparse needs.")
+    ] = None,
+    follow: Annotated[bool, typer.Option("--follow", help="Show what the job prints until it has ended.")] = False,
+    data: Annotated[str | None, typer.Option("--data", help="The raw data, as the cluster sees it.")] = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. base.train.steps=100; repeatable.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Run a sweep on a cluster: hand it over as a Ray job, which goes on when this machine goes away.
+
+    Whoever has the cluster's token can run any program on it: that is what a job is. Keep its file to yourself (0600)
+    and reach the dashboard through `ray dashboard cluster.yaml`, a tunnel.
+    """
+    from raysparse.sweep import submit as jobs
+
+    if (path is None) == (resume is None):
+        raise UsageError("give a sweep file, or --resume DIR to go on with a sweep of the cluster: one of the two")
+    if resume is not None and (output or data or changes):
+        raise UsageError("--resume goes on with the sweep as it is: --output, --data and --set do not go with it")
+    if jobs.in_the_clear(address):
+        typer.echo(
+            f"warning: the token crosses the network unencrypted on its way to {address}, and whoever reads it can run "
+            "any program there; use the tunnel of `ray dashboard cluster.yaml`, or https",
+            err=True,
+        )
+    if path is not None:
+        sent = jobs.submit_sweep(
+            load_sweep(path, [*(changes or []), *([f"base.data.source={json.dumps(data)}"] if data else [])], None),
+            address,
+            output=output,
+            token=token,
+            requirements=requirements,
+        )
+    else:
+        sent = jobs.submit_resume(str(resume), address, token=token, requirements=requirements)
+    if as_json:
+        facts = {"job": sent.job_id, "address": sent.address, "results": sent.results}
+        typer.echo(json.dumps(facts | {"files": sent.files, "bytes": sent.size_bytes}))
+    else:
+        typer.echo(sent.job_id)
+    size = f"{sent.files} files, {sent.size_bytes / 2**20:.1f} MiB"
+    typer.echo(f"submitted to {address}: {size}; results on the cluster in {sent.results}", err=True)
+    for purpose, command in jobs.next_steps(sent).items():
+        typer.echo(f"  {purpose + ':':7} {command}", err=True)
+    if follow:
+        _follow(sent)
+
+
+def _follow(sent: jobs.Submission) -> None:
+    """Show a job until its end. Exit code 1 where it failed, 130 where it was stopped or is left to itself."""
+    from raysparse.sweep import submit as jobs
+
+    try:
+        state = jobs.follow(sent, lambda text: typer.echo(text, err=True, nl=False))
+    except KeyboardInterrupt:
+        typer.echo(
+            f"\nno longer followed; the job goes on; to stop it: {sent.ray_command('stop', sent.job_id)}", err=True
+        )
+        raise typer.Exit(130) from None
+    typer.echo(f"job {sent.job_id}: {state.lower()}", err=True)
+    if state != "SUCCEEDED":
+        raise typer.Exit(130 if state == "STOPPED" else 1)
