@@ -94,13 +94,17 @@ def _one_ray() -> Iterator[None]:
 def concurrency(resources: Resources) -> int:
     """Trials at a time: as many as fit, at most `max_concurrent`. UsageError where not one fits, with what is missing.
 
-    A cluster may grow, so one that is too small is asked again for 45 s.
+    On a cluster that an autoscaler makes larger, what it may still start counts. Another one may be about to be
+    joined by its nodes, so one that is too small is asked again for 45 s.
     """
     import ray
 
-    deadline = time.monotonic() + (WAIT_S if _can_grow() else 0)
+    from raysparse.sweep import autoscaling
+
+    growing = autoscaling.nodes_at_most() if _can_grow() else None
+    deadline = time.monotonic() + (WAIT_S if _can_grow() and growing is None else 0)
     while True:
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = growing or [node["Resources"] for node in ray.nodes() if node["Alive"]]
         where = f"the cluster of {len(nodes)} nodes" if len(nodes) > 1 else "this machine"
         try:
             fit = _check_fits(nodes, resources, where)
