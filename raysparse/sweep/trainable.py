@@ -6,6 +6,7 @@
                 lock             held by the process that trains; a second one ends the first
                 error.txt        the traceback of a trial that failed
     checkpoints/<id>/step-<k>/   the last two
+    (leaving.py adds what is said between driver and trial when one is to leave)
 
 A driver or worker may be killed between any two of these writes. A restarted trial says all reports up to its
 checkpoint again, and the driver passes over the ones it knows: nothing is lost, and at most one evaluation interval is
@@ -32,7 +33,7 @@ from raysparse import config as settings
 from raysparse.errors import UsageError
 from raysparse.files import atomic_path
 from raysparse.results import Report
-from raysparse.sweep import trial_log
+from raysparse.sweep import leaving, trial_log
 from raysparse.sweep.scheduler import last_line
 
 KEEP_CHECKPOINTS = 2  # the last, and the one before in case the last is damaged
@@ -63,6 +64,8 @@ def train_rank(
         with claimed(folder) if rank == 0 else contextlib.nullcontext():
             for metrics in _metrics(config, folder, rank, world_size, device):
                 say(metrics)
+    except leaving.NodeGoes:
+        raise  # to Tune or Ray Train, which start the trial elsewhere
     except Exception as error:
         if world_size > 1:
             raise  # the other ranks wait in a collective: Ray Train ends them all
@@ -82,8 +85,18 @@ def _metrics(config: dict[str, Any], folder: Path, rank: int, world_size: int, d
 
     trial = settings.parse(json.loads((folder / "trial.json").read_text(encoding="utf-8")), config["trial_id"])
     trainer = setup.build(trial, device=device, rank=rank, world_size=world_size)
-    checkpoints = Path(config["results"]) / "checkpoints" / trial.trial_id
+    results = Path(config["results"])
+    checkpoints = results / "checkpoints" / trial.trial_id
     load_latest(trainer, checkpoints, removes=rank == 0)
+    if rank == 0 and (reason := leaving.count_start(folder, trainer.step)):
+        raise UsageError(reason)
+    trainer.should_stop = leaving.Wish(results)
+
+    def save() -> None:
+        state.save(trainer, state.at_step(checkpoints, trainer.step))
+        if rank == 0:
+            state.keep_latest(checkpoints, KEEP_CHECKPOINTS)
+
     for report in read_reports(folder):
         if report.step <= trainer.step:
             yield metrics_of(report)
@@ -91,10 +104,13 @@ def _metrics(config: dict[str, Any], folder: Path, rank: int, world_size: int, d
         if rank == 0:
             write_report(folder, report)
         if not report.diverged:
-            state.save(trainer, state.at_step(checkpoints, trainer.step))
-        if rank == 0:
-            state.keep_latest(checkpoints, KEEP_CHECKPOINTS)
+            save()
         yield metrics_of(report)
+    if trainer.totals.reason is None and trainer.totals.reported < trial.train.steps:  # it was asked to stop
+        save()
+        leaving.leave(results, folder, trainer.step, answers=rank == 0)
+    elif rank == 0:
+        leaving.clean_start(folder)
 
 
 def load_latest(trainer: Any, checkpoints: Path, *, removes: bool) -> None:

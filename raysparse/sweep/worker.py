@@ -10,11 +10,10 @@ import time
 from pathlib import Path
 from typing import Any
 
+from raysparse.sweep.leaving import NodeGoes
 from raysparse.sweep.trainable import failure, train_rank
 
 DRIVER = {"memory": 256 * 2**20}  # bytes; Tune refuses a bundle of nothing
-ATTEMPTS = 3  # starts of a trial's workers before the trial fails; only where one was lost, not where one raised
-
 BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
 
 
@@ -27,7 +26,7 @@ def train(config: dict[str, Any]) -> None:
     from ray.tune.integration.ray_train import TuneReportCallback
 
     gpus = config["gpus_per_worker"]
-    for attempt in range(1, ATTEMPTS + 1):
+    while True:  # lost workers start again; `leaving.count_start` knows when it is the trial's own fault
         trainer = TorchTrainer(
             train_loop,
             train_loop_config=config,
@@ -51,8 +50,6 @@ def train(config: dict[str, Any]) -> None:
             if raised is not None:
                 tune.report(failure(Path(config["results"]) / "trials" / config["trial_id"], raised))
                 return
-            if attempt == ATTEMPTS:
-                raise
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -82,6 +79,6 @@ def _raised(error: BaseException) -> BaseException | None:
     failures = list(getattr(error, "worker_failures", {}).values())
     causes = [getattr(failed, "cause", None) or failed.__cause__ or failed for failed in failures]
     for cause in causes:
-        if isinstance(cause, RayActorError) or any(words in str(cause) for words in BROKEN):
+        if isinstance(cause, RayActorError | NodeGoes) or any(words in str(cause) for words in BROKEN):
             return None
     return causes[0] if causes else None
