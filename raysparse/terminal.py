@@ -7,18 +7,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console, Group, RenderableType
-from rich.live import Live
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
-from rich.text import Text
 
 if TYPE_CHECKING:
     from raysparse.config import TrialConfig
     from raysparse.results import Report
     from raysparse.space import Sweep
-    from raysparse.sweep.board import Board, Row
-    from raysparse.sweep.journal import Event
     from raysparse.train.reevaluate import Row as EvaluatedRow
 
 LINE_EVERY_S = 10.0  # of progress where there is no terminal
@@ -212,112 +208,3 @@ def print_evaluations(rows: Sequence[EvaluatedRow]) -> None:
             *("" if value is None else f"{value.fid:.2f} ({value.kid:.4f})" for value in values),
         )
     _wide_console().print(table)
-
-
-class SweepDisplay:
-    """Shows a sweep as it goes, through `on_event`: a live table on a terminal, a line per event elsewhere."""
-
-    def __init__(self, board: Board, total: int) -> None:
-        """board: what has happened so far (a resumed sweep's table starts full); total: trials of the search stage."""
-        self._board = board
-        self._total = total
-        self._start = time.monotonic()
-        self._done_before = sum(not row.open for row in board.rows.values())
-        self._last = ""
-        console = Console(stderr=True)
-        self._console = console
-        self._live = (
-            Live(get_renderable=self._render, console=console, refresh_per_second=2) if console.is_terminal else None
-        )
-
-    def __enter__(self) -> SweepDisplay:
-        if self._live:
-            self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._live:
-            self._live.stop()
-
-    def on_event(self, item: Event) -> None:
-        self._board.apply(item)
-        line = event_line(item, self._board)
-        if line is None:
-            return
-        self._last = line
-        if self._live is None:
-            self._console.print(
-                f"[{duration(time.monotonic() - self._start)}] {line}", markup=False, highlight=False, soft_wrap=True
-            )
-
-    def _render(self) -> RenderableType:
-        rows = list(self._board.rows.values())
-        # What runs is at the bottom, nearest to the prompt; old rows leave at the top when the window is small.
-        shown = sorted(rows, key=lambda row: _ORDER.index(row.state))[-max(self._console.height - 6, 5) :]
-        table = Table(title=self._headline(), title_justify="left")
-        for name, justify in _COLUMNS:
-            table.add_column(name, justify=justify, no_wrap=True)
-        for row in shown:
-            table.add_row(*_cells(row), style=_STYLES.get(row.state))
-        return Group(table, Text(self._last, overflow="ellipsis", no_wrap=True))
-
-    def _headline(self) -> str:
-        counts = ", ".join(f"{count} {state.lower()}" for state, count in sorted(self._board.counts().items()))
-        stage = self._board.stage or "starting"
-        elapsed = time.monotonic() - self._start
-        planned = f"{len(self._board.of_stage('search'))} of {self._total} trials planned"
-        return f"{stage}: {planned}; {counts}; {duration(elapsed)}"
-
-
-_ORDER = ("FAILED", "STOPPED", "COMPLETED", "PENDING", "RUNNING")
-_STYLES = {"FAILED": "red", "STOPPED": "dim", "RUNNING": "bold"}
-_COLUMNS: tuple[tuple[str, Any], ...] = (
-    ("trial", "left"), ("stage", "left"), ("method", "left"), ("S", "right"), ("p", "right"), ("ΔTe", "right"),
-    ("seed", "right"), ("step", "right"), ("FID", "right"), ("state", "left"),
-)  # fmt: skip
-
-
-def _cells(row: Row) -> list[str]:
-    settings = [row.setting(name) for name in ("sparsity", "prune_ratio", "update_interval")]
-    return [
-        row.trial_id,
-        row.stage,
-        row.method,
-        *("" if value is None else f"{value:g}" for value in settings),
-        str(row.seed),
-        f"{row.step}/{row.total_steps}",
-        "" if row.fid is None else f"{row.fid:.3f}",
-        row.state.lower(),
-    ]
-
-
-def event_line(item: Event, board: Board) -> str | None:
-    """One event in words; None for what nobody needs to read."""
-    row = board.rows.get(item.trial_id or "")
-    name = _name(row) if row else item.trial_id or ""
-    fid = "" if item.fid is None else f", FID {item.fid:.3f}"
-    match item.kind:
-        case "planned" | "repeated":
-            return None
-        case "stage":
-            return f"== {item.stage}" + (f": {item.reason}" if item.reason else "")
-        case "started":
-            return f"started    {name}" + (f" from step {item.step}" if item.step else "")
-        case "report":
-            return f"report     {name}: step {item.step}/{row.total_steps if row else '?'}{fid}"
-        case "stopped":
-            return f"stopped    {name} at step {item.step}{fid}" + (f" ({item.reason})" if item.reason else "")
-        case "completed":
-            return f"completed  {name}{fid}"
-        case "failed":
-            return f"FAILED     {name}: {item.reason}"
-        case "chosen":
-            return f"chosen     {name}: {item.reason}"
-        case _:
-            return item.kind + (f": {item.reason}" if item.reason else "")
-
-
-def _name(row: Row) -> str:
-    settings = (("S", "sparsity"), ("p", "prune_ratio"), ("ΔTe", "update_interval"))
-    shown = [f"{sign}={row.setting(name):g}" for sign, name in settings if row.setting(name) is not None]
-    return " ".join([row.trial_id, *shown, *([f"seed={row.seed}"] if row.stage == "confirm" else [])])

@@ -73,7 +73,7 @@ def resume(
 def _show(results: Path, sweep_file: space.Sweep, start: Callable[..., Any], as_json: bool) -> None:
     """Drive a sweep with its table on the screen, then write its report; its path is all that goes to stdout."""
     from raysparse.sweep.board import Board
-    from raysparse.terminal import SweepDisplay
+    from raysparse.screen import SweepDisplay
 
     with SweepDisplay(Board.load(results), space.trial_count(sweep_file)) as display:
         summary = start(on_event=display.on_event)

@@ -45,6 +45,11 @@ class Row:
         """Not at its end: a resumed sweep goes on with it."""
         return self.state in ("PENDING", "RUNNING")
 
+    @property
+    def diverged(self) -> bool:
+        """Failed by its own numbers: the same settings would do it again."""
+        return self.state == "FAILED" and bool(self.fids) and self.fid is None
+
     def setting(self, name: str) -> Any:
         """A setting of the method, e.g. "sparsity"; None where it has none."""
         return self.config["sparse"].get(name)
@@ -154,11 +159,11 @@ class Board:
             row.heard = item.time
 
     def of_stage(self, stage: str) -> list[Row]:
-        return [row for row in self.rows.values() if row.stage == stage]
+        return [row for row in list(self.rows.values()) if row.stage == stage]
 
     def counts(self) -> dict[str, int]:
         """state -> number of trials."""
-        states = [row.state for row in self.rows.values()]
+        states = [row.state for row in list(self.rows.values())]  # a copy: a screen asks from its own thread
         return {state: states.count(state) for state in dict.fromkeys(states)}
 
 

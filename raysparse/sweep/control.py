@@ -35,22 +35,26 @@ class Driver:
     who: str  # "process 12 on host"
 
 
-def driver(results: Path) -> Driver:
-    """Who drives the sweep: told by the process where it is this machine's, else by how fresh its heartbeat is."""
+def driver(results: Path, board: Board | None = None) -> Driver:
+    """Who drives the sweep: told by the process where it is this machine's, else by how fresh its heartbeat is.
+
+    board: the sweep's, where it is known; else it is read.
+    """
     lock = results / "lock"
     try:
         who, beat = lock.read_text(encoding="utf-8").strip(), lock.stat().st_mtime
     except OSError:
         return Driver("none", "")
-    board_ended = _ended(results)
+    last = (board or Board.load(results)).last
+    ended = last is None or last.kind in ("finished", "interrupted")
     words = who.split()  # process PID on HOST
     if len(words) == 4 and words[3] == platform.node() and words[1].isdigit():
         alive = _holds(int(words[1]), lock)
     else:
-        alive = not board_ended and time.time() - beat < SILENT_S
+        alive = not ended and time.time() - beat < SILENT_S
     if alive:
         return Driver("running", who)
-    return Driver("none" if board_ended else "gone", who)
+    return Driver("none" if ended else "gone", who)
 
 
 def beat(results: Path) -> None:
@@ -178,11 +182,6 @@ def _refuse_beside_a_driver(results: Path) -> None:
     seen = driver(results)
     if seen.state == "running":
         raise folder.Busy(f"another process drives the sweep in {results}: {seen.who}")
-
-
-def _ended(results: Path) -> bool:
-    last = Board.load(results).last
-    return last is None or last.kind in ("finished", "interrupted")
 
 
 def _holds(process: int, lock: Path) -> bool:

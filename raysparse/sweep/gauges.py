@@ -117,7 +117,7 @@ def of_sweep(board: Board, asha: Asha | None, gpus: float, now: float) -> list[t
     if asha:
         rungs = [rung_of(row, asha) for row in rows if row.state == "STOPPED" and not row.stopped_by]
         for rung in sorted(set(rungs)):
-            found.append(("raysparse_stopped_at_rung", {"rung": str(rung)}, float(rungs.count(rung))))
+            found.append(("raysparse_stopped_at_rung", {"rung": f"{rung:g}"}, float(rungs.count(rung))))
     for method in dict.fromkeys(row.method for row in rows):
         fids = [row.fid for row in rows if row.method == method and row.state == "COMPLETED" and row.fid is not None]
         if fids:
@@ -125,11 +125,11 @@ def of_sweep(board: Board, asha: Asha | None, gpus: float, now: float) -> list[t
     return found
 
 
-def rung_of(row: Row, asha: Asha) -> int:
+def rung_of(row: Row, asha: Asha) -> float:
     """The step of the highest rung at or below the row's last report."""
-    rung = asha.grace_steps
+    rung = float(asha.grace_steps)
     while rung * asha.reduction_factor <= row.step:
-        rung = int(rung * asha.reduction_factor)
+        rung *= asha.reduction_factor
     return rung
 
 

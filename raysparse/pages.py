@@ -1,0 +1,176 @@
+"""What `raysparse ls, show, diff` print: tables on stdout, whole also in a pipe."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from raysparse.screen import print_lines, trial_table
+from raysparse.terminal import duration
+
+if TYPE_CHECKING:
+    from raysparse.sweep.board import Row
+
+Facts = dict[str, Any]
+STYLES = {"running": "bold", "finished": "green", "interrupted": "yellow", "gone": "red", "damaged": "red"}
+TRIAL_STYLES = {"FAILED": "red", "COMPLETED": "green", "RUNNING": "bold"}
+
+
+def print_sweeps(sweeps: Sequence[Facts]) -> None:
+    """A line per sweep, the best of each method under it, and what to do."""
+    console = _console()
+    for sweep in sweeps:
+        if sweep["state"] == "damaged":
+            console.print(Text(f"{sweep['results']}  damaged: {sweep['reason']}", style="red"), soft_wrap=True)
+            continue
+        ago = f", {_ago(sweep['last_event'])} ago" if sweep["last_event"] else ""
+        head = Text.assemble((sweep["results"], "bold"), "  ", (sweep["state"], STYLES.get(sweep["state"], "")), ago)
+        console.print(head, soft_wrap=True)
+        print_lines(console, f"    {_counts(sweep)}")
+        for line in best_lines(sweep["best"]):
+            print_lines(console, f"    {line}")
+        if sweep["what_to_do"]:
+            print_lines(console, f"    next: {sweep['what_to_do']}")
+
+
+def print_trials(sweep: Facts, rows: Sequence[Row]) -> None:
+    """A line per trial, the best of each method, and what to do."""
+    console = _console()
+    console.print(Text(f"{sweep['name']}: {sweep['state']}; {_counts(sweep)}", style="bold"), soft_wrap=True)
+    console.print(trial_table(rows))
+    for line in best_lines(sweep["best"]):
+        print_lines(console, line)
+    if sweep["what_to_do"]:
+        print_lines(console, f"next: {sweep['what_to_do']}")
+
+
+def best_lines(best: Sequence[Facts]) -> list[str]:
+    """`best of rigl (search): FID 12.3, rigl-a1b2c3d4e5`; FIDs of other protocols are marked, not compared."""
+    lines = []
+    for one in best:
+        seeds = len(one["fids"])
+        mean = f" on average of {seeds} seeds ({min(one['fids']):.3f} to {max(one['fids']):.3f})" if seeds > 1 else ""
+        how = "" if one["state"] == "COMPLETED" else f" at step {one['step']}, {one['state'].lower()}"
+        other = f"; measured in way {one['protocol']}" if one["protocol"] else ""
+        trials = f"{one['trials'][0]}{' ...' * (seeds > 1)}"
+        lines.append(f"best of {one['method']} ({one['stage']}): FID {one['fid']:.3f}{mean}, {trials}{how}{other}")
+    return lines
+
+
+def print_trial(page: Facts) -> None:
+    """One trial from top to bottom: what it is, what happened, why, what to do."""
+    console = _console()
+    state = page["state"] if page["state"] == "FAILED" else page["state"].lower()
+    why = f": {page['reason']}" if page["reason"] else ""
+    console.print(
+        Text.assemble((page["trial_id"], "bold"), "  ", (f"{state}{why}", TRIAL_STYLES.get(page["state"], ""))),
+        soft_wrap=True,
+    )
+    settings = ", ".join(f"{name} {value}" for name, value in page["point"].items())
+    print_lines(console, f"{page['stage']}; {settings}; seed {page['seed']}")
+    protocol = page["protocol"]
+    if protocol:
+        print_lines(
+            console,
+            f"FID: {protocol['extractor']}, {protocol['generated']} samples of {protocol['ddim_steps']} DDIM steps "
+            f"against {protocol['reference_examples']} examples",
+        )
+    if page["reports"]:
+        console.print(_course(page))
+    for item in page["events"]:
+        step = f" at step {item['step']}" if item["step"] else ""
+        print_lines(
+            console, f"{_local(item['time'])}  {item['kind']}{step}" + (f": {item['reason']}" * bool(item["reason"]))
+        )
+    if page["log"]:
+        console.print(Text(f"last lines of {page['log_file'] or 'its error'}:", style="bold"), soft_wrap=True)
+        print_lines(console, *(f"    | {line}" for line in page["log"]))
+    for name, title in (("samples", "samples"), ("checkpoint", "checkpoint"), ("command", "train it again")):
+        if page[name]:
+            print_lines(console, f"{title + ':':<15} {page[name]}")
+    if page["what_to_do"]:
+        print_lines(console, f"{'next:':<15} {page['what_to_do']}")
+
+
+def _course(page: Facts) -> Table:
+    """A line per report; the rung that it counted at, with the place among all that have been there."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("step", "FID", "KID", "loss", "validation", "density", "replaced", "time"):
+        table.add_column(name, justify="right")
+    table.add_column("rung")
+    rungs = {rung["rung"]: rung for rung in page["rungs"]}
+    for report in page["reports"]:
+        reached = [rung for rung in rungs.values() if rung["fid"] == report["fid"] and rung["rung"] <= report["step"]]
+        for rung in reached:
+            rungs.pop(rung["rung"])
+        spent = (report.get("train_s") or 0) + (report.get("evaluate_s") or 0)
+        table.add_row(
+            f"{report['step']:,}",
+            _number(report["fid"], ".3f"),
+            _number(report.get("kid"), ".5f"),
+            _number(report.get("train_loss"), ".4f"),
+            _number(report.get("validation_loss"), ".4f"),
+            _number(report.get("density"), ".4f"),
+            _number(report.get("topology_changed"), ".1%"),
+            duration(spent) if spent else "",
+            "; ".join(f"{rung['rung']:g}: place {rung['place']} of {rung['of']}" for rung in reached),
+        )
+    return table
+
+
+def print_difference(found: Facts) -> None:
+    """Two columns: settings that differ, then FIDs."""
+    a, b = found["trials"]
+    console = _console()
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("")
+    for trial in (a, b):
+        table.add_column(trial["trial_id"], overflow="fold")
+    for name, values in found["settings"].items():
+        table.add_row(name, *("-" if value is None else str(value) for value in values))
+    table.add_row("state", a["state"].lower(), b["state"].lower())
+    if not found["comparable"]:
+        console.print(table)
+        if found["protocols_differ_in"] is None:
+            print_lines(console, "no FIDs to compare: one of the two has no records yet")
+        else:
+            names = ", ".join(
+                f"{name} ({values[0]} and {values[1]})" for name, values in found["protocols_differ_in"].items()
+            )
+            print_lines(console, f"their FIDs are not comparable, the protocols differ: {names}")
+        return
+    for line in found["fids"]:
+        left, right = line["fids"]
+        change = "" if left is None or right is None else f"  ({right - left:+.3f})"
+        table.add_row(f"FID at step {line['step']:,}", _number(left, ".3f"), _number(right, ".3f") + change)
+    console.print(table)
+
+
+def _counts(sweep: Facts) -> str:
+    counts = ", ".join(f"{count} {state.lower()}" for state, count in sweep["trials"].items()) or "no trial begun"
+    stage = f"{sweep['stage']}: " if sweep["stage"] else ""
+    spent = f"; {sweep['trial_hours']:.2f} h of trials" if sweep["trial_hours"] else ""
+    return stage + counts + spent + (f", {sweep['gpu_hours']:.2f} GPU hours" if sweep["gpu_hours"] else "")
+
+
+def _number(value: float | None, form: str) -> str:
+    return "" if value is None else format(value, form)
+
+
+def _ago(iso: str) -> str:
+    return duration(max(time.time() - datetime.fromisoformat(iso).timestamp(), 0))
+
+
+def _local(iso: str) -> str:
+    return datetime.fromisoformat(iso).astimezone().strftime("%m-%d %H:%M:%S")
+
+
+def _console() -> Console:
+    # A pipe has no width of its own; 80 columns would cut the numbers.
+    return Console(width=None if Console().is_terminal else 140, highlight=False)

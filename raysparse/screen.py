@@ -1,0 +1,187 @@
+"""A sweep on the screen: the live table of `raysparse sweep` and `raysparse watch`, plain lines where there is none."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from raysparse.terminal import duration
+
+if TYPE_CHECKING:
+    from raysparse.sweep.board import Board, Row
+    from raysparse.sweep.journal import Event
+
+LATEST = 4  # events under the table
+LEFT_FOR_TABLE = 12  # lines of a small window that the table gets at least
+
+
+class SweepDisplay:
+    """Shows a sweep as its driver goes, through `on_event`; on stderr."""
+
+    def __init__(self, board: Board, total: int) -> None:
+        """board: what has happened so far (a resumed sweep's table starts full); total: trials of the search stage."""
+        self._board = board
+        self._total = total
+        self._start = time.monotonic()
+        self._latest: list[tuple[float, str]] = []
+        self._failed: list[str] = []  # the last lines of the trial that failed last
+        console = Console(stderr=True)
+        self._console = console
+        self._live = (
+            Live(get_renderable=self._render, console=console, refresh_per_second=2) if console.is_terminal else None
+        )
+
+    def __enter__(self) -> SweepDisplay:
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live:
+            self._live.stop()
+
+    def on_event(self, item: Event) -> None:
+        self._board.apply(item)
+        line = event_line(item, self._board)
+        if line is None:
+            return
+        self._latest = [*self._latest, (item.time, line)][-LATEST:]
+        lines = log_lines(item, self._board)
+        if self._live is None:
+            print_lines(self._console, f"[{duration(time.monotonic() - self._start)}] {line}", *lines)
+        elif lines:  # above the table, where it stays to be read
+            print_lines(self._console, line, *lines)
+
+    def _render(self) -> RenderableType:
+        headline = f"{headline_of(self._board, self._total)}; {duration(time.monotonic() - self._start)}"
+        return sweep_screen(self._board, headline, self._latest, self._console.height)
+
+
+def headline_of(board: Board, total: int) -> str:
+    """`search: 4 of 6 trials planned; 1 running, 2 completed, 1 failed`."""
+    counts = board.counts()
+    shown = ", ".join(f"{counts[state]} {state.lower()}" for state in reversed(_ORDER) if state in counts)
+    planned = len(board.of_stage("search"))
+    there = f"{planned} trials" if planned >= total else f"{planned} of {total} trials planned"
+    confirm = len(board.of_stage("confirm"))
+    return f"{board.stage or 'starting'}: {there}{f' + {confirm} to confirm' * bool(confirm)}; {shown or 'none begun'}"
+
+
+def sweep_screen(
+    board: Board, headline: str, latest: Sequence[tuple[float, str]], height: int | None, below: Sequence[str] = ()
+) -> RenderableType:
+    """The whole screen. height: of the window in lines, None for all trials; below: what else a person should read."""
+    rows = list(board.rows.values())
+    reserved = 4 + 2 + len(latest) + len(below)  # the table's own lines, headline and what is not shown
+    room = len(rows) if height is None else max(height - reserved, min(LEFT_FOR_TABLE, height // 3))
+    # Nearest to the prompt is what runs, above it what ended last; what waits is shown where there is room.
+    ranked = sorted(rows, key=lambda row: (_RANK[row.state], -(row.heard or 0)))
+    shown = ranked[:room]
+    shown.sort(key=lambda row: (_SHOWN.index(row.state), row.heard or 0))
+    left = ranked[room:]
+    table = trial_table(shown)
+    parts: list[RenderableType] = [_line(headline, "bold"), table]
+    if left:
+        states = [row.state for row in left]
+        counts = ", ".join(f"{states.count(state)} {state.lower()}" for state in dict.fromkeys(states))
+        parts.append(_line(f"and {counts} not shown", "dim"))
+    now = time.time()
+    parts += [_line(f"{duration(max(now - when, 0)):>6} ago  {line}") for when, line in latest]
+    parts += [_line(text, "bold") for text in below]
+    return Group(*parts)
+
+
+def trial_table(rows: Sequence[Row]) -> Table:
+    """A line per trial; the last column says why it is not what one hoped for."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name, justify in _COLUMNS:
+        table.add_column(name, justify=justify, no_wrap=True)
+    # The only one that gives way in a narrow window.
+    table.add_column("state", no_wrap=True, overflow="ellipsis", ratio=1)
+    for row in rows:
+        table.add_row(*_cells(row), style=_STYLES.get(row.state))
+    return table
+
+
+_ORDER = ("FAILED", "STOPPED", "COMPLETED", "PENDING", "RUNNING")
+_SHOWN = ("PENDING", "FAILED", "STOPPED", "COMPLETED", "RUNNING")
+_RANK = {"RUNNING": 0, "FAILED": 1, "STOPPED": 1, "COMPLETED": 1, "PENDING": 2}
+_STYLES = {"FAILED": "red", "STOPPED": "dim", "RUNNING": "bold", "COMPLETED": "green"}
+_COLUMNS: tuple[tuple[str, Any], ...] = (
+    ("trial", "left"), ("S", "right"), ("p", "right"), ("ΔTe", "right"), ("seed", "right"), ("step", "right"),
+    ("FID", "right"),
+)  # fmt: skip
+
+
+def _cells(row: Row) -> list[str | Text]:
+    settings = [row.setting(name) for name in ("sparsity", "prune_ratio", "update_interval")]
+    state = row.state if row.state == "FAILED" else row.state.lower()
+    return [
+        row.trial_id,
+        *("" if value is None else f"{value:.3g}" for value in settings),
+        str(row.seed),
+        f"{row.step:,}/{row.total_steps:,}",
+        "" if row.fid is None else f"{row.fid:.3f}",
+        Text(f"{state}: {row.reason}" if row.reason else state),
+    ]
+
+
+def event_line(item: Event, board: Board) -> str | None:
+    """One event in words; None for what nobody needs to read."""
+    row = board.rows.get(item.trial_id or "")
+    name = _name(row) if row else item.trial_id or ""
+    fid = "" if item.fid is None else f", FID {item.fid:.3f}"
+    match item.kind:
+        case "planned" | "repeated":
+            return None
+        case "stage":
+            return f"== {item.stage}" + (f": {item.reason}" if item.reason else "")
+        case "started":
+            return f"started    {name}" + (f" from step {item.step}" if item.step else "")
+        case "report":
+            return f"report     {name}: step {item.step}/{row.total_steps if row else '?'}{fid}"
+        case "stopped":
+            step = "" if item.step is None else f" at step {item.step}"
+            return f"stopped    {name}{step}{fid}" + (f" ({item.reason})" if item.reason else "")
+        case "completed":
+            return f"completed  {name}{fid}"
+        case "failed":
+            return f"FAILED     {name}: {item.reason}"
+        case "chosen":
+            return f"chosen     {name}: {item.reason}"
+        case "reopened":
+            return f"reopened   {name}: {item.reason}; by {item.by}"
+        case _:
+            of_trial = f" {name}" if name else ""
+            return f"{item.kind}{of_trial}" + (f": {item.reason}" if item.reason else "")
+
+
+def log_lines(item: Event, board: Board) -> list[str]:
+    """What a trial that failed said last, indented; nothing for other events, or where its log cannot be read."""
+    if item.kind != "failed" or board.folder is None or item.trial_id is None:
+        return []
+    from raysparse.sweep import trial_log
+
+    return [f"    | {line}" for line in trial_log.tail(board.folder / "trials" / item.trial_id)]
+
+
+def print_lines(console: Console, *lines: str) -> None:
+    """As they are: neither markup nor colours, and cut nowhere."""
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _name(row: Row) -> str:
+    settings = (("S", "sparsity"), ("p", "prune_ratio"), ("ΔTe", "update_interval"))
+    shown = [f"{sign}={row.setting(name):.3g}" for sign, name in settings if row.setting(name) is not None]
+    return " ".join([row.trial_id, *shown, *([f"seed={row.seed}"] if row.stage == "confirm" else [])])
+
+
+def _line(text: str, style: str = "") -> Text:
+    return Text(text, style=style, overflow="ellipsis", no_wrap=True)
