@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raysparse.screen import print_lines, trial_table
+from raysparse.screen import TrialTable, print_lines
 from raysparse.terminal import duration
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ def print_trials(sweep: Facts, rows: Sequence[Row]) -> None:
     """A line per trial, the best of each method, and what to do."""
     console = _console()
     console.print(Text(f"{sweep['name']}: {sweep['state']}; {_counts(sweep)}", style="bold"), soft_wrap=True)
-    console.print(trial_table(rows))
+    console.print(TrialTable(rows))
     for line in best_lines(sweep["best"]):
         print_lines(console, line)
     if sweep["what_to_do"]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
 
-from rich.console import Console, Group, RenderableType
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
@@ -85,7 +86,7 @@ def sweep_screen(
     shown = ranked[:room]
     shown.sort(key=lambda row: (_SHOWN.index(row.state), row.heard or 0))
     left = ranked[room:]
-    table = trial_table(shown)
+    table = TrialTable(shown)
     parts: list[RenderableType] = [_line(headline, "bold"), table]
     if left:
         states = [row.state for row in left]
@@ -97,38 +98,44 @@ def sweep_screen(
     return Group(*parts)
 
 
-def trial_table(rows: Sequence[Row]) -> Table:
-    """A line per trial; the last column says why it is not what one hoped for."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name, justify in _COLUMNS:
-        table.add_column(name, justify=justify, no_wrap=True)
-    # The only one that gives way in a narrow window.
-    table.add_column("state", no_wrap=True, overflow="ellipsis", ratio=1)
-    for row in rows:
-        table.add_row(*_cells(row), style=_STYLES.get(row.state))
-    return table
+class TrialTable:
+    """A line per trial; the last column says why it is not what one hoped for, and is cut where there is no room."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = rows
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        cells = [_cells(row) for row in self._rows]
+        widths = [max(cell_len(text) for text in column) for column in zip(_COLUMNS, *cells, strict=True)]
+        room = options.max_width - sum(widths[:-1]) - 2 * (len(widths) - 1)
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+        for name in _COLUMNS:
+            table.add_column(name, justify="left" if name in ("trial", "state") else "right", no_wrap=True)
+        for row, texts in zip(self._rows, cells, strict=True):
+            state = Text(texts[-1])
+            state.truncate(max(room, 9), overflow="ellipsis")
+            table.add_row(*texts[:-1], state, style=_STYLES.get(row.state))
+        yield table
 
 
 _ORDER = ("FAILED", "STOPPED", "COMPLETED", "PENDING", "RUNNING")
 _SHOWN = ("PENDING", "FAILED", "STOPPED", "COMPLETED", "RUNNING")
 _RANK = {"RUNNING": 0, "FAILED": 1, "STOPPED": 1, "COMPLETED": 1, "PENDING": 2}
 _STYLES = {"FAILED": "red", "STOPPED": "dim", "RUNNING": "bold", "COMPLETED": "green"}
-_COLUMNS: tuple[tuple[str, Any], ...] = (
-    ("trial", "left"), ("S", "right"), ("p", "right"), ("ΔTe", "right"), ("seed", "right"), ("step", "right"),
-    ("FID", "right"),
-)  # fmt: skip
+_COLUMNS = ("trial", "S", "p", "ΔTe", "seed", "step", "FID", "state")
 
 
-def _cells(row: Row) -> list[str | Text]:
+def _cells(row: Row) -> list[str]:
     settings = [row.setting(name) for name in ("sparsity", "prune_ratio", "update_interval")]
     state = row.state if row.state == "FAILED" else row.state.lower()
+    why = row.reason or (f"for {duration(max(time.time() - row.since, 0))}" if row.since is not None else None)
     return [
         row.trial_id,
         *("" if value is None else f"{value:.3g}" for value in settings),
         str(row.seed),
         f"{row.step:,}/{row.total_steps:,}",
         "" if row.fid is None else f"{row.fid:.3f}",
-        Text(f"{state}: {row.reason}" if row.reason else state),
+        f"{state}: {why}" if why else state,
     ]
 
 

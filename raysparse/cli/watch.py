@@ -56,6 +56,35 @@ def watch(
         raise typer.Exit(1)
 
 
+@app.command()
+def metrics(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A sweep's results folder, or a folder of several.")],
+    prometheus_url: Annotated[
+        str, typer.Option("--prometheus", help="Where Grafana finds Prometheus.")
+    ] = "http://127.0.0.1:9090",
+    as_json: AsJson = False,
+) -> None:
+    """Write what Prometheus and Grafana need to show the sweeps: DIR/metrics, with a dashboard."""
+    from raysparse.sweep import dashboards, views
+
+    sweeps = [path for path in views.find(folder) if (path / "sweep.json").is_file()]
+    paths = dashboards.write(folder, sweeps, ray_files=[dashboards.ray_file()], prometheus_url=prometheus_url)
+    config, grafana = paths[0], paths[0].parent / "grafana"
+    commands = [
+        f"prometheus --config.file={shlex.quote(str(config))} --web.listen-address=127.0.0.1:9090 "
+        f"--storage.tsdb.path={shlex.quote(str(config.parent / 'prometheus-data'))}",
+        f"GF_PATHS_PROVISIONING={shlex.quote(str(grafana / 'provisioning'))} GF_SERVER_HTTP_ADDR=127.0.0.1 "
+        "grafana server --homepath /usr/share/grafana",
+    ]
+    if as_json:
+        typer.echo(json.dumps({"files": [str(path) for path in paths], "commands": commands}))
+        return
+    for path in paths:
+        typer.echo(path)
+    typer.echo("start them with:\n  " + "\n  ".join(commands), err=True)
+    typer.echo("then open http://127.0.0.1:3000/d/raysparse", err=True)
+
+
 class _Watching:
     """Follows the journal and shows what came: a table on a terminal, a line per event elsewhere."""
 

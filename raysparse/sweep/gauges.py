@@ -20,24 +20,11 @@ from ray.tune.experiment import Trial
 from raysparse.files import write_text
 from raysparse.space import Asha, Sweep
 from raysparse.sweep.board import Board, Ledger, Row
+from raysparse.sweep.dashboards import OF_SWEEP, OF_TRIAL, TRIAL_TAGS
 
 PUBLISH_S = 5.0  # of what belongs to the whole sweep
 TARGETS_S = 30.0  # nodes come and go
 
-OF_TRIAL = {
-    "raysparse_trial_fid": "FID of a trial at its last report",
-    "raysparse_trial_loss": "training loss of a trial, mean since the report before",
-    "raysparse_trial_step": "optimizer steps that a trial has done",
-    "raysparse_trial_sparsity": "share of the maskable weights that is zero, as achieved",
-}
-OF_SWEEP = {
-    "raysparse_active_trials": ("trials that hold resources now", ()),
-    "raysparse_trials": ("trials by state", ("state",)),
-    "raysparse_stopped_at_rung": ("trials that ASHA stopped, by the rung's step", ("rung",)),
-    "raysparse_best_fid": ("lowest FID of a completed trial, by method", ("method",)),
-    "raysparse_trial_hours": ("hours that trials held their resources", ()),
-    "raysparse_gpu_hours": ("hours x GPUs that trials held", ()),
-}
 STATES = ("PENDING", "RUNNING", "COMPLETED", "STOPPED", "FAILED")
 
 
@@ -60,10 +47,10 @@ class Gauges(Callback):  # type: ignore[misc]
             "raysparse_trial_step": row.step,
             "raysparse_trial_sparsity": None if density is None else 1 - density,
         }
-        tags = {"sweep": self._sweep.name, "trial": row.trial_id, "method": row.method, "stage": row.stage}
+        tags = dict(zip(TRIAL_TAGS, (self._sweep.name, row.trial_id, row.method, row.stage), strict=True))
         for name, value in values.items():
             if value is not None:
-                gauge(name, OF_TRIAL[name], tuple(tags)).set(float(value), tags)
+                gauge(name, OF_TRIAL[name], TRIAL_TAGS).set(float(value), tags)
         self._publish()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:
