@@ -20,6 +20,7 @@ from raysparse.space import Point, Sweep
 from raysparse.sweep.axes import all_points, distributions, first_points, quiet, sampler, suggest, to_params
 from raysparse.sweep.board import Ledger, Repeat, Row
 from raysparse.sweep.journal import Event, event
+from raysparse.sweep.tpe import Best
 
 TuneConfig = dict[str, Any]  # what Tune hands to a trial
 
@@ -91,16 +92,18 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
         self._ours: dict[str, str] = {}  # Tune's trial id -> ours
         self._reported: dict[int, set[int]] = {}  # number -> steps the study knows
         self._told: set[int] = set()  # numbers that have ended in the study
+        self._best = Best()  # of these
         super().__init__(
             space=lambda trial: suggest(trial, self._search),
             metric="fid",
             mode="min",
-            sampler=sampler(sweep.search, 0),
+            sampler=sampler(sweep.search, 0, self._best),
             study_name=sweep.name,
             storage=storage,
         )
         self._rebuild()
         self._todo = deque(row for row in ledger.board.of_stage("search") if row.open)
+        self._planned = len(ledger.board.of_stage("search"))
 
     @property
     def study(self) -> optuna.Study:
@@ -133,7 +136,7 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
         """The next trial that was not there before, on record; None where there are enough or none is left."""
         board = self._ledger.board
         for attempt in itertools.count():
-            if len(board.of_stage("search")) >= self._search.trials:
+            if self._planned >= self._search.trials:
                 return None
             fresh = self._untried() if attempt >= PATIENCE else None
             if attempt >= PATIENCE and fresh is None:
@@ -145,6 +148,7 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
             asked.set_user_attr("trial_id", trial.trial_id)
             if trial.trial_id not in board.rows:
                 self._ledger.add(planned(trial, point, "search", asked.number))
+                self._planned += 1
                 if self._sound(trial):
                     return board.rows[trial.trial_id]
                 continue
@@ -168,7 +172,7 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
         """An Optuna trial and its point: `fresh`, or one of the first points, or drawn."""
         number = len(self.study.get_trials(deepcopy=False))
         wanted = fresh or (self._first[number] if number < len(self._first) else None)
-        self.study.sampler = sampler(self._search, number)
+        self.study.sampler = sampler(self._search, number, self._best)
         if wanted is not None:
             self.study.enqueue_trial(to_params(self._search, wanted))
         with quiet():
@@ -203,6 +207,7 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
                 self.study.tell(trial, state=TrialState.FAIL)
             if not row.open:
                 self._told.add(trial.number)
+                self._best.add(self.study.get_trials(deepcopy=False)[trial.number])
 
     def _rebuild(self) -> None:
         """The study as the journal has it: the same numbers, values and states."""
