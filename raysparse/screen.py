@@ -79,7 +79,7 @@ def sweep_screen(
 ) -> RenderableType:
     """The whole screen. height: of the window in lines, None for all trials; below: what else a person should read."""
     rows = list(board.rows.values())
-    reserved = 4 + 2 + len(latest) + len(below)  # the table's own lines, headline and what is not shown
+    reserved = 4 + len(latest) + len(below)  # headline, heads of the columns, what is not shown, and one line free
     room = len(rows) if height is None else max(height - reserved, min(LEFT_FOR_TABLE, height // 3))
     # Nearest to the prompt is what runs, above it what ended last; what waits is shown where there is room.
     ranked = sorted(rows, key=lambda row: (_RANK[row.state], -(row.heard or 0)))

@@ -185,7 +185,13 @@ def rungs(board: Board, asha: Asha, total_steps: int) -> dict[float, dict[str, f
     for row in board.of_stage("search"):
         for step, fid in sorted(row.fids.items()):
             below = [rung for rung in steps if rung <= step]
-            if below and fid is not None and row.method != "dense" and row.trial_id not in found[below[-1]]:
+            if (
+                below
+                and step < total_steps
+                and fid is not None
+                and row.method != "dense"
+                and row.trial_id not in found[below[-1]]
+            ):
                 found[below[-1]][row.trial_id] = fid
     return found
 
