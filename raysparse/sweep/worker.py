@@ -10,11 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from raysparse.sweep.leaving import NodeGoes
+from raysparse.sweep.leaving import STARTS_LIMIT, NodeGoes
 from raysparse.sweep.trainable import failure, train_rank
 
 DRIVER = {"memory": 256 * 2**20}  # bytes; Tune refuses a bundle of nothing
-BROKEN = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "gloo")
+# What a rank's collective says when another rank is gone. A trial's own error that has one of these words is tried a
+# few times more before it is told.
+BROKEN = ("closed by peer", "reset by peer", "broken pipe", "refused", "nccl", "gloo", "timed out", "timeout", "socket")
 
 
 def train(config: dict[str, Any]) -> None:
@@ -25,8 +27,8 @@ def train(config: dict[str, Any]) -> None:
     from ray.train.v2.api.exceptions import TrainingFailedError
     from ray.tune.integration.ray_train import TuneReportCallback
 
-    gpus = config["gpus_per_worker"]
-    while True:  # lost workers start again; `leaving.count_start` knows when it is the trial's own fault
+    gpus, lost, furthest = config["gpus_per_worker"], 0, _saved(config)
+    while True:
         trainer = TorchTrainer(
             train_loop,
             train_loop_config=config,
@@ -50,6 +52,16 @@ def train(config: dict[str, Any]) -> None:
             if raised is not None:
                 tune.report(failure(Path(config["results"]) / "trials" / config["trial_id"], raised))
                 return
+            # Lost workers start again, without end as long as the trial gets further in between.
+            lost, furthest = (1, _saved(config)) if _saved(config) > furthest else (lost + 1, furthest)
+            if lost > STARTS_LIMIT:
+                raise
+
+
+def _saved(config: dict[str, Any]) -> str:
+    """The name of the trial's last checkpoint, which grows with its step."""
+    folder = Path(config["results"]) / "checkpoints" / config["trial_id"]
+    return max((path.name for path in folder.glob("step-*")), default="")
 
 
 def train_loop(config: dict[str, Any]) -> None:
@@ -75,10 +87,13 @@ def _raised(error: BaseException) -> BaseException | None:
     The ranks beside a lost one raise as well, in their collective: `BROKEN` is what gloo and NCCL say then.
     """
     from ray.exceptions import RayActorError
+    from ray.train.v2._internal.exceptions import RayTrainError  # its public names are subclasses
 
     failures = list(getattr(error, "worker_failures", {}).values())
     causes = [getattr(failed, "cause", None) or failed.__cause__ or failed for failed in failures]
     for cause in causes:
-        if isinstance(cause, RayActorError | NodeGoes) or any(words in str(cause) for words in BROKEN):
+        if isinstance(cause, RayActorError | RayTrainError | NodeGoes):
+            return None
+        if any(words in str(cause).lower() for words in BROKEN):
             return None
     return causes[0] if causes else None

@@ -43,7 +43,7 @@ def test_two_workers_train_a_trial_past_the_loss_of_one_and_an_error_is_not_trie
     steps = [item.step for item in read(out / "journal.jsonl") if item.fid is not None]
     assert steps == sorted(set(steps)), "no step twice and none back"
     dense, failed = summary.board.rows.values()
-    assert (dense.state, dense.step) == ("COMPLETED", 8)
+    assert (dense.state, dense.step) == ("COMPLETED", 8), dense.reason
     rows = records.read_trial(out / "records" / f"{dense.trial_id}.parquet").to_pylist()
     assert [row["step"] for row in rows] == [2, 4, 6, 8]
     assert {row["world_size"] for row in rows} == {2}
