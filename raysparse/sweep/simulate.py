@@ -12,7 +12,7 @@ import dataclasses
 import heapq
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,6 +32,7 @@ from raysparse.sweep.journal import Event, event
 from raysparse.sweep.scheduler import Rungs
 from raysparse.sweep.search import Listed, Suggested, TuneConfig
 
+Target = Callable[[Row], bool]
 MOST_TRIALS, MOST_WORKERS = 10_000, 1_000
 
 
@@ -54,7 +55,7 @@ class Simulated:
     full_steps: int  # of the search stage's trials, had each run to its end
     best_fid: float | None  # of the completed trials of the search
     stopped_at: dict[int, int]  # step -> trials of the search that were stopped there
-    found_steps: int | None  # steps of the search until a completed trial was at `target` or below; None: never
+    found_steps: tuple[int | None, ...]  # per target: steps of the search until a completed trial met it; None: never
     hours: float  # virtual, both stages
     decisions: int  # reports, suggestions and ends that the driver handled
     driver_cpu_s: float  # CPU seconds in the scheduler, the searcher and the ledger
@@ -77,15 +78,16 @@ def simulate(
     workers: int,
     world: int = 0,
     pace: Pace | None = None,
-    target: float | None = None,
+    targets: Sequence[Target] = (),
     journal: Path | None = None,
     storage: BaseStorage | None = None,
     on_event: Callable[[Event], None] | None = None,
 ) -> Simulated:
     """Walk a sweep's stages with `workers` trials at a time.
 
-    world: which of the curves' possible worlds; target: a FID that counts as found; journal: an empty folder for a real
-    journal, fsynced as in a sweep, None for none; storage: of the Optuna study, None for memory.
+    world: which of the curves' possible worlds; targets: what counts as found, asked of each completed trial of the
+    search, which ends where all are met; journal: an empty folder for a real journal, fsynced as in a sweep, None for
+    none; storage: of the Optuna study, None for memory.
     UsageError for more than 10,000 trials or 1,000 workers.
     """
     if not 1 <= workers <= MOST_WORKERS:
@@ -94,7 +96,7 @@ def simulate(
         raise UsageError(f"a simulation takes at most {MOST_TRIALS:,} trials, got {space.trial_count(sweep):,}")
     ledger = Ledger(journal, on_event) if journal else Unwritten(on_event)
     try:
-        run = _Run(sweep, curves, ledger, workers, world, pace or Pace(), target, storage)
+        run = _Run(sweep, curves, ledger, workers, world, pace or Pace(), targets, storage)
         for stage in ("search", *(["confirm"] if sweep.confirm else [])):
             run.walk(stage)
         return run.outcome()
@@ -163,15 +165,15 @@ class _Run:
         workers: int,
         world: int,
         pace: Pace,
-        target: float | None,
+        targets: Sequence[Target],
         storage: BaseStorage | None,
     ) -> None:
         self._sweep, self._curves, self._ledger, self._workers = sweep, curves, ledger, workers
-        self._world, self._pace, self._target, self._storage = world, pace, target, storage
+        self._world, self._pace, self._targets, self._storage = world, pace, targets, storage
         self._now = 0.0
         self._cpu_s, self._decisions, self._started = 0.0, 0, 0
         self._steps = {"search": 0, "confirm": 0}
-        self._found_steps: int | None = None
+        self._found_steps: list[int | None] = [None] * len(targets)
 
     def walk(self, stage: str) -> None:
         """One stage to its end."""
@@ -196,7 +198,9 @@ class _Run:
                 self._now, number, running = heapq.heappop(queue)
                 if self._report(stage, scheduler, searcher, running):
                     heapq.heappush(queue, (running.until, number, running))
-                self._look(stage, running, [other for _, _, other in queue])
+                self._look(stage, running, queue)
+                if self._targets and None not in self._found_steps:
+                    return
 
     def outcome(self) -> Simulated:
         rows = self._ledger.board.of_stage("search")
@@ -209,7 +213,7 @@ class _Run:
             full_steps=sum(row.total_steps for row in rows),
             best_fid=min(completed, default=None),
             stopped_at={step: stopped.count(step) for step in dict.fromkeys(stopped)},
-            found_steps=self._found_steps,
+            found_steps=tuple(self._found_steps),
             hours=self._now / 3600,
             decisions=self._decisions,
             driver_cpu_s=self._cpu_s,
@@ -262,14 +266,16 @@ class _Run:
         self._go_on(running)
         return True
 
-    def _look(self, stage: str, ended: _Running, others: list[_Running]) -> None:
-        """Whether the target has just been met, and what had been spent by then, half-done intervals included."""
+    def _look(self, stage: str, ended: _Running, queue: list[tuple[float, int, _Running]]) -> None:
+        """Which targets have just been met, and what had been spent by then, half-done intervals included."""
         row = self._ledger.board.rows[ended.trial.config["trial_id"]]
-        if self._target is None or self._found_steps is not None or stage != "search" or row.state != "COMPLETED":
+        if stage != "search" or row.state != "COMPLETED":
             return
-        if row.fid is not None and row.fid <= self._target:
-            under_way = sum(_done(other, self._now) for other in others)
-            self._found_steps = self._steps["search"] + round(under_way)
+        for number, target in enumerate(self._targets):
+            if self._found_steps[number] is None and target(row):
+                self._found_steps[number] = self._steps["search"] + round(
+                    sum(_done(one, self._now) for _, _, one in queue)
+                )
 
     @contextmanager
     def _driver(self) -> Iterator[None]:

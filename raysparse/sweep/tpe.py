@@ -1,7 +1,7 @@
 """TPE whose suggestions cost the same however long a sweep is, and one step for the method, one for its axes.
 
-As Optuna has it, each suggestion sorts all trials and puts a kernel on every one, for every group of axes: 16 ms of CPU at
-250 trials, 35 ms at 500, growing without end; 10,000 trials with 1,000 running would take the driver hours. What is far
+As Optuna has it, each suggestion sorts all trials and puts a kernel on every one, for every group of axes: 16 ms of CPU
+at 250 trials, 35 ms at 500, growing without end; over 10,000 trials that is about an hour of the driver's. What is far
 from the best says little, so beyond `WINDOW` trials the model is made of the best and the latest ones.
 """
 

@@ -27,13 +27,13 @@ def cost_row(config: TrialConfig, mean_points: float | None = None) -> dict[str,
     return _row(setup.estimate(config, mean_points))
 
 
-def plan(sweep: Sweep, *, cpus: int | None = None) -> dict[str, Any]:
+def plan(sweep: Sweep, *, cpus: int | None = None, seconds: tuple[float, float] | None = None) -> dict[str, Any]:
     """The plan of a sweep as plain data for `--dry-run`.
 
     Hours are of this machine: a dense step, a forward pass and the decoding of a latent, measured now on random input,
     times what the sweep asks for; the extractor's time is left out. `hours_full` lets every trial run to its end;
     `hours_asha` lets ASHA keep one in reduction_factor at each rung, which is what it aims at. Both take a sparse step
-    to be as long as a dense one.
+    to be as long as a dense one. seconds: of a step and of an evaluation, where they are known; not measured then.
     """
     base = space.parsed_base(sweep)
     checks.check_settings(base)
@@ -43,7 +43,7 @@ def plan(sweep: Sweep, *, cpus: int | None = None) -> dict[str, Any]:
     count = space.trial_count(sweep)
     confirmed = len(sweep.confirm.seeds) * sweep.confirm.best_per_method * len(sweep.axes) if sweep.confirm else 0
     mean_points = setup.estimate(base).mean_points
-    step_s, evaluation_s = measure(base, mean_points)
+    step_s, evaluation_s = seconds or measure(base, mean_points)
     concurrent = _concurrent(sweep, cpus or os.cpu_count() or 1)
     trial_s = base.train.steps * step_s + -(-base.train.steps // base.evaluate.every_steps) * evaluation_s
     return {

@@ -1,0 +1,147 @@
+"""What a sweep costs: the plan's trials and seconds, times what simulations say is left after early stopping."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from raysparse import results as records
+from raysparse import space
+from raysparse.config import TrialConfig
+from raysparse.errors import UsageError
+from raysparse.space import Sweep
+from raysparse.sweep.curves import Curves, Published, Recorded
+from raysparse.sweep.simulate import MOST_WORKERS, Pace, Simulated, in_world, simulate
+from raysparse.sweep.trainable import KEEP_CHECKPOINTS
+
+# fp32 arrays of a checkpoint beside the masks (one bit a weight): weights, EMA, and what the optimizer keeps.
+ARRAYS = {"adamw": 4, "sgd": 3}
+
+
+def price(
+    sweep: Sweep,
+    *,
+    results: Sequence[Path] = (),
+    step_s: float | None = None,
+    price_per_hour: float | None = None,
+    workers: int | None = None,
+    worlds: int = 10,
+    curves: str | None = None,
+    cpus: int | None = None,
+) -> dict[str, Any]:
+    """The price as plain data; each forecast is {mean, low, high} over `worlds` simulations, ends included.
+
+    results: folders of sweeps that were run, for seconds and curves; curves: a published data set instead.
+    step_s: seconds of a training step. workers: trials at a time. UsageError where a folder has nothing to learn from.
+    """
+    from raysparse.train import plan
+
+    base = space.parsed_base(sweep)
+    recorded = recorded_seconds(results) if results else None
+    known: Curves = Recorded(results) if results else _published(base, curves)
+    planned = plan.plan(sweep, cpus=cpus, seconds=(step_s, derived_evaluation(base, step_s)) if step_s else recorded)
+    timed = (
+        "the step is given, the evaluation derived from it"
+        if step_s
+        else "recorded"
+        if recorded
+        else "measured on this machine"
+    )
+    at_a_time = min(workers or planned["concurrent"], MOST_WORKERS)
+    pace = Pace(step_s=planned["step_s"], evaluation_s=planned["evaluation_s"])
+    runs = [
+        simulate(in_world(sweep, world), known, workers=at_a_time, world=world, pace=pace) for world in range(worlds)
+    ]
+    full = simulate(sweep.model_copy(update={"asha": None}), known, workers=at_a_time, pace=pace)
+    units = sweep.resources.workers * (sweep.resources.gpus_per_worker or sweep.resources.cpus_per_worker)
+    return {
+        "plan": planned,
+        "timed": timed,
+        "curves": known.source,
+        "workers": at_a_time,
+        "worlds": worlds,
+        "unit": "GPU" if sweep.resources.gpus_per_worker else "CPU",
+        "price_per_hour": price_per_hour,
+        "checkpoint_bytes": checkpoint_bytes(base, planned["trials"][0]["params_total"]),
+        "full": _figures(full, base, planned, units, price_per_hour),
+        "expected": _spreads([_figures(run, base, planned, units, price_per_hour) for run in runs]),
+        "saved_share": _spread([1 - run.spent_share for run in runs]),
+        "stopped_at": _stopped(runs),
+    }
+
+
+def derived_evaluation(config: TrialConfig, step_s: float) -> float:
+    """Seconds of an evaluation where only those of a step are known: a forward pass is a third of a step's work."""
+    from raysparse.train.costs import evaluations
+
+    return config.evaluate.generated * evaluations(config) * step_s / config.train.batch_size / 3
+
+
+def recorded_seconds(folders: Sequence[Path]) -> tuple[float, float]:
+    """Seconds of a training step and of an evaluation: the median over the recorded trials. UsageError without any."""
+    steps, evaluations = [], []
+    for folder in folders:
+        for path in records.record_paths(folder):
+            rows = records.read_trial(path).select(["step", "train_s", "evaluate_s"]).to_pylist()
+            rows = [row for row in rows if row["step"]]
+            if rows and (last := rows[-1])["train_s"]:
+                steps.append(last["train_s"] / last["step"])
+                evaluations.append(last["evaluate_s"] / len(rows))
+    if not steps:
+        raise UsageError(f"{', '.join(map(str, folders))} hold no trial with a report; give --step-seconds instead")
+    return statistics.median(steps), statistics.median(evaluations)
+
+
+def checkpoint_bytes(config: TrialConfig, params_total: int) -> int:
+    """Of one checkpoint: weights, EMA and the optimizer's state in fp32, masks as bits."""
+    return round(params_total * (4 * ARRAYS[config.optimizer.name] + 1 / 8))
+
+
+def _published(base: TrialConfig, name: str | None) -> Published:
+    nearest = Published.nearest(base.model_dump(mode="json"))
+    return Published(name, nearest.descent) if name else nearest
+
+
+def _figures(
+    run: Simulated, base: TrialConfig, planned: dict[str, Any], units: float, price_per_hour: float | None
+) -> dict[str, float | None]:
+    """What one simulated sweep takes, both stages together where no stage is named."""
+    rows = list(run.board.rows.values())
+    reports = {row.trial_id: -(-row.step // base.evaluate.every_steps) for row in rows}
+    seconds = (run.search_steps + run.confirm_steps) * planned["step_s"]
+    seconds += sum(reports.values()) * planned["evaluation_s"]
+    # Trials that are drawn later are taken to cost what the known ones do on average.
+    own = {row["trial_id"]: row["flops_train_true"] / planned["steps_per_trial"] for row in planned["trials"]}
+    usual = statistics.mean(own.values())
+    kept = sum(min(KEEP_CHECKPOINTS, count) for count in reports.values())
+    return {
+        "completed": run.states().get("COMPLETED", 0),
+        "search_steps": run.search_steps,
+        "confirm_trials": len(run.board.of_stage("confirm")),
+        "confirm_steps": run.confirm_steps,
+        "flops_train_true": sum(row.step * own.get(row.trial_id, usual) for row in rows),
+        "unit_hours": seconds * units / 3600,
+        "hours": run.hours,
+        "money": None if price_per_hour is None else seconds / 3600 * price_per_hour,
+        "checkpoints_bytes": kept * checkpoint_bytes(base, planned["trials"][0]["params_total"]),
+        "best_fid": run.best_fid,
+        "driver_cpu_s": run.driver_cpu_s,
+    }
+
+
+def _spreads(figures: Sequence[dict[str, float | None]]) -> dict[str, dict[str, float] | None]:
+    found = {name: [value for one in figures if (value := one[name]) is not None] for name in figures[0]}
+    return {name: _spread(values) for name, values in found.items()}
+
+
+def _stopped(runs: Sequence[Simulated]) -> dict[int, float]:
+    """step -> mean number of trials stopped there."""
+    steps = sorted({step for run in runs for step in run.stopped_at})
+    return {step: statistics.mean(run.stopped_at.get(step, 0) for run in runs) for step in steps}
+
+
+def _spread(values: Sequence[float]) -> dict[str, float] | None:
+    """None of nothing."""
+    return {"mean": statistics.mean(values), "low": min(values), "high": max(values)} if values else None
