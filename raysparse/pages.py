@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 Facts = dict[str, Any]
 STYLES = {"running": "bold", "finished": "green", "interrupted": "yellow", "gone": "red", "damaged": "red"}
+WORDS = {"gone": "its driver was killed", "trials": "trials without a sweep"}
 TRIAL_STYLES = {"FAILED": "red", "COMPLETED": "green", "RUNNING": "bold"}
 
 
@@ -30,7 +31,12 @@ def print_sweeps(sweeps: Sequence[Facts]) -> None:
             console.print(Text(f"{sweep['results']}  damaged: {sweep['reason']}", style="red"), soft_wrap=True)
             continue
         ago = f", {_ago(sweep['last_event'])} ago" if sweep["last_event"] else ""
-        head = Text.assemble((sweep["results"], "bold"), "  ", (sweep["state"], STYLES.get(sweep["state"], "")), ago)
+        head = Text.assemble(
+            (sweep["results"], "bold"),
+            "  ",
+            (str(WORDS.get(sweep["state"], sweep["state"])), STYLES.get(sweep["state"], "")),
+            ago,
+        )
         console.print(head, soft_wrap=True)
         print_lines(console, f"    {_counts(sweep)}")
         for line in best_lines(sweep["best"]):
@@ -42,7 +48,10 @@ def print_sweeps(sweeps: Sequence[Facts]) -> None:
 def print_trials(sweep: Facts, rows: Sequence[Row]) -> None:
     """A line per trial, the best of each method, and what to do."""
     console = _console()
-    console.print(Text(f"{sweep['name']}: {sweep['state']}; {_counts(sweep)}", style="bold"), soft_wrap=True)
+    console.print(
+        Text(f"{sweep['name']}: {WORDS.get(sweep['state'], sweep['state'])}; {_counts(sweep)}", style="bold"),
+        soft_wrap=True,
+    )
     console.print(TrialTable(rows))
     for line in best_lines(sweep["best"]):
         print_lines(console, line)
@@ -153,7 +162,9 @@ def print_difference(found: Facts) -> None:
 
 
 def _counts(sweep: Facts) -> str:
-    counts = ", ".join(f"{count} {state.lower()}" for state, count in sweep["trials"].items()) or "no trial begun"
+    driven = sweep["state"] in ("running", "trials")
+    words = {state: "open" if state == "RUNNING" and not driven else state.lower() for state in sweep["trials"]}
+    counts = ", ".join(f"{count} {words[state]}" for state, count in sweep["trials"].items()) or "no trial begun"
     stage = f"{sweep['stage']}: " if sweep["stage"] else ""
     spent = f"; {sweep['trial_hours']:.2f} h of trials" if sweep["trial_hours"] else ""
     return stage + counts + spent + (f", {sweep['gpu_hours']:.2f} GPU hours" if sweep["gpu_hours"] else "")

@@ -66,8 +66,8 @@ class SweepDisplay:
 
 def headline_of(board: Board, total: int) -> str:
     """`search: 4 of 6 trials planned; 1 running, 2 completed, 1 failed`."""
-    counts = board.counts()
-    shown = ", ".join(f"{counts[state]} {state.lower()}" for state in reversed(_ORDER) if state in counts)
+    words = [_word(row).lower() for row in list(board.rows.values())]
+    shown = ", ".join(f"{words.count(word)} {word}" for word in _WORDS if word in words)
     planned = len(board.of_stage("search"))
     there = f"{planned} trials" if planned >= total else f"{planned} of {total} trials planned"
     confirm = len(board.of_stage("confirm"))
@@ -118,7 +118,7 @@ class TrialTable:
         yield table
 
 
-_ORDER = ("FAILED", "STOPPED", "COMPLETED", "PENDING", "RUNNING")
+_WORDS = ("running", "open", "pending", "completed", "stopped", "failed")
 _SHOWN = ("PENDING", "FAILED", "STOPPED", "COMPLETED", "RUNNING")
 _RANK = {"RUNNING": 0, "FAILED": 1, "STOPPED": 1, "COMPLETED": 1, "PENDING": 2}
 _STYLES = {"FAILED": "red", "STOPPED": "dim", "RUNNING": "bold", "COMPLETED": "green"}
@@ -127,16 +127,24 @@ _COLUMNS = ("trial", "S", "p", "ΔTe", "seed", "step", "FID", "state")
 
 def _cells(row: Row) -> list[str]:
     settings = [row.setting(name) for name in ("sparsity", "prune_ratio", "update_interval")]
-    state = row.state if row.state == "FAILED" else row.state.lower()
-    why = row.reason or (f"for {duration(max(time.time() - row.since, 0))}" if row.since is not None else None)
+    state = _word(row)
+    if row.since is not None:
+        state += f" for {duration(max(time.time() - row.since, 0))}"
     return [
         row.trial_id,
         *("" if value is None else f"{value:.3g}" for value in settings),
         str(row.seed),
         f"{row.step:,}/{row.total_steps:,}",
         "" if row.fid is None else f"{row.fid:.3f}",
-        f"{state}: {why}" if why else state,
+        f"{state}: {row.reason}" if row.reason else state,
     ]
+
+
+def _word(row: Row) -> str:
+    """The state as a person reads it: begun, but in no process now, is open."""
+    if row.state == "RUNNING" and row.since is None and row.heard is not None:
+        return "open"
+    return row.state if row.state == "FAILED" else row.state.lower()
 
 
 def event_line(item: Event, board: Board) -> str | None:

@@ -122,6 +122,8 @@ class _Watching:
             driver = control.driver(self._results, self._board if self._board.last else None)
             for item in self._reader.fresh():
                 self._take(item)
+            if driver.state != "running":
+                self._board.settle()
             show()
             view = View(self._results, self._board, self._sweep, driver)
             if view.state != "running":

@@ -88,7 +88,7 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
                 self._num_stopped += 1
                 place = sum(-value < fid for value in rung[1].values()) + 1
                 reason = (
-                    f"FID {fid:.4g} above the cutoff {-cutoff:.4g} at step {rung[0]:g}, place {place} of {len(rung[1])}"
+                    f"place {place} of {len(rung[1])} at step {rung[0]:g}: FID {fid:.4g} above the cutoff {-cutoff:.4g}"
                 )
                 self._add("stopped", row, step=step, fid=fid, reason=reason)
                 return str(TrialScheduler.STOP)

@@ -69,7 +69,11 @@ def load(results: Path) -> View:
     """UsageError where the folder holds neither a sweep nor records."""
     if (results / "sweep.json").is_file():
         sweep, _ = folder.load(results)
-        return View(results, Board.load(results), sweep, control.driver(results))
+        board = Board.load(results)
+        driver = control.driver(results, board)
+        if driver.state != "running":
+            board.settle()
+        return View(results, board, sweep, driver)
     return View(results, _board_of_records(results), None, control.Driver("none", ""))
 
 

@@ -50,7 +50,7 @@ def test_the_worse_half_is_stopped_at_a_rung_and_the_reason_is_on_record(ledger:
     assert tell(rungs, "d", 2, 10.5) == TrialScheduler.STOP
     row = ledger.board.rows["d"]
     assert (row.state, row.step) == ("STOPPED", 2)
-    assert row.reason == "FID 10.5 above the cutoff 10 at step 2, place 3 of 4"
+    assert row.reason == "place 3 of 4 at step 2: FID 10.5 above the cutoff 10"
     assert rungs.rungs[2] == {"a": 10.0, "b": 12.0, "c": 9.0, "d": 10.5}
 
 
