@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -61,7 +62,7 @@ class SweepDisplay:
 
     def _render(self) -> RenderableType:
         headline = f"{headline_of(self._board, self._total)}; {duration(time.monotonic() - self._start)}"
-        return sweep_screen(self._board, headline, self._latest, self._console.height)
+        return sweep_screen(self._board, headline, self._latest, self._console.height, hints_of(self._board))
 
 
 def headline_of(board: Board, total: int) -> str:
@@ -96,6 +97,21 @@ def sweep_screen(
     parts += [_line(f"{duration(max(now - when, 0)):>6} ago  {line}") for when, line in latest]
     parts += [_line(text, "bold") for text in below]
     return Group(*parts)
+
+
+def hints_of(board: Board) -> list[str]:
+    """The best so far, and what a person may want to look at while a sweep runs."""
+    from raysparse.sweep import views
+
+    best = [one for one in views.best(list(board.rows.values())) if one["stage"] == board.stage]
+    hints = []
+    if best and not best[0]["protocol"]:
+        shown = ", ".join(f"{one['method']} {one['fid']:.3f}" for one in best if one["state"] == "COMPLETED")
+        hints += [f"best completed: {shown}"] if shown else []
+    failed = [row.trial_id for row in list(board.rows.values()) if row.state == "FAILED"]
+    if failed and board.folder is not None:
+        hints.append(f"{len(failed)} failed; why: raysparse show {shlex.quote(str(board.folder))} {failed[-1]}")
+    return hints
 
 
 class TrialTable:

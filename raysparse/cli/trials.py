@@ -12,7 +12,7 @@ import typer
 from raysparse.cli.app import AsJson, app
 from raysparse.errors import UsageError
 
-Results = Annotated[Path, typer.Argument(help="The results folder of a sweep.")]
+Results = Annotated[Path, typer.Argument(metavar="RESULTS", help="The results folder of a sweep.")]
 Trial = Annotated[str, typer.Argument(metavar="TRIAL", help="A trial's id, or enough of its beginning.")]
 
 

@@ -25,7 +25,7 @@ LOOK_S = 1.0  # between two looks at the journal
 
 @app.command()
 def watch(
-    results: Annotated[Path, typer.Argument(help="The results folder of a sweep.")],
+    results: Annotated[Path, typer.Argument(metavar="RESULTS", help="The results folder of a sweep.")],
     once: Annotated[bool, typer.Option("--once", help="Show it as it is now and end.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -151,12 +151,12 @@ class _Watching:
 
     def _render(self) -> RenderableType:
         from raysparse import space
-        from raysparse.screen import headline_of, sweep_screen
+        from raysparse.screen import headline_of, hints_of, sweep_screen
 
         headline = (
             f"{self._sweep.name}: {headline_of(self._board, space.trial_count(self._sweep))}{_spent(self._board)}"
         )
-        hints = _hints(self._board, self._results)
+        hints = hints_of(self._board)
         return sweep_screen(self._board, headline, self._latest, self._console.height, hints)
 
 
@@ -165,7 +165,7 @@ def _print_once(view: View) -> None:
     from rich.console import Console
 
     from raysparse import space
-    from raysparse.screen import LATEST, event_line, headline_of, sweep_screen
+    from raysparse.screen import LATEST, event_line, headline_of, hints_of, sweep_screen
     from raysparse.sweep.board import Board
     from raysparse.sweep.journal import read
 
@@ -179,7 +179,7 @@ def _print_once(view: View) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)  # a pipe has no width of its own
-    hints = _hints(view.board, view.results) if view.state == "running" else [_ending(view)]
+    hints = hints_of(view.board) if view.state == "running" else [_ending(view)]
     console.print(sweep_screen(view.board, headline, lines[-LATEST:], None, hints))
 
 
@@ -190,21 +190,6 @@ def _spent(board: Board) -> str:
     if board.first is None or board.last is None:
         return ""
     return f"; begun {duration(max(time.time() - board.first.time, 0))} ago, {duration(board.busy_s())} of trials"
-
-
-def _hints(board: Board, results: Path) -> list[str]:
-    """The best so far, and what a person may want to look at while a sweep runs."""
-    from raysparse.sweep import views
-
-    best = [one for one in views.best(list(board.rows.values())) if one["stage"] == board.stage]
-    hints = []
-    if best and not best[0]["protocol"]:
-        shown = ", ".join(f"{one['method']} {one['fid']:.3f}" for one in best if one["state"] == "COMPLETED")
-        hints += [f"best completed: {shown}"] if shown else []
-    failed = [row.trial_id for row in board.rows.values() if row.state == "FAILED"]
-    if failed:
-        hints.append(f"{len(failed)} failed; why: raysparse show {shlex.quote(str(results))} {failed[-1]}")
-    return hints
 
 
 def _ending(view: View) -> str:
