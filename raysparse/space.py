@@ -132,7 +132,7 @@ class Sweep(Section):
         for method, axes in self.axes.items():
             _check_axes(self, method, axes)
         for point in self.search.seed_points if self.search else ():
-            _check_point(self, point)
+            check_point(self, point)
         return self
 
     @property
@@ -266,7 +266,8 @@ def _check_path(name: str) -> None:
         raise ValueError(str(error)) from error
 
 
-def _check_point(sweep: Sweep, point: Point) -> None:
+def check_point(sweep: Sweep, point: Point) -> None:
+    """ValueError where a point is not one of the sweep's space."""
     method = point.get("method")
     if method not in sweep.axes:
         raise ValueError(f"seed point {point}: method must be one of {', '.join(sweep.axes)}, got {method!r}")

@@ -59,6 +59,12 @@ def sweep(
 @app.command()
 def resume(
     results: Annotated[Path, typer.Argument(help="The folder of an interrupted sweep.")],
+    space_file: Annotated[
+        Path | None, typer.Option("--space", help="The sweep file, where it has changed: more trials, other rungs.")
+    ] = None,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Go on with another file, code or version; recorded.")
+    ] = False,
     cpus: Cpus = None,
     address: Address = None,
     as_json: AsJson = False,
@@ -66,14 +72,22 @@ def resume(
     """Go on with a sweep that was interrupted or killed."""
     from raysparse.sweep import folder, tuner
 
-    sweep_file, _ = folder.load(results)
-    _show(results, sweep_file, partial(tuner.resume, results, num_cpus=cpus, address=address), as_json)
+    sweep_file = space.load(space_file) if space_file else None
+    start = partial(
+        tuner.resume,
+        results,
+        space_file=sweep_file,
+        accept_changes=accept_changes,
+        num_cpus=cpus,
+        address=address,
+    )
+    _show(results, sweep_file or folder.load(results)[0], start, as_json)
 
 
 def _show(results: Path, sweep_file: space.Sweep, start: Callable[..., Any], as_json: bool) -> None:
     """Drive a sweep with its table on the screen, then write its report; its path is all that goes to stdout."""
-    from raysparse.sweep.board import Board
     from raysparse.screen import SweepDisplay
+    from raysparse.sweep.board import Board
 
     with SweepDisplay(Board.load(results), space.trial_count(sweep_file)) as display:
         summary = start(on_event=display.on_event)

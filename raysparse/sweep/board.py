@@ -126,6 +126,8 @@ class Board:
                 self.stage = item.stage
             case "finished":
                 self.finished = True
+            case "accepted":
+                self.finished = False  # a changed sweep may have more to do
             case _:
                 pass
 

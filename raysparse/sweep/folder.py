@@ -38,7 +38,7 @@ class Busy(UsageError):
 def refuse_if_taken(results: Path, sweep: Sweep) -> None:
     """UsageError where the folder is another sweep's or something else, or this sweep has begun or ended there."""
     if (results / "sweep.json").is_file():
-        other = _read(results)
+        other = read(results)
         if other["digest"] != sweep.digest:
             raise UsageError(
                 f"{results} belongs to another sweep, {other['sweep'].get('name')!r} with digest "
@@ -74,7 +74,7 @@ def create(results: Path, sweep: Sweep, command: str) -> None:
 
 def load(results: Path) -> tuple[Sweep, str]:
     """The sweep of a folder and the command that began it. UsageError where there is none, or it was changed."""
-    content = _read(results)
+    content = read(results)
     sweep = space.parse(content["sweep"], str(results / "sweep.json"))
     if sweep.digest != content["digest"]:
         raise UsageError(
@@ -106,7 +106,8 @@ def locked(results: Path) -> Iterator[None]:
                     results.rmdir()
 
 
-def _read(results: Path) -> dict[str, Any]:
+def read(results: Path) -> dict[str, Any]:
+    """sweep.json as it is. UsageError where there is none, or it is no sweep's."""
     path = results / "sweep.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

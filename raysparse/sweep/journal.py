@@ -28,6 +28,7 @@ Kind = Literal[
     "completed",  # the last evaluation
     "failed",  # diverged, raised or lost; reason
     "reopened",  # a person asked for a trial again that had failed or been stopped by a person; `by` and reason
+    "accepted",  # the sweep goes on under another file, code or version; reason: the differences
     "chosen",  # confirm: a winner of the search; reason: why
     "note",  # something to know; reason
     "interrupted",  # Ctrl-C or SIGTERM; `raysparse resume` goes on

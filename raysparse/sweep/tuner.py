@@ -23,7 +23,7 @@ from raysparse.config import parse, with_value
 from raysparse.files import write_text
 from raysparse.results import Facts
 from raysparse.space import Sweep
-from raysparse.sweep import control, folder, leaving
+from raysparse.sweep import changes, control, folder, leaving
 from raysparse.sweep.board import Board, Ledger, Row
 from raysparse.sweep.journal import Event, event
 from raysparse.sweep.leaving import Pause
@@ -60,11 +60,32 @@ def run(sweep: Sweep, results: Path, *, command: str, on_event: OnEvent | None =
         return _drive(sweep, results, command, on_event, ray, new=True)
 
 
-def resume(results: Path, *, on_event: OnEvent | None = None, **ray: Any) -> Summary:
-    """Go on with a sweep that was interrupted or killed, as `run`; one that is finished is returned as it is."""
+def resume(
+    results: Path,
+    *,
+    space_file: Sweep | None = None,
+    accept_changes: bool = False,
+    on_event: OnEvent | None = None,
+    **ray: Any,
+) -> Summary:
+    """Go on with a sweep that was interrupted or killed, as `run`; one that is finished is returned as it is.
+
+    space_file: the sweep to go on with, where its file has changed; None: as it began. UsageError with the differences
+    where that, the code or a version is another, unless `accept_changes`: then they are recorded.
+    """
     results = results.absolute()
     sweep, command = folder.load(results)
     with folder.locked(results):
+        wanted = with_whole_paths(space_file) if space_file else None
+        found = changes.differences(results, wanted)
+        finished = Board.load(results).finished
+        if found and not (finished and wanted is None):
+            if not accept_changes:
+                changes.refuse(results, found)
+            sweep = wanted or sweep
+            changes.accept(results, sweep)
+            with closing(Ledger(results, on_event)) as ledger:
+                ledger.add(event("accepted", reason="; ".join(found)))
         if Board.load(results).finished:
             return Summary(results, Board.load(results), interrupted=False)
         prepare(sweep, **ray)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.metadata
 import platform
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import torch
 
 import raysparse
+from raysparse import files
 
 
 def versions() -> dict[str, str | None]:
@@ -19,9 +22,20 @@ def versions() -> dict[str, str | None]:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
+    found["code"] = code_hash()
     found["cpu"] = _cpu_name()
     found["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return found
+
+
+@functools.cache
+def code_hash() -> str:
+    """Of raysparse's own source, which may change while its version does not: ten hex digits."""
+    whole = hashlib.sha256()
+    folder = Path(raysparse.__file__).parent
+    for path in sorted(folder.rglob("*.py")):
+        whole.update(f"{path.relative_to(folder)} {files.sha256(path)}\n".encode())
+    return whole.hexdigest()[:10]
 
 
 def _cpu_name() -> str:
