@@ -67,7 +67,7 @@ def best_lines(best: Sequence[Facts]) -> list[str]:
         mean = f" on average of {seeds} seeds ({min(one['fids']):.3f} to {max(one['fids']):.3f})" if seeds > 1 else ""
         how = "" if one["state"] == "COMPLETED" else f" at step {one['step']}, {one['state'].lower()}"
         other = f"; measured in way {one['protocol']}" if one["protocol"] else ""
-        trials = f"{one['trials'][0]}{' ...' * (seeds > 1)}"
+        trials = one["trials"][0] + (f" and {seeds - 1} more" if seeds > 1 else "")
         lines.append(f"best of {one['method']} ({one['stage']}): FID {one['fid']:.3f}{mean}, {trials}{how}{other}")
     return lines
 
@@ -112,7 +112,7 @@ def _course(page: Facts) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for name in ("step", "FID", "KID", "loss", "validation", "density", "replaced", "time"):
         table.add_column(name, justify="right")
-    table.add_column("rung")
+    table.add_column("rung, place there now")
     rungs = {rung["rung"]: rung for rung in page["rungs"]}
     for report in page["reports"]:
         reached = [rung for rung in rungs.values() if rung["fid"] == report["fid"] and rung["rung"] <= report["step"]]
@@ -128,7 +128,7 @@ def _course(page: Facts) -> Table:
             _number(report.get("density"), ".4f"),
             _number(report.get("topology_changed"), ".1%"),
             duration(spent) if spent else "",
-            "; ".join(f"{rung['rung']:g}: place {rung['place']} of {rung['of']}" for rung in reached),
+            "; ".join(f"{rung['rung']:g}: {rung['place']} of {rung['of']}" for rung in reached),
         )
     return table
 

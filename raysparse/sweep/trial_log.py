@@ -41,7 +41,7 @@ def kept(train_rank: Train) -> Train:
             return say(metrics)
 
         with written_to(path_of(folder, rank)):
-            note(f"process {os.getpid()} on {platform.node()} begins")
+            note(f"process {os.getpid()} on {platform.node()} begins, rank {rank}")
             try:
                 train_rank(config, noted, rank=rank, **more)
             except Exception:
@@ -66,11 +66,10 @@ def tail(folder: Path, lines: int = TAIL_LINES) -> list[str]:
 
 
 def note(text: str) -> None:
-    """A line with the time in the log that is open; a log that cannot be written stops no trial."""
+    """A line or more, with the time, in the log that is open; a log that cannot be written stops no trial."""
     if _active:
-        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         with contextlib.suppress(OSError):
-            os.write(_active[0].log, "".join(f"{stamp} {line}\n" for line in text.splitlines()).encode())
+            os.write(_active[0].log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n".encode(errors="replace"))
 
 
 @contextlib.contextmanager
