@@ -100,3 +100,39 @@ def _follow(sent: jobs.Submission) -> None:
     typer.echo(f"job {sent.job_id}: {state.lower()}", err=True)
     if state != "SUCCEEDED":
         raise typer.Exit(130 if state == "STOPPED" else 1)
+
+
+@app.command()
+def doctor(
+    address: Annotated[
+        str | None,
+        typer.Option(
+            envvar="RAY_ADDRESS",
+            help="A cluster: its dashboard (http://127.0.0.1:8265), or `auto` on one of its machines; default: none.",
+        ),
+    ] = None,
+    storage: Annotated[str | None, typer.Option(help="The folder of results, as the cluster sees it.")] = None,
+    token: Token = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check this machine, or every node of a cluster, and say for each finding what to do; exit code 1 if one fails.
+
+    Versions, GPUs, token and its file, bind addresses, storage written and read on every node, disks, clocks.
+    """
+    from raysparse.sweep import doctor as ward
+    from raysparse.sweep.verdicts import worst
+
+    found = ward.diagnose(address, storage, token)
+    if as_json:
+        typer.echo(ward.as_json(found))
+    else:
+        for check in found:
+            typer.secho(f"{check.status:5}", fg=_COLOURS[check.status], bold=check.status != "ok", nl=False)
+            typer.echo(f" {check.name}: {check.found}")
+            if check.todo:
+                typer.echo(f"      do: {check.todo}")
+    if worst(found) == "fail":
+        raise typer.Exit(1)
+
+
+_COLOURS = {"ok": "green", "warn": "yellow", "fail": "red"}

@@ -13,6 +13,7 @@ import asyncio
 import dataclasses
 import importlib.util
 import ipaddress
+import logging
 import shlex
 import shutil
 import tempfile
@@ -243,6 +244,8 @@ def _client(address: str) -> Iterator[Any]:
     except ImportError as error:
         raise UsageError(f"this needs Ray here as well: pip install 'ray[default]' ({error})") from error
 
+    for logger in ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk"):
+        logging.getLogger(logger).setLevel(logging.WARNING)  # they tell of the upload and of sockets
     with _answers(address):
         client = JobSubmissionClient(address)
     yield client
