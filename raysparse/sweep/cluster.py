@@ -139,10 +139,10 @@ def _check_fits(nodes: list[dict[str, float]], resources: Resources, where: str)
 
 
 def _can_grow() -> bool:
-    """Whether Ray's autoscaler runs here."""
+    """Whether nodes may join: it is a cluster that this process did not start."""
     from ray._private.worker import global_worker
 
-    return bool(global_worker.node is None)  # a cluster that this process did not start
+    return not global_worker.node.is_head()
 
 
 @contextmanager
