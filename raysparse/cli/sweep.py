@@ -6,9 +6,10 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from pydantic import ValidationError
 
 from raysparse import space
 from raysparse.cli.app import (
@@ -19,7 +20,17 @@ from raysparse.cli.app import (
     app,
     command_line,
     load_sweep,
+    size_bytes,
 )
+from raysparse.errors import usage_error_from
+
+if TYPE_CHECKING:
+    from raysparse.sweep.limits import Limits
+
+MaxTrials = Annotated[int | None, typer.Option(min=1, help="End after so many trials; resumable, as all limits.")]
+MaxHours = Annotated[float | None, typer.Option(help="End this run after so many hours.")]
+MaxGpuHours = Annotated[float | None, typer.Option(help="End when the sweep has used so many GPU hours.")]
+MaxDisk = Annotated[str | None, typer.Option(metavar="SIZE", help="End when the results have this size, e.g. 500GB.")]
 
 
 @app.command()
@@ -33,6 +44,10 @@ def sweep(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and print trials, FLOPs and hours; start nothing.")
     ] = False,
+    max_trials: MaxTrials = None,
+    max_hours: MaxHours = None,
+    max_gpu_hours: MaxGpuHours = None,
+    max_disk: MaxDisk = None,
     cpus: Cpus = None,
     address: Address = None,
     as_json: AsJson = False,
@@ -50,9 +65,10 @@ def sweep(
     from raysparse.terminal import progress
 
     results = output or Path("results") / loaded.name
+    limits = _limits(max_trials, max_hours, max_gpu_hours, max_disk)
     with progress(f"preparing {space.parsed_base(loaded).data.name}") as advance:
         tuner.prepare(loaded, progress=advance, num_cpus=cpus, address=address)
-    start = partial(tuner.run, loaded, results, command=command_line(), num_cpus=cpus, address=address)
+    start = partial(tuner.run, loaded, results, command=command_line(), limits=limits, num_cpus=cpus, address=address)
     _show(results, loaded, start, as_json)
 
 
@@ -65,6 +81,10 @@ def resume(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Go on with another file, code or version; recorded.")
     ] = False,
+    max_trials: MaxTrials = None,
+    max_hours: MaxHours = None,
+    max_gpu_hours: MaxGpuHours = None,
+    max_disk: MaxDisk = None,
     cpus: Cpus = None,
     address: Address = None,
     as_json: AsJson = False,
@@ -78,10 +98,21 @@ def resume(
         results,
         space_file=sweep_file,
         accept_changes=accept_changes,
+        limits=_limits(max_trials, max_hours, max_gpu_hours, max_disk),
         num_cpus=cpus,
         address=address,
     )
     _show(results, sweep_file or folder.load(results)[0], start, as_json)
+
+
+def _limits(trials: int | None, hours: float | None, gpu_hours: float | None, disk: str | None) -> Limits:
+    from raysparse.sweep.limits import Limits
+
+    given = {"max_trials": trials, "max_hours": hours, "max_gpu_hours": gpu_hours}
+    try:
+        return Limits(**given, max_disk_bytes=size_bytes(disk) if disk else None)
+    except ValidationError as error:
+        raise usage_error_from(error, "limits", Limits) from None
 
 
 def _show(results: Path, sweep_file: space.Sweep, start: Callable[..., Any], as_json: bool) -> None:
@@ -92,8 +123,9 @@ def _show(results: Path, sweep_file: space.Sweep, start: Callable[..., Any], as_
     with SweepDisplay(Board.load(results), space.trial_count(sweep_file)) as display:
         summary = start(on_event=display.on_event)
     if summary.interrupted:
-        typer.echo(f"interrupted; go on with: raysparse resume {results}", err=True)
-        raise typer.Exit(130)
+        why = summary.limit or "interrupted"
+        typer.echo(f"{why}; go on with: raysparse resume {results}", err=True)
+        raise typer.Exit(0 if summary.limit else 130)
     from analysis import report
 
     page = report.write(results)

@@ -51,7 +51,11 @@ class Listed(Searcher):  # type: ignore[misc]
         self._todo = deque(row for row in ledger.board.of_stage(stage) if row.open)
         self._config_of = config_of
 
-    def suggest(self, trial_id: str) -> TuneConfig | str:
+    may_start: Callable[[Row | None], bool] = staticmethod(lambda row: True)  # whether a limit allows one more
+
+    def suggest(self, trial_id: str) -> TuneConfig | str | None:
+        if self._todo and not self.may_start(self._todo[0]):
+            return None  # Tune asks again
         return self._config_of(self._todo.popleft()) if self._todo else str(Searcher.FINISHED)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
@@ -110,7 +114,11 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
         study: optuna.Study = self._ot_study
         return study
 
-    def suggest(self, trial_id: str) -> TuneConfig | str:
+    may_start: Callable[[Row | None], bool] = staticmethod(lambda row: True)  # whether a limit allows one more
+
+    def suggest(self, trial_id: str) -> TuneConfig | str | None:
+        if not self.may_start(self._todo[0] if self._todo else None):
+            return None  # Tune asks again
         row = self._todo.popleft() if self._todo else self._new()
         if row is None:
             return str(Searcher.FINISHED)

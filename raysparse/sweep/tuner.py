@@ -27,6 +27,7 @@ from raysparse.sweep import changes, control, folder, leaving
 from raysparse.sweep.board import Board, Ledger, Row
 from raysparse.sweep.journal import Event, event
 from raysparse.sweep.leaving import Pause
+from raysparse.sweep.limits import Guard, Limits
 
 OnEvent = Callable[[Event], None]
 Progress = Callable[[int, int], None]  # (done, total)
@@ -38,18 +39,28 @@ class Summary:
 
     results: Path
     board: Board
-    interrupted: bool  # by Ctrl-C or SIGTERM; `resume` goes on
+    interrupted: bool  # by Ctrl-C, SIGTERM or a limit; `resume` goes on
+    limit: str | None = None  # the limit that was reached, in words
 
     @property
     def failed(self) -> list[Row]:
         return [row for row in self.board.rows.values() if row.state == "FAILED"]
 
 
-def run(sweep: Sweep, results: Path, *, command: str, on_event: OnEvent | None = None, **ray: Any) -> Summary:
+def run(
+    sweep: Sweep,
+    results: Path,
+    *,
+    command: str,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
+    on_event: OnEvent | None = None,
+    **ray: Any,
+) -> Summary:
     """Run all stages of a sweep in a new results folder. Blocks; `on_event` is called in this thread.
 
-    ray: address, num_cpus, temp_dir as `cluster.ray_for`. Ctrl-C or SIGTERM once: returns soon with `interrupted`;
-    twice: ends the process at once, which `resume` survives as well.
+    limits: what ends it before its end, as an interrupt does. ray: address, num_cpus, temp_dir as `cluster.ray_for`.
+    Ctrl-C or SIGTERM once: the trials save themselves, then it returns with `interrupted`; twice: ends the process at
+    once, which `resume` survives as well.
     UsageError where the folder is taken, a trial cannot start, or resources are missing: then nothing was trained.
     """
     results, sweep = results.absolute(), with_whole_paths(sweep)
@@ -57,7 +68,7 @@ def run(sweep: Sweep, results: Path, *, command: str, on_event: OnEvent | None =
     prepare(sweep, **ray)
     with folder.locked(results):
         folder.refuse_if_taken(results, sweep)
-        return _drive(sweep, results, command, on_event, ray, new=True)
+        return _drive(sweep, results, command, limits, on_event, ray, new=True)
 
 
 def resume(
@@ -65,6 +76,7 @@ def resume(
     *,
     space_file: Sweep | None = None,
     accept_changes: bool = False,
+    limits: Limits = Limits(),  # noqa: B008 - frozen
     on_event: OnEvent | None = None,
     **ray: Any,
 ) -> Summary:
@@ -89,7 +101,7 @@ def resume(
         if Board.load(results).finished:
             return Summary(results, Board.load(results), interrupted=False)
         prepare(sweep, **ray)
-        return _drive(sweep, results, command, on_event, ray)
+        return _drive(sweep, results, command, limits, on_event, ray)
 
 
 def with_whole_paths(sweep: Sweep) -> Sweep:
@@ -130,27 +142,37 @@ def prepare(sweep: Sweep, *, progress: Progress | None = None, **ray: Any) -> No
 
 
 def _drive(
-    sweep: Sweep, results: Path, command: str, on_event: OnEvent | None, ray: dict[str, Any], new: bool = False
+    sweep: Sweep,
+    results: Path,
+    command: str,
+    limits: Limits,
+    on_event: OnEvent | None,
+    ray: dict[str, Any],
+    new: bool = False,
 ) -> Summary:
     from raysparse.sweep.cluster import concurrency, ray_for
 
     with _signals() as signals, ray_for(results, sweep.resources, **ray):
         signals.catch()  # again: Ray's start puts a SIGTERM handler of its own in place
-        interrupted = signals.came
         at_a_time = concurrency(sweep.resources)
         leaving.forget(results)
         if new:  # now that it can start
             folder.create(results, sweep, command)
         with closing(Ledger(results, on_event)) as ledger:
+            guard = Guard(limits, sweep.resources, results, ledger.board)
+
+            def interrupted() -> bool:
+                return signals.came() or guard.reached() is not None
+
             for stage in ("search", *(["confirm"] if sweep.confirm else [])):
                 if not interrupted():
-                    _stage(stage, sweep, results, command, ledger, at_a_time, interrupted)
+                    _stage(stage, sweep, results, command, ledger, at_a_time, interrupted, guard)
             if interrupted():
-                reason = f"go on with: raysparse resume {results}"
+                reason = "; ".join(filter(None, [guard.reached(), f"go on with: raysparse resume {results}"]))
                 ledger.add(event("interrupted", stage=ledger.board.stage, reason=reason))
             else:
                 ledger.add(event("finished"))
-            summary = Summary(results, ledger.board, interrupted())
+            summary = Summary(results, ledger.board, interrupted(), guard.reached())
     leaving.forget(results)  # its processes have ended with Ray
     return summary
 
@@ -163,6 +185,7 @@ def _stage(
     ledger: Ledger,
     at_a_time: int,
     interrupted: Callable[[], bool],
+    guard: Guard,
 ) -> None:
     """One stage to its end, or until interrupted."""
     from raysparse.sweep.event_files import EventFiles
@@ -186,7 +209,9 @@ def _stage(
         functools.partial(control.stop_asked_by, results),
     )
     callbacks = [callback, Gauges(ledger, sweep, results), EventFiles(ledger, results)]
-    tuner = _tuner(sweep, results, scheduler, _searcher(stage, sweep, results, ledger), callbacks, at_a_time)
+    searcher = _searcher(stage, sweep, results, ledger)
+    searcher.may_start = guard.may_start
+    tuner = _tuner(sweep, results, scheduler, searcher, callbacks, at_a_time)
     try:
         tuner.fit()
     except KeyboardInterrupt:
