@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import platform
+import pty
+import re
 import shutil
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +272,27 @@ def test_watching_a_sweep_whose_driver_was_killed_says_so_and_what_to_do(run: Ru
     assert [line["kind"] for line in lines] == ["planned", "completed", "planned", "completed", "planned"]
     once = json.loads(run("watch", results, "--once", "--json")[1])
     assert (once["state"], len(once["table"])) == ("gone", 3)
+
+
+def test_on_a_terminal_it_is_a_table_that_fits(results: Path) -> None:
+    main, end = pty.openpty()
+    termios.tcsetwinsize(end, (30, 100))
+    environment = {name: value for name, value in os.environ.items() if name not in ("COLUMNS", "LINES", "NO_COLOR")}
+    with subprocess.Popen(
+        command("watch", results), stdout=end, stdin=end, env=environment | {"TERM": "xterm"}
+    ) as process:
+        os.close(end)
+        said = b""
+        with contextlib.suppress(OSError):  # how the end of a pseudo-terminal is told
+            while part := os.read(main, 4096):
+                said += part
+    os.close(main)
+    assert process.returncode == 1
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.decode()).splitlines()
+    assert "tiny: starting: 3 of 4 trials planned; 1 pending, 2 completed" in lines[0]
+    assert lines[1].split() == ["trial", "S", "p", "ΔTe", "seed", "step", "FID", "state"]
+    assert [line.split()[0] for line in lines[2:5]] == ["rigl-ab3", "rigl-aa1", "rigl-aa2"]
+    assert any("go on with: raysparse resume" in line for line in lines)
 
 
 def test_fids_of_other_protocols_are_neither_ranked_nor_put_side_by_side(run: Run, results: Path) -> None:

@@ -7,18 +7,21 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
 from raysparse.errors import UsageError
-from raysparse.space import Asha
+from raysparse.space import Asha, Sweep
 from raysparse.sweep import control, folder
 from raysparse.sweep.board import Board, Ledger
 from raysparse.sweep.journal import event, read
 from raysparse.sweep.scheduler import Rungs
+from raysparse.sweep.search import Suggested
 
 
 @pytest.fixture
@@ -148,3 +151,30 @@ def test_an_id_that_another_process_has_by_now_is_no_driver(results: Path) -> No
     assert control.driver(results).state == "gone"
     with folder.locked(results):
         assert control.driver(results).state == "running"
+
+
+def test_a_trial_that_is_open_again_is_handed_out_and_its_study_hears_of_it(
+    tmp_path: Path, sweep_of: Callable[..., Sweep]
+) -> None:
+    sweep = sweep_of()
+    (tmp_path / "sweep.json").write_text("{}")
+    ledger = Ledger(tmp_path)
+    search = Suggested(sweep, ledger, lambda row: {"trial_id": row.trial_id})
+    asked = [search.suggest(str(number)) for number in range(2)]
+    first, second = (config["trial_id"] for config in asked if isinstance(config, dict))
+    ledger.add(event("failed", stage="search", trial_id=first, reason="OSError: disk full"))
+    ledger.add(event("completed", stage="search", trial_id=second, step=8, fid=2.0))
+    for number in range(2):
+        search.on_trial_complete(str(number))
+    assert [trial.state for trial in search.study.trials] == [TrialState.FAIL, TrialState.COMPLETE]
+    ledger.close()
+
+    control.retry(tmp_path, [first])
+    ledger = Ledger(tmp_path)
+    search = Suggested(sweep, ledger, lambda row: {"trial_id": row.trial_id})
+    assert search.suggest("again") == {"trial_id": first}
+    assert [trial.state for trial in search.study.trials] == [TrialState.RUNNING, TrialState.COMPLETE]
+    ledger.add(event("completed", stage="search", trial_id=first, step=8, fid=1.0))
+    search.on_trial_complete("again")
+    assert [trial.value for trial in search.study.trials] == [1.0, 2.0]
+    ledger.close()
