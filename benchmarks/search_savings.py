@@ -1,15 +1,17 @@
 """What a search spends to find what a full grid would: (random, TPE) x (no stopping, ASHA), over simulated sweeps.
 
-    python benchmarks/search_savings.py                    # the spaces below, 20 seeds: some minutes on one core
+    python benchmarks/search_savings.py                    # two spaces, 20 seeds: some minutes on one core
     python benchmarks/search_savings.py --space kanjivg --seeds 5
-    python benchmarks/search_savings.py --driver 10000     # CPU seconds of the driver for 10,000 trials, 1,000 at a time
+    python benchmarks/search_savings.py --driver 10000     # the driver's CPU seconds, 1,000 trials at a time
 
-The grid is trained to its end in each of 20 worlds (a world draws each configuration's noise over seeds and its learning
-curve from the published results: raysparse/sweep/curves.py). A search has found when it has completed a configuration
-whose FID is within 1 % of the lowest FID in that world's grid; `share` is the optimizer steps spent until then, half-done
-trials included, over the grid's. Median with the 10th and 90th percentile; a search that ends without finding counts as
-its own steps plus the whole grid. `mean FID` asks the same of the configurations' mean over seeds, without the luck of
-one: within 1 % of the grid's best mean. Spaces: the paper's grid of S and p (56 points), and with `+dT` five ΔTe as well.
+The grid is trained to its end in each of 20 worlds: a world draws each configuration's noise over seeds and its
+learning curve from the published results (raysparse/sweep/curves.py). A search has found when it has completed a
+configuration whose FID is within 1 % of the lowest FID in that world's grid; `share` is the optimizer steps spent until
+then, half-done trials included, over the grid's: the median, and the 10th and 90th percentile. A search that ends
+without finding counts as its own steps plus the whole grid. `mean FID` asks the same of a configuration's mean over
+seeds, without the luck of one: within 1 % of the grid's best mean. Samplers draw from the grid's lists; `tpe ranges`
+from ranges over the same axes, logarithmic but for S. ASHA a/b: first rung at the a-th evaluation, one in b goes on.
+Spaces: the paper's grid of S and p (56 points); `+dT` has five ΔTe as well (256 points).
 """
 
 from __future__ import annotations
@@ -63,9 +65,16 @@ def search_of(grid: Sweep, sampler: str, stopping: tuple[int, float] | None, see
     points = len(space.grid_points(grid))
     every = space.parsed_base(grid).evaluate.every_steps
     content = grid.model_dump(mode="json")
-    content["search"] = {"trials": points, "sampler": sampler, "seed": seed, "axes": content.pop("grid")}
+    axes = content.pop("grid")
+    if sampler == "tpe ranges":
+        axes = {method: {name: _range(name, values) for name, values in of.items()} for method, of in axes.items()}
+    content["search"] = {"trials": points, "sampler": sampler.split()[0], "seed": seed, "axes": axes}
     content["asha"] = stopping and {"grace_steps": every * stopping[0], "reduction_factor": stopping[1]}
     return space.parse(content, grid.name)
+
+
+def _range(name: str, values: list[float]) -> dict[str, Any]:
+    return {"low": min(values), "high": max(values), "log": name != "sparsity"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +105,17 @@ def shares(grid: Sweep, descent: Descent, sampler: str, stopping: Any, seeds: in
     curves = Published.nearest(base.model_dump(mode="json"), descent)
     points = [space.trial(grid, point) for point in space.grid_points(grid)]
     full = len(points) * base.train.steps
-    means = {trial.trial_id: curves.final(trial.model_dump(mode="json"))[0] for trial in points}
-    good = {name for name, mean in means.items() if mean <= WITHIN * min(means.values())}
+    best_mean = min(curves.final(trial.model_dump(mode="json"))[0] for trial in points)
     found = Shares([], [], [])
     for seed in range(seeds):
         target = WITHIN * min(grid_fids(grid, curves, seed).values())
         search = search_of(grid, sampler, stopping, seed)
         run = simulate(
-            search, curves, workers=workers, world=seed, targets=(partial(_at_most, target), partial(_in, good))
+            search,
+            curves,
+            workers=workers,
+            world=seed,
+            targets=(partial(_at_most, target), partial(_mean_at_most, WITHIN * best_mean, curves)),
         )
         for values, steps in zip((found.measured, found.mean), run.found_steps, strict=True):
             values.append(float("nan") if steps is None else steps / full)
@@ -115,8 +127,8 @@ def _at_most(fid: float, row: Row) -> bool:
     return row.fid is not None and row.fid <= fid
 
 
-def _in(good: set[str], row: Row) -> bool:
-    return row.trial_id in good
+def _mean_at_most(fid: float, curves: Published, row: Row) -> bool:
+    return curves.final(row.config)[0] <= fid
 
 
 def driver(trials: int, workers: int) -> list[dict[str, Any]]:
@@ -150,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--space", action="append", help="a shipped sweep file's name, with +dT for an axis of ΔTe")
     parser.add_argument("--seeds", type=int, default=20)
+    parser.add_argument("--sampler", action="append", choices=("random", "tpe", "tpe ranges"))
     parser.add_argument("--workers", type=int, default=1, help="trials at a time")
     parser.add_argument("--descent", choices=sorted(DESCENTS), default="long", help="learning curves: see the docs")
     parser.add_argument("--driver", type=int, metavar="TRIALS", help="the driver's own CPU seconds instead")
@@ -173,7 +186,7 @@ def main() -> None:
         print("|---|---|---|---|---|---|---|---|")
     for name in options.space or ["kanjivg", "kanjivg+dT"]:
         grid = grid_of(name)
-        for sampler in ("random", "tpe"):
+        for sampler in options.sampler or ("random", "tpe", "tpe ranges"):
             for label, stopping in STOPPING.items():
                 result = shares(grid, DESCENTS[options.descent], sampler, stopping, options.seeds, options.workers)
                 row = {"space": name, "points": len(space.grid_points(grid)), "sampler": sampler, "stopping": label}

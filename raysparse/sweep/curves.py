@@ -269,5 +269,5 @@ def _at(anchors: Sequence[Anchor], sparsity: float) -> tuple[float, float]:
     if sparsity > last.sparsity:
         mean += max(0.0, (last.fid - first.fid) / (last.sparsity - first.sparsity)) * (sparsity - last.sparsity)
     mean = max(mean, min(anchor.fid for anchor in anchors[1:]))
-    spread = [(anchor.sparsity, anchor.std) for anchor in anchors if anchor.std is not None]
-    return mean, float(np.interp(sparsity, *zip(*spread, strict=True)))
+    spread: list[tuple[float, float]] = [(anchor.sparsity, anchor.std) for anchor in anchors if anchor.std is not None]
+    return mean, float(np.interp(sparsity, [place for place, _ in spread], [std for _, std in spread]))

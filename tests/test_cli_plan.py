@@ -1,0 +1,101 @@
+"""`raysparse plan`: the figures add up, come from where it says, and fit a terminal of 100 columns."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recorded_trials import record
+
+from raysparse import cli, space
+from raysparse.sweep import price
+
+SPACES = Path(__file__).resolve().parents[1] / "tune_spaces"
+SMALL = [
+    str(SPACES / "quickstart.yaml"),
+    "--worlds=3",
+    "--workers=2",
+    "--set=base.evaluate.extractor=oriented_energy",
+]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str, str]]:
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["raysparse", "plan", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+def as_json(run: Callable[..., tuple[int, str, str]], *words: str) -> dict[str, Any]:
+    code, out, _ = run(*words, "--json")
+    assert code == 0
+    return dict(json.loads(out))
+
+
+def test_the_figures_add_up(run: Callable[..., tuple[int, str, str]]) -> None:
+    found = as_json(run, *SMALL, "--step-seconds", "0.5", "--price-per-hour", "3")
+    full, expected = found["full"], found["expected"]
+    sweep = space.load(SPACES / "quickstart.yaml")
+    trial = space.parsed_base(sweep).train
+    assert full["search_steps"] == space.trial_count(sweep) * trial.steps
+    assert full["confirm_steps"] == full["confirm_trials"] * trial.steps == 12 * trial.steps
+    seconds = (full["search_steps"] + full["confirm_steps"]) * 0.5
+    reports = (10 + 12) * -(-trial.steps // space.parsed_base(sweep).evaluate.every_steps)
+    seconds += reports * found["plan"]["evaluation_s"]
+    assert full["unit_hours"] == pytest.approx(seconds / 3600)
+    assert full["money"] == pytest.approx(3 * seconds / 3600)
+    assert full["checkpoints_bytes"] == 22 * 2 * found["checkpoint_bytes"]
+    for name in ("search_steps", "unit_hours", "money", "flops_train_true", "hours"):
+        assert expected[name]["low"] <= expected[name]["mean"] <= expected[name]["high"] <= full[name] * 1.2
+    assert expected["search_steps"]["mean"] == pytest.approx(full["search_steps"] * (1 - found["saved_share"]["mean"]))
+    assert 0 < found["saved_share"]["mean"] < 1
+    assert found["timed"].startswith("the step is given")
+    assert "standing in for hershey" in found["curves"]
+    assert (found["unit"], found["workers"], found["worlds"]) == ("CPU", 2, 3)
+
+
+def test_without_a_price_there_is_no_money_and_without_asha_nothing_is_saved(
+    run: Callable[..., tuple[int, str, str]],
+) -> None:
+    found = as_json(run, *SMALL, "--step-seconds", "0.5", "--set", "asha=null")
+    assert (found["full"]["money"], found["expected"]["money"]) == (None, None)
+    assert found["saved_share"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
+    assert found["expected"]["search_steps"]["mean"] == found["full"]["search_steps"]
+
+
+def test_seconds_and_curves_from_records(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    sweep = space.load(SPACES / "quickstart.yaml")
+    for number, point in enumerate(({"method": "dense"}, {"method": "rigl", "sparsity": 0.5})):
+        steps = {90: 90.0 + number, 180: 70.0 + number, 270: 60.0, 360: 50.0 + number}
+        record(tmp_path, space.trial(sweep, point), steps, "COMPLETED")
+    assert price.recorded_seconds([tmp_path]) == (0.5, 3.0)
+    found = as_json(run, *SMALL, "--results", str(tmp_path))
+    assert (found["plan"]["step_s"], found["plan"]["evaluation_s"], found["timed"]) == (0.5, 3.0, "recorded")
+    assert found["curves"] == f"recorded: 2 trials of {tmp_path}"
+    assert found["expected"]["best_fid"]["low"] in (50.0, 51.0)
+
+
+def test_the_tables_fit_a_hundred_columns(run: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = run(*SMALL, "--step-seconds", "0.5", "--price-per-hour", "1234.5")
+    assert (code, err) == (0, "")
+    assert max(len(line) for line in out.splitlines()) <= 100
+    for words in ("10 trials of 360 steps", "early stopping saves", "CPU hours", "checkpoints on disk", "money"):
+        assert words in out
+    assert "…" not in out
+
+
+def test_mistakes_are_said(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    assert run(*SMALL, "--results", str(tmp_path), "--curves", "kanjivg")[0] == 2
+    code, _, err = run(*SMALL, "--results", str(tmp_path))
+    assert (code, "is not a results folder" in err) == (2, True)
+    code, _, err = run(*SMALL, "--step-seconds", "1", "--curves", "kanji")
+    assert (code, "did you mean" in err or "kanjivg" in err) == (2, True)
