@@ -163,6 +163,7 @@ def main() -> None:
     parser.add_argument("--space", action="append", help="a shipped sweep file's name, with +dT for an axis of ΔTe")
     parser.add_argument("--seeds", type=int, default=20)
     parser.add_argument("--sampler", action="append", choices=("random", "tpe", "tpe ranges"))
+    parser.add_argument("--stopping", action="append", choices=sorted(STOPPING))
     parser.add_argument("--workers", type=int, default=1, help="trials at a time")
     parser.add_argument("--descent", choices=sorted(DESCENTS), default="long", help="learning curves: see the docs")
     parser.add_argument("--driver", type=int, metavar="TRIALS", help="the driver's own CPU seconds instead")
@@ -187,7 +188,8 @@ def main() -> None:
     for name in options.space or ["kanjivg", "kanjivg+dT"]:
         grid = grid_of(name)
         for sampler in options.sampler or ("random", "tpe", "tpe ranges"):
-            for label, stopping in STOPPING.items():
+            for label in options.stopping or STOPPING:
+                stopping = STOPPING[label]
                 result = shares(grid, DESCENTS[options.descent], sampler, stopping, options.seeds, options.workers)
                 row = {"space": name, "points": len(space.grid_points(grid)), "sampler": sampler, "stopping": label}
                 rows.append(row | result.row())
