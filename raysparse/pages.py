@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raysparse.screen import TrialTable, print_lines
+from raysparse.sweep.trial_log import printable
 from raysparse.terminal import duration
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ def print_sweeps(sweeps: Sequence[Facts]) -> None:
     console = _console()
     for sweep in sweeps:
         if sweep["state"] == "damaged":
-            console.print(Text(f"{sweep['results']}  damaged: {sweep['reason']}", style="red"), soft_wrap=True)
+            console.print(
+                Text(printable(f"{sweep['results']}  damaged: {sweep['reason']}"), style="red"), soft_wrap=True
+            )
             continue
         ago = f", {_ago(sweep['last_event'])} ago" if sweep["last_event"] else ""
         head = Text.assemble(
@@ -76,7 +79,7 @@ def print_trial(page: Facts) -> None:
     """One trial from top to bottom: what it is, what happened, why, what to do."""
     console = _console()
     state = page["state"] if page["state"] == "FAILED" else page["state"].lower()
-    why = f": {page['reason']}" if page["reason"] else ""
+    why = printable(f": {page['reason']}") if page["reason"] else ""
     console.print(
         Text.assemble((page["trial_id"], "bold"), "  ", (f"{state}{why}", TRIAL_STYLES.get(page["state"], ""))),
         soft_wrap=True,

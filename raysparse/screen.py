@@ -13,6 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from raysparse.sweep.trial_log import printable
 from raysparse.terminal import duration
 
 if TYPE_CHECKING:
@@ -152,7 +153,7 @@ def _cells(row: Row) -> list[str]:
         str(row.seed),
         f"{row.step:,}/{row.total_steps:,}",
         "" if row.fid is None else f"{row.fid:.3f}",
-        f"{state}: {row.reason}" if row.reason else state,
+        printable(f"{state}: {row.reason}") if row.reason else state,
     ]
 
 
@@ -205,7 +206,7 @@ def log_lines(item: Event, board: Board) -> list[str]:
 def print_lines(console: Console, *lines: str) -> None:
     """As they are: neither markup nor colours, and cut nowhere."""
     for line in lines:
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.print(printable(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def _name(row: Row) -> str:
@@ -215,4 +216,4 @@ def _name(row: Row) -> str:
 
 
 def _line(text: str, style: str = "") -> Text:
-    return Text(text, style=style, overflow="ellipsis", no_wrap=True)
+    return Text(printable(text), style=style, overflow="ellipsis", no_wrap=True)

@@ -98,3 +98,13 @@ def test_a_driver_without_a_terminal_says_lines(capsys: pytest.CaptureFixture[st
     out, err = capsys.readouterr()
     assert out == ""
     assert "FAILED     rigl-0000000000 S=0.9 p=0.329 ΔTe=1e+03: [red]not markup[/red]" in err
+
+
+def test_nothing_in_a_journal_steers_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    board = board_of(1)
+    hostile = "\x1b[2J\x1b]0;title\x07 up\nand away\r"
+    with SweepDisplay(board, 1) as display:
+        display.on_event(event("failed", trial_id="rigl-0000000000", reason=hostile))
+    said = capsys.readouterr().err + "\n".join(drawn(board, 100, 30))
+    assert "up and away" in said
+    assert not any(sign in said for sign in "\x1b\x07\r")

@@ -11,7 +11,8 @@ import getpass
 import os
 import platform
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -66,7 +67,13 @@ def beat(results: Path) -> None:
 
 
 def stop(results: Path, trial_id: str) -> str:
-    """Ask for the end of a trial. -> what will happen, in words. UsageError where it has ended."""
+    """Ask for the end of a trial. -> what will happen, in words. UsageError where it has ended, or nothing can be
+    written in the folder."""
+    with _writing(results):
+        return _stop(results, trial_id)
+
+
+def _stop(results: Path, trial_id: str) -> str:
     row = _row(results, trial_id)
     if not row.open:
         raise UsageError(
@@ -107,8 +114,13 @@ def request_path(results: Path, trial_id: str) -> Path:
 def retry(results: Path, trial_ids: Sequence[str]) -> None:
     """Make trials open again that failed, or that a person stopped; `raysparse resume` runs them.
 
-    UsageError while a driver runs, and for a trial that may not be tried again.
+    UsageError while a driver runs, for a trial that may not be tried again, and where nothing can be written.
     """
+    with _writing(results):
+        _retry(results, trial_ids)
+
+
+def _retry(results: Path, trial_ids: Sequence[str]) -> None:
     for trial_id in trial_ids:
         _check_retry(_row(results, trial_id))
     try:
@@ -130,6 +142,14 @@ def retry(results: Path, trial_ids: Sequence[str]) -> None:
             f"{busy}; trials are tried again after it has ended (Ctrl-C there lets it go on later), with: "
             f"raysparse retry {results} --failed && raysparse resume {results}"
         ) from None
+
+
+@contextmanager
+def _writing(results: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UsageError(f"cannot write in {results}: {error}; this needs a user and a mount that may") from error
 
 
 def rewrite_record(results: Path, row: Row) -> None:

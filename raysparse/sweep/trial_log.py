@@ -190,11 +190,11 @@ def _last_lines(path: Path, lines: int) -> list[str]:
             text = stream.read().decode(errors="replace")
     except OSError:
         return []
-    return [_printable(line)[:400] for line in text.splitlines() if line.strip()][-lines:]
+    return [printable(line)[:400] for line in text.splitlines() if line.strip()][-lines:]
 
 
-def _printable(line: str) -> str:
-    """Without control characters: a log must not steer the terminal that shows it."""
+def printable(line: str) -> str:
+    """Without control characters: what a log or a journal says must not steer the terminal that shows it."""
     return "".join(sign if sign.isprintable() else " " for sign in line.expandtabs(4)).rstrip()
 
 

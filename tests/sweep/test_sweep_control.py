@@ -146,6 +146,13 @@ def test_a_driver_elsewhere_is_seen_by_its_heartbeat(results: Path) -> None:
     assert control.driver(results).state == "gone"
 
 
+def test_a_folder_that_cannot_be_written_is_said_so(results: Path) -> None:
+    control.beat(results)  # a driver elsewhere
+    (results / "requests").touch()
+    with pytest.raises(UsageError, match="cannot write in"):
+        control.stop(results, "a")
+
+
 def test_an_id_that_another_process_has_by_now_is_no_driver(results: Path) -> None:
     (results / "lock").write_text(f"process {os.getpid()} on {platform.node()}\n")
     assert control.driver(results).state == "gone"
