@@ -13,6 +13,7 @@ from raysparse.cli.app import (
     app,
     load_sweep,
 )
+from raysparse.cli.sweep import MaxDisk, MaxGpuHours, MaxHours, MaxTrials
 from raysparse.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,7 +27,9 @@ Token = Annotated[
 
 @app.command()
 def submit(
-    path: Annotated[Path | None, typer.Argument(help="A sweep file; or none, with --resume.")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(help="A sweep file; with --resume only where it has changed: more trials.")
+    ] = None,
     address: Annotated[
         str, typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="The cluster's dashboard, such as the tunnel's.")
     ] = "http://127.0.0.1:8265",
@@ -44,6 +47,13 @@ def submit(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. base.train.steps=100; repeatable.")
     ] = None,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Resume with another file, code or version; recorded.")
+    ] = False,
+    max_trials: MaxTrials = None,
+    max_hours: MaxHours = None,
+    max_gpu_hours: MaxGpuHours = None,
+    max_disk: MaxDisk = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a sweep on a cluster: hand it over as a Ray job, which goes on when this machine goes away.
@@ -53,26 +63,27 @@ def submit(
     """
     from raysparse.sweep import submit as jobs
 
-    if (path is None) == (resume is None):
-        raise UsageError("give a sweep file, or --resume DIR to go on with a sweep of the cluster: one of the two")
-    if resume is not None and (output or data or changes):
-        raise UsageError("--resume goes on with the sweep as it is: --output, --data and --set do not go with it")
+    if path is None and resume is None:
+        raise UsageError("give a sweep file, or --resume DIR to go on with a sweep of the cluster")
+    if resume is not None and output is not None:
+        raise UsageError("--resume DIR names the results folder already: --output does not go with it")
+    if resume is None and accept_changes:
+        raise UsageError("--accept-changes goes with --resume: a new sweep has nothing that could have changed")
     if jobs.in_the_clear(address):
         typer.echo(
             f"warning: the token crosses the network unencrypted on its way to {address}, and whoever reads it can run "
             "any program there; use the tunnel of `ray dashboard cluster.yaml`, or https",
             err=True,
         )
-    if path is not None:
-        sent = jobs.submit_sweep(
-            load_sweep(path, [*(changes or []), *([f"base.data.source={json.dumps(data)}"] if data else [])], None),
-            address,
-            output=output,
-            token=token,
-            requirements=requirements,
-        )
-    else:
-        sent = jobs.submit_resume(str(resume), address, token=token, requirements=requirements)
+    data_set = [f"base.data.source={json.dumps(data)}"] if data else []
+    sweep = load_sweep(path, [*(changes or []), *data_set], None) if path is not None else None
+    limits = {"trials": max_trials, "hours": max_hours, "gpu-hours": max_gpu_hours, "disk": max_disk}
+    options = [f"--max-{name}={value}" for name, value in limits.items() if value is not None]
+    if resume is not None:
+        options += ["--accept-changes"] * accept_changes
+        sent = jobs.submit_resume(resume, address, sweep=sweep, options=options, token=token, requirements=requirements)
+    elif sweep is not None:
+        sent = jobs.submit_sweep(sweep, address, output=output, options=options, token=token, requirements=requirements)
     if as_json:
         facts = {"job": sent.job_id, "address": sent.address, "results": sent.results}
         typer.echo(json.dumps(facts | {"files": sent.files, "bytes": sent.size_bytes}))

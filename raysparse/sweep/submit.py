@@ -18,7 +18,7 @@ import shlex
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
@@ -63,34 +63,44 @@ def submit_sweep(
     address: str,
     *,
     output: str | None = None,
+    options: Sequence[str] = (),
     token: Path | None = None,
     requirements: Path | None = None,
 ) -> Submission:
     """Submit a new sweep.
 
     output: results folder as the cluster sees it, absolute, on shared storage; None: /mnt/raysparse/results/NAME.
+    options: more words for `raysparse sweep`, such as `--max-hours 5`.
     requirements: a requirements.txt that every node installs first; None: the image has what is needed.
     UsageError for a path that the cluster cannot have, a token that is missing or open to others, and no answer.
     """
     results = cluster_path(output, "--output") if output else str(SHARED / "results" / sweep.name)
-    check_paths(sweep)
     with tempfile.TemporaryDirectory(prefix="raysparse-submit-") as name:
-        stage = Path(name)
-        content = yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        (stage / "sweep.yaml").write_text(content, encoding="utf-8")
-        words = ["sweep", "sweep.yaml", "--output", results]
-        return submit(stage, words, address, name=sweep.name, results=results, token=token, requirements=requirements)
+        words = ["sweep", _add_sweep(Path(name), sweep), "--output", results, *options]
+        return submit(
+            Path(name), words, address, name=sweep.name, results=results, token=token, requirements=requirements
+        )
 
 
 def submit_resume(
-    results: str, address: str, *, token: Path | None = None, requirements: Path | None = None
+    results: str,
+    address: str,
+    *,
+    sweep: Sweep | None = None,
+    options: Sequence[str] = (),
+    token: Path | None = None,
+    requirements: Path | None = None,
 ) -> Submission:
-    """Go on with the sweep in a results folder, named as the cluster sees it."""
+    """Go on with the sweep in a results folder, named as the cluster sees it. sweep: where it has changed.
+
+    options: more words for `raysparse resume`. The rest as `submit_sweep`.
+    """
     results = cluster_path(results, "--resume")
     with tempfile.TemporaryDirectory(prefix="raysparse-submit-") as name:
+        changed = ["--space", _add_sweep(Path(name), sweep)] if sweep else []
         return submit(
             Path(name),
-            ["resume", results],
+            ["resume", results, *changed, *options],
             address,
             name=PurePosixPath(results).name,
             results=results,
@@ -99,9 +109,17 @@ def submit_resume(
         )
 
 
+def _add_sweep(stage: Path, sweep: Sweep) -> str:
+    """Put the sweep into the working directory; its name there."""
+    check_paths(sweep)
+    content = yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    (stage / "sweep.yaml").write_text(content, encoding="utf-8")
+    return "sweep.yaml"
+
+
 def submit(
     stage: Path,
-    words: list[str],
+    words: Sequence[str],
     address: str,
     *,
     name: str,

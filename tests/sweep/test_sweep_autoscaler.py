@@ -31,6 +31,7 @@ import yaml
 
 from raysparse.results import read_trial
 from raysparse.space import Sweep
+from raysparse.sweep import autoscaling
 from raysparse.sweep.journal import read
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,6 +49,7 @@ class Provider(FakeMultiNodeProvider):
             ray_constants.DEFAULT_RUNTIME_ENV_DIR_NAME = f"runtime_resources_{self._next_node_id + 1}"
             super()._create_node_with_resources_and_labels(*arguments)
 """
+STEPS = 100  # long enough to be stopped in the middle
 SMALL_MEMORY = 100_000_000  # bytes of object store per raylet; Ray's default is a third of the machine each
 
 
@@ -143,7 +145,8 @@ def space(sweep_of: Callable[..., Sweep], tmp_path: Path) -> Path:
         search=None, asha=None, confirm=None, grid={"static": {"sparsity": [0.5]}}, resources={"cpus_per_worker": 3}
     )
     content = sweep.model_dump(mode="json", exclude_none=True)
-    content["base"]["train"]["steps"] = 4
+    content["base"]["train"]["steps"] = STEPS
+    content["base"]["evaluate"]["every_steps"] = 5
     path = tmp_path / "tiny.yaml"
     path.write_text(yaml.safe_dump(content))
     return path
@@ -246,6 +249,17 @@ def end(process: subprocess.Popen[bytes], home: Path) -> None:
     shutil.rmtree(home, ignore_errors=True)
 
 
+def test_room_counts_what_the_autoscaler_may_still_start() -> None:
+    cluster = yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8"))
+    nodes = autoscaling.nodes_of(cluster)
+    assert nodes == [{"CPU": 0}] + [{"CPU": 4, "GPU": 1}] * 8
+    cluster["available_node_types"]["cpu.spot"] = {"resources": {"CPU": 32}, "max_workers": 5}
+    cluster["max_workers"] = 9  # of the whole cluster: the GPUs first
+    assert autoscaling.nodes_of(cluster) == [{"CPU": 0}] + [{"CPU": 4, "GPU": 1}] * 8 + [{"CPU": 32}]
+    assert autoscaling.nodes_of({"available_node_types": {}, "head_node_type": "head"}) is None
+    assert autoscaling.nodes_of({}) is None
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_submission_without_the_clusters_token_is_refused(head: Head, space: Path, tmp_path: Path) -> None:
@@ -295,32 +309,50 @@ def test_the_doctor_examines_a_cluster_through_its_dashboard(head: Head) -> None
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_submitted_sweep_scales_up_runs_and_scales_back_to_nothing(head: Head, space: Path) -> None:
+def test_a_submitted_sweep_scales_up_is_stopped_goes_on_and_scales_back_to_nothing(head: Head, space: Path) -> None:
     ((_, resources),) = head.nodes()
     assert not {"CPU", "GPU"} & set(resources)  # the head does no work
-
     results = head.home / "shared" / "results" / "tiny"
-    words = [str(space), "--output", str(results), "--token", str(head.token), "--follow", "--json"]
-    most = 0
-    submission = head.submit(*words)
-    deadline = time.monotonic() + 100
-    while submission.poll() is None and time.monotonic() < deadline:
-        most = max(most, head.alive() - 1)
-        time.sleep(0.5)
-    code, out, err = said(submission)
+    where = ["--token", str(head.token), "--follow", "--json"]
+
+    first = head.submit(str(space), "--output", str(results), *where)
+    most = watch(head, first, lambda: "report" in kinds(results))
+    job = json.loads(first.stdout.readline() if first.stdout else "")
+    assert job["results"] == str(results)
+    head.get(f"/api/jobs/{job['job']}/stop", head.token.read_text(), {})
+    code, _, err = said(first)
+    assert code == 130, err  # stopped, as by Ctrl-C
+    assert "stopped" in err
+    assert f"stop {job['job']}" in err
+    assert f"raysparse submit --resume {results}" in err
+    assert "INFO" not in err.split("submitted to")[0]
+    assert kinds(results)[-1] == "interrupted"  # it had the time to save its trials
+
+    second = head.submit("--resume", str(results), "--accept-changes", *where)
+    most = max(most, watch(head, second, lambda: False))
+    code, _, err = said(second)
     assert code == 0, err
     assert most == 2  # a worker per trial
-    job = json.loads(out)
-    assert job["results"] == str(results)
-    assert f"stop {job['job']}" in err
-    assert "succeeded" in err
-    assert "INFO" not in err.split("submitted to")[0]
-
-    events = list(read(results / "journal.jsonl"))
-    assert events[-1].kind == "finished"
-    assert [item.kind for item in events].count("completed") == 2
+    assert kinds(results)[-1] == "finished"
+    assert kinds(results).count("completed") == 2
     for record in (results / "records").glob("*.parquet"):
-        assert read_trial(record).column("step").to_pylist() == [2, 4]
+        assert read_trial(record).column("step").to_pylist() == list(range(5, STEPS + 1, 5))
     assert (results / "report" / "report.html").is_file()
 
     wait_for(lambda: head.alive() == 1, 60, head.nodes)
+
+
+def watch(head: Head, submission: subprocess.Popen[str], until: Callable[[], bool]) -> int:
+    """The most workers at a time that were there until then, or until the submission has ended."""
+    most, deadline = 0, time.monotonic() + 120
+    while submission.poll() is None and not until():
+        assert time.monotonic() < deadline, head.nodes()
+        most = max(most, head.alive() - 1)
+        time.sleep(0.5)
+    return most
+
+
+def kinds(results: Path) -> list[str]:
+    """The kinds of the sweep's events so far."""
+    path = results / "journal.jsonl"
+    return [item.kind for item in read(path)] if path.exists() else []

@@ -213,9 +213,21 @@ def test_the_command_says_what_to_type_next(token: Path, sent: dict[str, Any]) -
     assert "unencrypted" in done.stderr  # the address is no tunnel
 
 
-@pytest.mark.parametrize(
-    "words", [[], ["a.yaml", "--resume", "/results"], ["--resume", "/results", "--output", "/other"]]
-)
+@pytest.mark.parametrize("words", [[], ["--resume", "/r", "--output", "/o"], ["quickstart.yaml", "--accept-changes"]])
 def test_options_that_do_not_go_together(words: list[str]) -> None:
     done = CliRunner().invoke(cli.app, ["submit", *words])
     assert isinstance(done.exception, UsageError)
+
+
+def test_limits_and_changes_travel_along(token: Path, sent: dict[str, Any]) -> None:
+    words = ["submit", "tune_spaces/quickstart.yaml", "--address", NOBODY, "--token", str(token), "--max-hours", "2.5"]
+    done = CliRunner().invoke(cli.app, words)
+    assert done.exit_code == 0, done.output
+    assert sent["entrypoint"].endswith("--output /mnt/raysparse/results/quickstart --max-hours=2.5")
+    more = ["--resume", "/mnt/raysparse/results/quickstart", "--accept-changes", "--max-disk", "500GB"]
+    done = CliRunner().invoke(cli.app, [*words, *more])
+    assert done.exit_code == 0, done.output
+    assert sent["entrypoint"] == (
+        "python -m raysparse.cli resume /mnt/raysparse/results/quickstart --space sweep.yaml --max-hours=2.5 "
+        "--max-disk=500GB --accept-changes"
+    )
