@@ -56,8 +56,9 @@ class Descent:
         FID(u) = F (1 + (start - 1) (exp(-k u) - exp(-k)) / (1 - exp(-k))) (1 + noise z),  u = step / total
 
     k is drawn per trial, log-normal: trials fall at different rates, so curves cross, and early ones mislead. The
-    defaults are an assumption for the papers' long budgets: FID at a tenth of them about twice F. SHORT was measured on
-    five trials of quickstart.yaml (480 steps; S of 0, .5 and .9).
+    defaults are an assumption for the papers' long budgets, not a measurement: FID at a tenth of them about twice F.
+    SHORT is a reading by eye of two trials of quickstart.yaml at 480 steps, one seed: dense (k 4.9, start 2.6) and
+    static at S = .5 (k 4.7). All spreads and `noise` are assumptions.
     """
 
     start: float = 12.0  # FID at step 0 over F

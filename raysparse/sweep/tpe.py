@@ -1,8 +1,8 @@
 """TPE whose suggestions cost the same however long a sweep is, and one step for the method, one for its axes.
 
 As Optuna has it, each suggestion sorts all trials and puts a kernel on every one, for every group of axes: 16 ms of CPU
-at 250 trials, 35 ms at 500, growing without end; over 10,000 trials that is about an hour of the driver's. What is far
-from the best says little, so beyond 300 trials the model is made of the best and of a sample of the others.
+a trial over a search of 500 (two busy cores), and growing with their number. What is far from the best says little one
+by one, so beyond 300 trials the model is made of the best and of a sample of the others.
 """
 
 from __future__ import annotations
