@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import json
 import os
 import platform
@@ -34,6 +35,7 @@ from raysparse.errors import UsageError
 from raysparse.files import atomic_path
 from raysparse.results import Report
 from raysparse.sweep import leaving, trial_log
+from raysparse.sweep.patience import patiently
 from raysparse.sweep.scheduler import last_line
 
 KEEP_CHECKPOINTS = 2  # the last, and the one before in case the last is damaged
@@ -93,16 +95,17 @@ def _metrics(config: dict[str, Any], folder: Path, rank: int, world_size: int, d
     trainer.should_stop = leaving.Wish(results)
 
     def save() -> None:
-        state.save(trainer, state.at_step(checkpoints, trainer.step))
         if rank == 0:
-            state.keep_latest(checkpoints, KEEP_CHECKPOINTS)
+            place = state.at_step(checkpoints, trainer.step)
+            if patiently(lambda: state.save(trainer, place), f"checkpoint of step {trainer.step}", needed=False):
+                state.keep_latest(checkpoints, KEEP_CHECKPOINTS)
 
     for report in read_reports(folder):
         if report.step <= trainer.step:
             yield metrics_of(report)
     for report in trainer.run():
         if rank == 0:
-            write_report(folder, report)
+            patiently(functools.partial(write_report, folder, report), f"report of step {report.step}", needed=True)
         if not report.diverged:
             save()
         yield metrics_of(report)
