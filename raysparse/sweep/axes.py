@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from raysparse import rng
 from raysparse.space import Axis, Point, Range, Search
-from raysparse.sweep.tpe import Best, WindowedTPE
+from raysparse.sweep.tpe import WHOLE, Best, WindowedTPE
 
 METHOD = "method"
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # the terminal is the command line's
@@ -93,12 +93,16 @@ def all_points(search: Search) -> list[Point] | None:
 def sampler(search: Search, number: int, best: Best) -> optuna.samplers.BaseSampler:
     """The sampler of the trial with this number. Fresh for each, so that a resumed search draws what it would have.
 
-    best: of the study so far, kept up to date by the caller.
+    best: of the study so far, kept up to date by the caller. Beyond tpe.WHOLE trials Optuna's own TPE grows too slow.
     """
     seed = rng.key(search.seed, "optuna", step=number) % 2**32
     if search.sampler == "random":
         return optuna.samplers.RandomSampler(seed=seed)
-    return WindowedTPE(distributions(search), best, seed)
+    if number >= WHOLE:
+        return WindowedTPE(distributions(search), best, seed)
+    with quiet():
+        # Several axes at once, groups for the nested ones, and running trials counted as poor: workers spread out.
+        return optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
 
 
 @contextmanager

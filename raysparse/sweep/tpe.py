@@ -1,4 +1,4 @@
-"""TPE whose suggestions cost the same however long a sweep is, and one step for the method, one for its axes.
+"""TPE for long sweeps: suggestions cost the same however many trials there are; the method first, then its axes.
 
 As Optuna has it, each suggestion sorts all trials and puts a kernel on every one, for every group of axes: 16 ms of CPU
 a trial over a search of 500 (two busy cores), and growing with their number. What is far from the best says little one
@@ -17,7 +17,7 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-WHOLE = 300  # up to so many trials the model is made of all; beyond, of
+WHOLE = 300  # up to so many trials Optuna's own sampler is used, whose model is made of all; beyond, of
 BEST = 25  # the best of all, more is never in the lower part of Optuna's split,
 SPREAD = 75  # some evenly spread over all that have ended: of the latest only, it forgot which regions are poor,
 LATEST = 25  # and the latest that run
