@@ -49,6 +49,7 @@ class Provider(FakeMultiNodeProvider):
             ray_constants.DEFAULT_RUNTIME_ENV_DIR_NAME = f"runtime_resources_{self._next_node_id + 1}"
             super()._create_node_with_resources_and_labels(*arguments)
 """
+HEADS_OWN = ("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING")
 STEPS = 100  # long enough to be stopped in the middle
 SMALL_MEMORY = 100_000_000  # bytes of object store per raylet; Ray's default is a third of the machine each
 
@@ -111,7 +112,7 @@ def head() -> Iterator[Head]:
     token.write_text(secrets.token_hex(32))
     token.chmod(0o600)
     cluster = prepare_config(yaml.safe_load((ROOT / "cluster.yaml").read_text(encoding="utf-8")))
-    command, ports = start_command(cluster, home)
+    command, ports = start_command(cluster, "head", home)
     (home / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(with_fake_provider(cluster, ports["port"])))
     (home / "fake_provider.py").write_text(PROVIDER)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY")} | {
@@ -128,7 +129,12 @@ def head() -> Iterator[Head]:
     }
     with (home / "head.log").open("w") as log:
         process = subprocess.Popen(
-            ["sh", "-c", command], env=environment, stdout=log, stderr=log, start_new_session=True, cwd=home
+            ["sh", "-c", f"{command} --temp-dir={home}/r"],
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+            cwd=home,
         )
     try:
         started = Head(home, token, f"http://127.0.0.1:{ports['dashboard-port']}", environment)
@@ -152,15 +158,15 @@ def space(sweep_of: Callable[..., Sweep], tmp_path: Path) -> Path:
     return path
 
 
-def start_command(cluster: dict[str, Any], home: Path) -> tuple[str, dict[str, int]]:
+def start_command(cluster: dict[str, Any], kind: str, home: Path) -> tuple[str, dict[str, int]]:
     """cluster.yaml's command with free ports, small, in the foreground; and which port is which."""
-    (command,) = [line for line in cluster["head_start_ray_commands"] if "ray start" in line]
+    (command,) = [line for line in cluster[f"{kind}_start_ray_commands"] if "ray start" in line]
     ports = {}
     for option in re.findall(r"--([a-z-]*port)=\d+", command):
         ports[option] = free_port()
         command = re.sub(rf"--{option}=\d+", f"--{option}={ports[option]}", command)
     command = command.replace("/mnt/raysparse", str(home / "shared"))
-    return f"{command} --temp-dir={home}/r --object-store-memory={SMALL_MEMORY} --block", ports
+    return f"{command} --object-store-memory={SMALL_MEMORY} --block", ports
 
 
 def with_fake_provider(cluster: dict[str, Any], port: int) -> dict[str, Any]:
@@ -223,7 +229,7 @@ def processes() -> dict[int, tuple[int, int]]:
 def started_by(process: subprocess.Popen[bytes], home: Path) -> set[int]:
     """What runs in the head's session, what that started in sessions of its own, and what names our folder."""
     found = processes()
-    ours = {number for number, (_, session) in found.items() if session == process.pid}
+    ours = in_session(process.pid)
     for number in found:
         with contextlib.suppress(OSError):
             if str(home).encode() in Path(f"/proc/{number}/cmdline").read_bytes():
@@ -233,6 +239,10 @@ def started_by(process: subprocess.Popen[bytes], home: Path) -> set[int]:
         if not more:
             return ours - {os.getpid()}
         ours |= more
+
+
+def in_session(leader: int) -> set[int]:
+    return {number for number, (_, session) in processes().items() if session == leader}
 
 
 def end(process: subprocess.Popen[bytes], home: Path) -> None:
@@ -291,6 +301,30 @@ def test_a_submission_without_the_clusters_token_is_refused(head: Head, space: P
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_worker_of_cluster_yaml_joins_by_its_own_command(head: Head) -> None:
+    bootstrap = yaml.safe_load((head.home / "ray_bootstrap_config.yaml").read_text())
+    command, _ = start_command(bootstrap, "worker", head.home)
+    port = bootstrap["provider"]["gcs_address"].rpartition(":")[2]
+    plain = {name: value for name, value in head.environment.items() if name not in HEADS_OWN}
+    worker = subprocess.Popen(
+        ["sh", "-c", command.replace(":6379", f":{port}") + " --num-cpus=1"],
+        env=plain | {"RAY_HEAD_IP": "127.0.0.1"},
+        cwd=head.home,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        wait_for(lambda: head.alive() == 2, 40, head.nodes)
+    finally:
+        for number in in_session(worker.pid):
+            os.kill(number, signal.SIGTERM)
+        worker.wait(20)
+    wait_for(lambda: head.alive() == 1, 40, head.nodes)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_the_doctor_examines_a_cluster_through_its_dashboard(head: Head) -> None:
     (head.home / "shared").mkdir(exist_ok=True)
     words = ["--address", head.dashboard, "--token", str(head.token), "--storage", str(head.home / "shared"), "--json"]
@@ -310,7 +344,7 @@ def test_the_doctor_examines_a_cluster_through_its_dashboard(head: Head) -> None
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_submitted_sweep_scales_up_is_stopped_goes_on_and_scales_back_to_nothing(head: Head, space: Path) -> None:
-    ((_, resources),) = head.nodes()
+    (resources,) = [found for state, found in head.nodes() if state == "ALIVE"]
     assert not {"CPU", "GPU"} & set(resources)  # the head does no work
     results = head.home / "shared" / "results" / "tiny"
     where = ["--token", str(head.token), "--follow", "--json"]
