@@ -47,7 +47,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     httpd.server_close()
 
 
-@pytest.mark.parametrize("pinned", [hashlib.sha256(CONTENT).hexdigest(), None])
+@pytest.mark.parametrize("pinned", [hashlib.sha256(CONTENT).hexdigest(), None], ids=["pinned", "not pinned"])
 def test_a_download_is_kept_and_not_fetched_twice(server: str, pinned: str | None, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
     path = sources.downloaded(
