@@ -10,7 +10,9 @@ import pytest
 from raysparse.errors import UsageError
 from raysparse.metrics.protocol import Protocol, Score, same_protocol
 
-BASE = Protocol("inception", "ab12", "2048", 1000, 5000, "cd34", "bilinear 299", 50, 0.0, True, None, "leading", 100, 1000)
+BASE = Protocol(
+    "inception", "ab12", "2048", 1000, 5000, "cd34", "bilinear 299", 50, 0.0, True, None, "leading", 100, 1000
+)
 CHANGES = {
     "extractor": "glyph_cnn",
     "weights_hash": "ee",
