@@ -17,15 +17,6 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Files that start Ray go to one process, and begin at once: they are the longest chain."""
-    starting = {item.path for item in items if item.get_closest_marker("ray")}
-    for item in items:
-        if item.path in starting:
-            item.add_marker(pytest.mark.xdist_group("ray"))
-    items.sort(key=lambda item: item.path not in starting)
-
-
 @pytest.fixture(scope="session")
 def kanjivg_path() -> Path:
     """The real KanjiVG sketches where they are at hand: $RAYSPARSE_KANJIVG, or beside the checkout."""
