@@ -168,6 +168,7 @@ def _print_once(view: View) -> None:
     from raysparse.screen import LATEST, event_line, headline_of, hints_of, sweep_screen
     from raysparse.sweep.board import Board
     from raysparse.sweep.journal import read
+    from raysparse.sweep.trial_log import printable
 
     assert view.sweep is not None
     lines, board = [], Board()
@@ -180,7 +181,9 @@ def _print_once(view: View) -> None:
     if not console.is_terminal:
         console = Console(width=140)  # a pipe has no width of its own
     hints = hints_of(view.board) if view.state == "running" else [_ending(view)]
-    console.print(sweep_screen(view.board, headline, lines[-LATEST:], None, hints))
+    console.print(sweep_screen(view.board, headline, lines[-LATEST:], None, []))
+    for hint in hints:  # whole: a command that is cut cannot be typed
+        console.print(printable(hint), soft_wrap=True, markup=False, highlight=False)
 
 
 def _spent(board: Board) -> str:

@@ -155,4 +155,4 @@ def _provider(folder: Path) -> dict[str, Any]:
 
 
 def _yaml(content: dict[str, Any]) -> str:
-    return yaml.safe_dump(content, sort_keys=False)
+    return yaml.safe_dump(content, sort_keys=False, width=10_000)

@@ -51,7 +51,7 @@ print(encode.prepare(config.parse(json.loads(sys.argv[1]), "test"), cpus=2, temp
 
 
 def square(number: int) -> int:
-    time.sleep(0.4 if number == 0 else 0)
+    time.sleep(3 if number == 0 else 0)  # longer than a second process takes to start
     return number * number
 
 
