@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/unet_step.py"
@@ -21,6 +22,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+@pytest.mark.slow
 def test_quick_run_without_ray_compiles_once_whatever_the_topology_does(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", BARE, str(SCRIPT), "--quick", "--json", "--backend", "eager", "--threads", "1"],

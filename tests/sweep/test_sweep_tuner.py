@@ -126,6 +126,7 @@ def test_a_grid_goes_past_failing_and_diverging_trials(
         tuner.run(sweep_of(), tmp_path / "out", command="")
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_search_interrupted_and_killed_ends_as_if_undisturbed(
     tmp_path: Path, sweep_of: Callable[..., Sweep], ray_home: Path, monkeypatch: pytest.MonkeyPatch

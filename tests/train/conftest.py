@@ -54,14 +54,14 @@ def data_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("data")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny(data_root: Path) -> Callable[..., TrialConfig]:
     """tiny({"train.steps": 5}, ...) -> a prepared trial: TINY with values at dotted paths changed."""
 
     return functools.partial(_prepared, TINY, data_root)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def pictures(data_root: Path) -> Callable[..., TrialConfig]:
     """The same of pictures as pixels: PICTURES with values at dotted paths changed."""
     return functools.partial(_prepared, PICTURES, data_root)
@@ -77,6 +77,6 @@ def _prepared(base: dict[str, Any], data_root: Path, *changes: dict[str, Any]) -
     return trial
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def rigl() -> dict[str, Any]:
     return RIGL

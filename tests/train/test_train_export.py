@@ -174,6 +174,7 @@ def test_the_step_counts_said_to_be_equal_are_the_equal_ones(spacing, steps):
     assert same or steps not in (1, 10, 50, 100, 200, 500)
 
 
+@pytest.mark.slow
 def test_an_export_in_another_process_has_the_same_bytes(tmp_path):
     """safetensors writes a header's entries in an order that differs between processes."""
     checkpoint = save(tmp_path / "c", trial(sparse=RIGL))

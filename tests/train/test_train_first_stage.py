@@ -89,6 +89,7 @@ def test_latents_that_16_bits_cannot_hold_are_refused(factor: float, monkeypatch
         stage(pictures())
 
 
+@pytest.mark.slow
 def test_it_travels_and_reads_its_weights_where_it_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved(tmp_path / "vq", seed=3)
     monkeypatch.chdir(tmp_path)

@@ -32,6 +32,7 @@ def test_a_trial_of_pixels_from_start_to_record(pictures, rigl, tmp_path):
     assert table["dataset"][0].as_py() == "hershey_pictures"
 
 
+@pytest.mark.slow
 def test_two_workers_share_pictures_as_one_has_them(pictures, tmp_path):
     trial = pictures(SGD, {"train.steps": 3, "data.options.flips": True, "train.accumulate": 2})
     found = []
@@ -65,11 +66,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
     "channels last": {"train.channels_last": True},
     "accumulated": {"train.accumulate": 2, "data.options.flips": True},
-    "compiled": {"train.compile": True},
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        *(pytest.param(options, id=name) for name, options in OPTIONS.items()),
+        pytest.param({"train.compile": True}, id="compiled", marks=pytest.mark.slow),
+    ],
+)
 def test_options_are_right_under_masks_and_resume_bit_for_bit(pictures, rigl, tmp_path, options):
     trial = pictures(rigl, options)
     torch._dynamo.reset()
@@ -95,6 +101,7 @@ def _moments(trainer, weight):
     return [kept for kept in trainer.optimizer.state[weight].values() if kept.shape == weight.shape]
 
 
+@pytest.mark.slow
 def test_topology_updates_do_not_compile_again(pictures, rigl):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
@@ -16,11 +17,18 @@ from raysparse.train import draw, reevaluate, restored, run, setup
 STEPS = [{"evaluate.ddim_steps": 2}, {"evaluate.ddim_steps": 3, "evaluate.timestep_spacing": "original"}]
 
 
+@pytest.fixture(scope="module")
+def trained_once(pictures, rigl, tmp_path_factory):
+    trial, out = pictures(rigl), tmp_path_factory.mktemp("trained")
+    run.train(trial, out, device="cpu")
+    return trial, out
+
+
 @pytest.fixture
-def trained(pictures, rigl, tmp_path):
-    """A results folder with one trial that is trained to its end."""
-    trial = pictures(rigl)
-    run.train(trial, tmp_path / "results", device="cpu")
+def trained(trained_once, tmp_path):
+    """A results folder with one trial that is trained to its end; the test's own copy."""
+    trial, out = trained_once
+    shutil.copytree(out, tmp_path / "results")
     return trial, tmp_path / "results"
 
 
@@ -53,6 +61,7 @@ def test_a_study_of_steps_is_kept_and_not_measured_twice(trained):
     assert [path.stat().st_mtime_ns for path in kept] != before
 
 
+@pytest.mark.slow
 def test_workers_share_the_samples(trained):
     _, out = trained
     (alone,) = reevaluate.evaluate(out, STEPS[:1], device="cpu")

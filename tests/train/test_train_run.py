@@ -39,6 +39,7 @@ def test_two_workers_equal_one(tiny, tmp_path):
     assert report_1.fid == pytest.approx(report_2.fid, rel=1e-3)  # drawn pixels jump where a coordinate rounds
 
 
+@pytest.mark.slow
 def test_two_workers_are_interrupted_resume_and_die_together(tiny, tmp_path):
     trial, heard = tiny({"train.steps": 4000, "evaluate.every_steps": 20}), []
 
