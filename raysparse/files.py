@@ -1,13 +1,20 @@
-"""Files that are whole or absent: written to a temporary name, fsynced, renamed."""
+"""Files and folders that are whole or absent: written to a temporary name, fsynced, renamed. Sizes in words."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from raysparse.errors import UsageError
+
+TEMPORARY = ".writing-"  # prefix of a folder that is not whole yet, or no more
+SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+SIZES |= {f"{name[0]}iB": 2 ** (10 * power) for power, name in enumerate(("KB", "MB", "GB", "TB"), 1)}
 
 
 @contextmanager
@@ -38,3 +45,40 @@ def sha256(path: Path) -> str:
     """Hex digest of a file's bytes."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def set_aside(folder: Path) -> Path:
+    """Take a folder's name away, at once, and give what it holds another one beside it, to be removed at leisure."""
+    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=TEMPORARY))
+    try:
+        folder.rename(aside)  # onto an empty folder: one step
+    except BaseException:
+        aside.rmdir()
+        raise
+    return aside
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that nothing half removed ever has its name."""
+    shutil.rmtree(set_aside(folder), ignore_errors=True)
+
+
+def size_bytes(text: str) -> int:
+    """`500GB`, `1.5 TB`, `64MiB` or a number of bytes. UsageError for anything else."""
+    number = text.rstrip("BKMGTi ")
+    unit = text[len(number) :].strip()
+    try:
+        if unit in SIZES and (value := float(number) * SIZES[unit]) >= 1:
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise UsageError(f"a size is a number with one of {', '.join(list(SIZES)[1:])}, such as 500GB; got {text!r}")
+
+
+def size_text(size: float) -> str:
+    """1_530_000_000 -> `1.53 GB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:,.1f} TB"

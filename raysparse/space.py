@@ -11,8 +11,10 @@
     asha: {grace_steps: 300, reduction_factor: 2}
     confirm: {best_per_method: 1, seeds: [1, 2, 3]}
     resources: {cpus_per_worker: 1}
+    storage: {checkpoints: 50GB}
 
-An axis is a setting of the method, or a dotted path into TrialConfig such as `optimizer.lr`.
+An axis is a setting of the method, or a dotted path into TrialConfig such as `optimizer.lr`. With several objectives,
+`search: {objectives: [fid, flops_inference], ...}`, the search is for their Pareto front and confirm re-runs that.
 """
 
 from __future__ import annotations
@@ -30,8 +32,10 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from raysparse import config
 from raysparse.config import METHOD_DEFAULTS, Section, TrialConfig
 from raysparse.errors import UsageError, unknown, usage_error_from
+from raysparse.files import size_bytes
 
 Point = dict[str, Any]  # {"method": "rigl", "sparsity": 0.9, "optimizer.lr": 1e-3, ...}
+OBJECTIVES = ("fid", "flops_inference", "flops_train", "params_active")  # all are made small; FLOPs, true convention
 NOT_AN_AXIS = ("seed", "sparse.method", "train.steps")  # replicates, the outer axis, the budget
 
 
@@ -66,6 +70,17 @@ class Search(Section):
     sampler: str = Field("tpe", pattern="^(tpe|random)$")
     seed: int = Field(0, ge=0)  # of the sampler
     seed_points: tuple[Point, ...] = ()  # run first, e.g. the paper's settings
+    objectives: tuple[str, ...] = ("fid",)  # several: a search for their Pareto front; ASHA still stops by FID
+
+    @field_validator("objectives")
+    @classmethod
+    def _known(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in OBJECTIVES:
+                raise ValueError(unknown("objective", name, OBJECTIVES))
+        if len(set(names)) < len(names) or "fid" not in names:
+            raise ValueError(f"objectives are different ones, fid among them, got {list(names)}")
+        return names
 
 
 class Asha(Section):
@@ -80,6 +95,7 @@ class Confirm(Section):
 
     seeds: tuple[int, ...] = Field(min_length=1)
     best_per_method: int = Field(1, ge=1)
+    front: int = Field(6, ge=1)  # with several objectives instead: so many of the Pareto front, spread along it
 
     @field_validator("seeds")
     @classmethod
@@ -96,6 +112,21 @@ class Resources(Section):
     max_concurrent: int | None = Field(None, ge=1)  # None: as many as fit
 
 
+class Storage(Section):
+    # Bytes that all checkpoints may take, or text such as 50GB; None: no budget. See sweep/storage.py for what is kept.
+    checkpoints: int | None = Field(None, ge=1)
+
+    @field_validator("checkpoints", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        try:
+            return size_bytes(value)
+        except UsageError as error:
+            raise ValueError(str(error)) from error
+
+
 class Sweep(Section):
     """A checked sweep file."""
 
@@ -106,6 +137,7 @@ class Sweep(Section):
     asha: Asha | None = None
     confirm: Confirm | None = None
     resources: Resources = Resources()
+    storage: Storage = Storage()
 
     @model_validator(mode="after")
     def _one_walk(self) -> Self:
@@ -142,7 +174,7 @@ class Sweep(Section):
     @property
     def digest(self) -> str:
         """Of everything that the sweep computes: two files with the same digest are the same sweep."""
-        content = self.model_dump(mode="json")
+        content = self.model_dump(mode="json", exclude={"storage"})  # decides no result
         content["base"] = parsed_base(self).content() | {"sparse": self.base.get("sparse", {})}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -9,6 +9,6 @@ from raysparse.cli.app import app, command_line, load_sweep, load_trial, main, p
 
 __all__ = ["app", "command_line", "load_sweep", "load_trial", "main", "parse_changes"]
 
-GROUPS = ("prepare", "train", "plan", "sweep", "models", "cost", "cluster", "watch", "trials")
+GROUPS = ("prepare", "train", "plan", "sweep", "models", "cost", "cluster", "watch", "trials", "storage")
 for _group in GROUPS:
     importlib.import_module(f"raysparse.cli.{_group}")  # adds its commands to the application

@@ -61,22 +61,6 @@ def parse_changes(changes: list[str] | None) -> dict[str, Any]:
     return parsed
 
 
-SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
-SIZES |= {f"{name[0]}iB": 2 ** (10 * power) for power, name in enumerate(("KB", "MB", "GB", "TB"), 1)}
-
-
-def size_bytes(text: str) -> int:
-    """`500GB`, `1.5 TB`, `64MiB` or a number of bytes. UsageError for anything else."""
-    number = text.rstrip("BKMGTi ")
-    unit = text[len(number) :].strip()
-    try:
-        if unit in SIZES and (value := float(number) * SIZES[unit]) >= 1:
-            return int(value)
-    except (ValueError, OverflowError):
-        pass
-    raise UsageError(f"a size is a number with one of {', '.join(list(SIZES)[1:])}, such as 500GB; got {text!r}")
-
-
 def load_sweep(path: Path, changes: list[str] | None, data: Path | None) -> space.Sweep:
     """The sweep file with the command line's changes."""
     overrides = parse_changes(changes)

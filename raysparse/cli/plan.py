@@ -13,6 +13,7 @@ from rich.table import Table
 
 from raysparse.cli.app import AsJson, Cpus, Data, app, load_sweep
 from raysparse.errors import UsageError
+from raysparse.files import size_text
 from raysparse.space import Sweep
 
 
@@ -108,7 +109,7 @@ def show(sweep: Sweep, found: dict[str, Any]) -> None:
         ("unit_hours", f"{found['unit']} hours", _hours),
         ("hours", "hours from start to end", _hours),
         ("money", f"money, at {found['price_per_hour'] or 0:g} an hour and trial", "{:,.2f}".format),
-        ("checkpoints_bytes", "checkpoints on disk", _bytes),
+        ("checkpoints_bytes", "checkpoints on disk", size_text),
     ):
         if full[name] is not None and expected[name] is not None:
             one = expected[name]
@@ -145,11 +146,3 @@ def _count(value: float) -> str:
 
 def _hours(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.2g}" if value < 1 else f"{value:.1f}"
-
-
-def _bytes(value: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 1000:
-            return f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:,.1f} TB"

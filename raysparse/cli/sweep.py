@@ -20,9 +20,9 @@ from raysparse.cli.app import (
     app,
     command_line,
     load_sweep,
-    size_bytes,
 )
 from raysparse.errors import usage_error_from
+from raysparse.files import size_bytes
 
 if TYPE_CHECKING:
     from raysparse.sweep.limits import Limits

@@ -25,6 +25,7 @@ class Row:
     fids: dict[int, float | None] = dataclasses.field(default_factory=dict)  # step -> FID
     reason: str | None = None
     number: int | None = None  # of the Optuna trial
+    costs: dict[str, float] = dataclasses.field(default_factory=dict)  # where there are several objectives
     stopped_by: str | None = None  # the person, where it was not ASHA
     busy_s: float = 0.0  # with its resources held, as far as is known; see `Board.busy_s`
     since: float | None = None  # it holds them now, since this time
@@ -103,6 +104,7 @@ class Board:
                     total_steps=item.total_steps or 0,
                     config=item.config,
                     number=item.number,
+                    costs=item.costs or {},
                 )
             case "repeated":
                 assert item.trial_id is not None

@@ -81,8 +81,7 @@ def _stop(results: Path, trial_id: str) -> str:
         )
     by = person()
     try:
-        _refuse_beside_a_driver(results)
-        with folder.locked(results):
+        with alone(results):
             ledger = Ledger(results)
             try:
                 current = ledger.board.rows[trial_id]
@@ -120,12 +119,21 @@ def retry(results: Path, trial_ids: Sequence[str]) -> None:
         _retry(results, trial_ids)
 
 
+@contextmanager
+def alone(results: Path) -> Iterator[None]:
+    """The right to change a sweep's folder while nobody drives it. Busy where somebody does; UsageError where nothing
+    can be written."""
+    with _writing(results):
+        _refuse_beside_a_driver(results)
+        with folder.locked(results):
+            yield
+
+
 def _retry(results: Path, trial_ids: Sequence[str]) -> None:
     for trial_id in trial_ids:
         _check_retry(_row(results, trial_id))
     try:
-        _refuse_beside_a_driver(results)
-        with folder.locked(results):
+        with alone(results):
             ledger = Ledger(results)
             try:
                 for trial_id in trial_ids:

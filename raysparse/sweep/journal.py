@@ -53,6 +53,7 @@ class Event:
     total_steps: int | None = None
     config: dict[str, Any] | None = None  # planned: the whole TrialConfig
     number: int | None = None  # planned, repeated in a search: the Optuna trial's number
+    costs: dict[str, float] | None = None  # planned, where the search has several objectives; see objectives.py
     by: str | None = None  # stopped, reopened: the person, USER@HOST
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import Field
@@ -27,8 +28,16 @@ class Limits(Section):
 class Guard:
     """Asked between two steps of the driver's loop."""
 
-    def __init__(self, limits: Limits, resources: Resources, results: Path, board: Board) -> None:
-        self._limits, self._results, self._board = limits, results, board
+    def __init__(
+        self,
+        limits: Limits,
+        resources: Resources,
+        results: Path,
+        board: Board,
+        make_room: Callable[[], int] = lambda: 0,
+    ) -> None:
+        """make_room: removes what nobody needs and says how many bytes; tried before --max-disk ends the sweep."""
+        self._limits, self._results, self._board, self._make_room = limits, results, board, make_room
         self._gpus = resources.workers * resources.gpus_per_worker
         self._began = time.monotonic()
         self._disk_bytes, self._looked = 0, float("-inf")
@@ -55,17 +64,19 @@ class Guard:
             and (used := self._board.busy_s(time.time()) / 3600 * self._gpus) >= limits.max_gpu_hours
         ):
             return f"--max-gpu-hours {limits.max_gpu_hours:g} is reached: {used:.2f} GPU hours"
-        if limits.max_disk_bytes is not None and self._disk() >= limits.max_disk_bytes:
+        if limits.max_disk_bytes is not None and self._disk(limits.max_disk_bytes) >= limits.max_disk_bytes:
             return f"--max-disk {limits.max_disk_bytes:,} bytes is reached: {self._disk_bytes:,} in {self._results}"
         open_ones = [row for row in self._board.rows.values() if row.open and _has_begun(row)]
         if not self.may_start() and not open_ones:
             return f"--max-trials {limits.max_trials} is reached"
         return None
 
-    def _disk(self) -> int:
+    def _disk(self, limit: int) -> int:
         if time.monotonic() - self._looked >= DISK_LOOK_S:
             self._looked = time.monotonic()
             self._disk_bytes = disk_bytes(self._results)
+            if self._disk_bytes >= limit and self._make_room():
+                self._disk_bytes = disk_bytes(self._results)
         return self._disk_bytes
 
 

@@ -28,6 +28,7 @@ from raysparse.sweep.board import Board, Ledger, Row
 from raysparse.sweep.journal import Event, event
 from raysparse.sweep.leaving import Pause
 from raysparse.sweep.limits import Guard, Limits
+from raysparse.sweep.storage import Budget
 
 OnEvent = Callable[[Event], None]
 Progress = Callable[[int, int], None]  # (done, total)
@@ -159,9 +160,11 @@ def _drive(
         if new:  # now that it can start
             folder.create(results, sweep, command)
         with closing(Ledger(results, on_event)) as ledger:
-            guard = Guard(limits, sweep.resources, results, ledger.board)
+            budget = Budget(results, ledger, sweep)
+            guard = Guard(limits, sweep.resources, results, ledger.board, budget.make_room)
 
             def interrupted() -> bool:
+                budget.keep()
                 return signals.came() or guard.reached() is not None
 
             for stage in ("search", *(["confirm"] if sweep.confirm else [])):

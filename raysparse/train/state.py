@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from raysparse.errors import UsageError
+from raysparse.files import TEMPORARY, remove_folder, set_aside
 
 if TYPE_CHECKING:
     from raysparse.train.loop import Trainer
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "manifest.json"
 PARTS = ("weights", "ema", "engine", "optimizer")
-TEMPORARY = ".writing-"  # prefix of a folder that is not a checkpoint yet, or no more
 
 
 def save(trainer: Trainer, folder: Path) -> Path:
@@ -165,9 +165,7 @@ def keep_latest(parent: Path, count: int) -> None:
     """Remove all checkpoints of a trial but the `count` of the highest steps."""
     found = sorted(path for path in parent.glob("step-*") if path.is_dir())
     for old in found[: max(0, len(found) - count)]:
-        doomed = parent / f"{TEMPORARY}{old.name}"  # no half-removed folder under a checkpoint's name
-        old.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove_folder(old)
 
 
 def _parts(trainer: Trainer) -> dict[str, Any]:
@@ -252,8 +250,7 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any], path: str = "") -
 def _move_onto(temporary: Path, folder: Path) -> None:
     """Rename; a folder that is there already is set aside first, so that what carries the name is always whole."""
     if folder.is_dir() and any(folder.iterdir()):
-        aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=TEMPORARY))
-        folder.rename(aside)
+        aside = set_aside(folder)
         temporary.rename(folder)
         shutil.rmtree(aside, ignore_errors=True)
     else:

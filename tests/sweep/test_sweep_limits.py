@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from raysparse.cli.app import size_bytes
 from raysparse.errors import UsageError
+from raysparse.files import size_bytes
 from raysparse.space import Resources, Sweep
 from raysparse.sweep import limits, tuner
 from raysparse.sweep.board import Board, Row
