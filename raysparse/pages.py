@@ -56,10 +56,19 @@ def print_trials(sweep: Facts, rows: Sequence[Row]) -> None:
         soft_wrap=True,
     )
     console.print(TrialTable(rows))
-    for line in best_lines(sweep["best"]):
+    for line in (*best_lines(sweep["best"]), *front_lines(sweep["front"])):
         print_lines(console, line)
     if sweep["what_to_do"]:
         print_lines(console, f"next: {sweep['what_to_do']}")
+
+
+def front_lines(front: Sequence[Facts]) -> list[str]:
+    """`on the Pareto front: rigl-a1b2c3d4e5, fid 12.3, flops_inference 1.2e+09`."""
+    shown = [[f"{name} {value:.4g}" for name, value in one.items() if name != "trial_id"] for one in front]
+    return [
+        f"on the Pareto front: {', '.join([one['trial_id'], *values])}"
+        for one, values in zip(front, shown, strict=True)
+    ]
 
 
 def best_lines(best: Sequence[Facts]) -> list[str]:

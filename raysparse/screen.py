@@ -102,13 +102,16 @@ def sweep_screen(
 
 def hints_of(board: Board) -> list[str]:
     """The best so far, and what a person may want to look at while a sweep runs."""
-    from raysparse.sweep import views
+    from raysparse.sweep import objectives, views
 
     best = [one for one in views.best(list(board.rows.values())) if one["stage"] == board.stage]
     hints = []
     if best and not best[0]["protocol"]:
         shown = ", ".join(f"{one['method']} {one['fid']:.3f}" for one in best if one["state"] == "COMPLETED")
         hints += [f"best completed: {shown}"] if shown else []
+    if front := objectives.front_of(list(board.rows.values())):
+        ends = dict.fromkeys(objectives.words(row) for row in (front[0], front[-1]))
+        hints.append(f"on the Pareto front: {len(front)}, from {' to '.join(ends)}")
     failed = [row.trial_id for row in list(board.rows.values()) if row.state == "FAILED"]
     if failed and board.folder is not None:
         hints.append(f"{len(failed)} failed; why: raysparse show {shlex.quote(str(board.folder))} {failed[-1]}")

@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from raysparse import rng
 from raysparse.space import Axis, Point, Range, Search
-from raysparse.sweep.tpe import WHOLE, Best, WindowedTPE
+from raysparse.sweep.tpe import WHOLE, Best, ParetoTPE, WindowedTPE
 
 METHOD = "method"
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # the terminal is the command line's
@@ -98,9 +98,11 @@ def sampler(search: Search, number: int, best: Best) -> optuna.samplers.BaseSamp
     seed = rng.key(search.seed, "optuna", step=number) % 2**32
     if search.sampler == "random":
         return optuna.samplers.RandomSampler(seed=seed)
-    if number >= WHOLE:
+    if number >= WHOLE and len(search.objectives) == 1:
         return WindowedTPE(distributions(search), best, seed)
     with quiet():
+        if len(search.objectives) > 1:
+            return ParetoTPE(search.objectives, seed)
         # Several axes at once, groups for the nested ones, and running trials counted as poor: workers spread out.
         return optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed)
 

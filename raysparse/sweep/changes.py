@@ -53,6 +53,11 @@ def accept(results: Path, sweep: Sweep) -> None:
         raise UsageError(
             f"{results} holds trials of another base or kind of walk: that is another sweep; give a new folder"
         )
+    if sweep.search and old.search and sweep.search.objectives != old.search.objectives:
+        raise UsageError(
+            f"search.objectives was {list(old.search.objectives)}, is {list(sweep.search.objectives)}: a study has one "
+            "set of objectives for all its trials; give a new folder"
+        )
     # A grid may change as it likes: what has run stays. A study is rebuilt over the new axes, which must hold it.
     for row in Board.load(results).of_stage("search") if sweep.search else ():
         try:

@@ -1,4 +1,7 @@
-"""The confirm stage: the best configurations of the search and the dense baseline again, on fresh seeds, to the end."""
+"""The confirm stage: the best configurations of the search and the dense baseline again, on fresh seeds, to the end.
+
+The best of each method; of a search with several objectives, members of its Pareto front.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections.abc import Iterator
 
 from raysparse import space
 from raysparse.space import Confirm, Point, Sweep
+from raysparse.sweep import objectives
 from raysparse.sweep.board import Ledger, Row
 from raysparse.sweep.journal import event
 from raysparse.sweep.search import planned
@@ -16,7 +20,8 @@ def plan(sweep: Sweep, ledger: Ledger) -> None:
     assert sweep.confirm
     board = ledger.board
     # A kill while choosing leaves some winners unchosen: the search is over, so the rest comes out the same.
-    for row, reason in choose(board.of_stage("search"), sweep.confirm):
+    several = sweep.search is not None and len(sweep.search.objectives) > 1
+    for row, reason in (choose_front if several else choose)(board.of_stage("search"), sweep.confirm):
         if row.trial_id not in {item.trial_id for item in board.chosen}:
             ledger.add(event("chosen", stage="confirm", trial_id=row.trial_id, point=row.point, reason=reason))
     points: list[Point] = [item.point for item in board.chosen if item.point]
@@ -47,6 +52,15 @@ def choose(rows: list[Row], confirm: Confirm) -> Iterator[tuple[Row, str]]:
                     f"FID {row.fid:.4g}"
                 ),
             )
+
+
+def choose_front(rows: list[Row], confirm: Confirm) -> Iterator[tuple[Row, str]]:
+    """At most `confirm.front` completed rows of the Pareto front: both ends, and the others evenly spread between."""
+    front = objectives.front_of(rows)
+    count = min(confirm.front, len(front))
+    for place in range(count):
+        row = front[round(place * (len(front) - 1) / max(count - 1, 1))]
+        yield row, f"{place + 1} of {count} taken from the {len(front)} on the Pareto front: {objectives.words(row)}"
 
 
 def _by_fid(row: Row) -> tuple[float, str]:

@@ -17,6 +17,7 @@ from raysparse import rng, space
 from raysparse.config import TrialConfig
 from raysparse.errors import UsageError
 from raysparse.space import Point, Sweep
+from raysparse.sweep import objectives
 from raysparse.sweep.axes import all_points, distributions, first_points, quiet, sampler, suggest, to_params
 from raysparse.sweep.board import Ledger, Repeat, Row
 from raysparse.sweep.journal import Event, event
@@ -28,8 +29,14 @@ TuneConfig = dict[str, Any]  # what Tune hands to a trial
 PATIENCE = 20
 
 
-def planned(trial: TrialConfig, point: Point, stage: str, number: int | None = None) -> Event:
-    """The event that makes a trial part of the sweep."""
+def planned(
+    trial: TrialConfig,
+    point: Point,
+    stage: str,
+    number: int | None = None,
+    costs: dict[str, float] | None = None,
+) -> Event:
+    """The event that makes a trial part of the sweep. costs: where the search has several objectives."""
     return event(
         "planned",
         stage=stage,
@@ -40,6 +47,7 @@ def planned(trial: TrialConfig, point: Point, stage: str, number: int | None = N
         total_steps=trial.train.steps,
         config=trial.model_dump(mode="json"),
         number=number,
+        costs=costs,
     )
 
 
@@ -77,6 +85,7 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
     As Ray has it, a trial stopped by ASHA is told COMPLETE, a failed one may stay RUNNING for ever, and a point asked
     for twice is trained twice. Here the study is told PRUNED with its intermediate values, FAIL, and the known result;
     and a draw depends on the study and the trial's number only, so that a resumed search goes on as if never killed.
+    With several objectives Optuna takes no intermediate values: they go to the storage, and the costs to user_attrs.
     """
 
     def __init__(
@@ -86,11 +95,14 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
         config_of: Callable[[Row], TuneConfig],
         storage: BaseStorage | None = None,
         check: Callable[[TrialConfig], None] = lambda trial: None,
+        costs: Callable[[TrialConfig], dict[str, float]] = objectives.costs,
     ) -> None:
-        """storage: an empty one, None for memory; check: a trial's own check, whose UsageError fails that trial."""
+        """storage: an empty one, None for memory; check: a trial's own check, whose UsageError fails that trial; costs:
+        asked of each new trial where there are several objectives."""
         assert sweep.search
         self._sweep, self._search, self._ledger = sweep, sweep.search, ledger
-        self._config_of, self._check = config_of, check
+        self._config_of, self._check, self._costs = config_of, check, costs
+        self._several = len(sweep.search.objectives) > 1
         self._first = first_points(sweep.search)
         self._asked: dict[str, list[optuna.Trial]] = {}  # our trial id -> its Optuna trials, repeats included
         self._ours: dict[str, str] = {}  # Tune's trial id -> ours
@@ -99,8 +111,8 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
         self._best = Best()  # of these
         super().__init__(
             space=lambda trial: suggest(trial, self._search),
-            metric="fid",
-            mode="min",
+            metric=list(sweep.search.objectives) if self._several else "fid",
+            mode=["min"] * len(sweep.search.objectives) if self._several else "min",
             sampler=sampler(sweep.search, 0, self._best),
             study_name=sweep.name,
             storage=storage,
@@ -153,9 +165,11 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
             asked, point = self._ask(fresh)
             trial = space.trial(self._sweep, point)
             self._asked.setdefault(trial.trial_id, []).append(asked)
-            asked.set_user_attr("trial_id", trial.trial_id)
             if trial.trial_id not in board.rows:
-                self._ledger.add(planned(trial, point, "search", asked.number))
+                every = self._costs(trial) if self._several else {}
+                costs = {name: every[name] for name in self._search.objectives if name in every} or None
+                self._ledger.add(planned(trial, point, "search", asked.number, costs))
+                self._describe(asked, board.rows[trial.trial_id])
                 self._planned += 1
                 if self._sound(trial):
                     return board.rows[trial.trial_id]
@@ -163,6 +177,7 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
             self._ledger.add(
                 event("repeated", stage="search", trial_id=trial.trial_id, point=point, number=asked.number)
             )
+            self._describe(asked, board.rows[trial.trial_id])
             self._learn(board.rows[trial.trial_id])
         raise AssertionError
 
@@ -205,10 +220,10 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
             known = self._reported.setdefault(trial.number, set())
             for step, fid in sorted(row.fids.items()):
                 if fid is not None and step not in known:
-                    trial.report(fid, step)
+                    self._report(trial, step, fid)
                     known.add(step)
             if row.state == "COMPLETED":
-                self.study.tell(trial, row.fid)
+                self.study.tell(trial, objectives.values(row, self._search.objectives))
             elif row.state == "STOPPED":
                 self.study.tell(trial, state=TrialState.PRUNED)
             elif row.state == "FAILED":
@@ -216,6 +231,17 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
             if not row.open:
                 self._told.add(trial.number)
                 self._best.add(self.study.get_trials(deepcopy=False)[trial.number])
+
+    def _report(self, trial: optuna.Trial, step: int, fid: float) -> None:
+        if self._several:  # trial.report refuses
+            self.study._storage.set_trial_intermediate_value(trial._trial_id, step, fid)
+        else:
+            trial.report(fid, step)
+
+    def _describe(self, trial: optuna.Trial, row: Row) -> None:
+        trial.set_user_attr("trial_id", row.trial_id)
+        for name, cost in row.costs.items():
+            trial.set_user_attr(name, cost)
 
     def _rebuild(self) -> None:
         """The study as the journal has it: the same numbers, values and states."""
@@ -231,7 +257,7 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
             frozen = self.study.get_trials(deepcopy=False)[-1]
             assert frozen.number == entry.number
             trial = optuna.Trial(self.study, frozen._trial_id)
-            trial.set_user_attr("trial_id", entry.trial_id)
+            self._describe(trial, rows[entry.trial_id])
             self._asked.setdefault(entry.trial_id, []).append(trial)
         for row in rows.values():
             self._learn(row)

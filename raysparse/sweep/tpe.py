@@ -1,4 +1,4 @@
-"""TPE for long sweeps: suggestions cost the same however many trials there are; the method first, then its axes.
+"""TPE for long sweeps, whose suggestions cost the same however many trials there are; and TPE for several objectives.
 
 As Optuna has it, each suggestion sorts all trials and puts a kernel on every one, for every group of axes: 16 ms of CPU
 a trial over a search of 500 (two busy cores), and growing with their number. What is far from the best says little one
@@ -8,13 +8,16 @@ by one, so beyond 300 trials the model is made of the best and of a sample of th
 from __future__ import annotations
 
 import bisect
+import copy
 import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import optuna
 from optuna.distributions import BaseDistribution
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 WHOLE = 300  # up to so many trials Optuna's own sampler is used, whose model is made of all; beyond, of
@@ -75,8 +78,50 @@ class WindowedTPE(optuna.samplers.TPESampler):
         return super().sample_independent(_view(study, self._best), trial, param_name, param_distribution)
 
 
+class ParetoTPE(optuna.samplers.TPESampler):
+    """Optuna's TPE for several objectives, which also knows how far those trials came that ASHA stopped.
+
+    As Optuna has it, trials that were stopped are all alike with several objectives, and where few are completed any of
+    them may pass for good. Here they are ranked as with one objective: who came further is better, and at the same step
+    the one that fewer of the others beat in every objective, its FID there taken for its FID. Its model is made of all
+    trials: 0.1 s a suggestion at 600 of them, and growing.
+    """
+
+    def __init__(self, objectives: Sequence[str], seed: int) -> None:
+        """objectives: FID and names of user attributes of the trials."""
+        super().__init__(multivariate=True, group=True, constant_liar=True, seed=seed)
+        self._costs = [name for name in objectives if name != "fid"]
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return super().sample_relative(self._ranked(study), trial, search_space)
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return super().sample_independent(self._ranked(study), trial, param_name, param_distribution)
+
+    def _ranked(self, study: optuna.Study) -> Any:
+        trials = list(study.get_trials(deepcopy=False))
+        stopped = [n for n, t in enumerate(trials) if t.state == TrialState.PRUNED and t.intermediate_values]
+        by_step: dict[int, list[int]] = {}
+        for number in stopped:
+            by_step.setdefault(max(trials[number].intermediate_values), []).append(number)
+        for step, numbers in by_step.items():
+            rows = [trials[n] for n in numbers]
+            points = np.array([[t.intermediate_values[step], *(t.user_attrs[c] for c in self._costs)] for t in rows])
+            beaten_by = (points[:, None] <= points).all(-1) & (points[:, None] < points).any(-1)
+            for number, count in zip(numbers, beaten_by.sum(0), strict=True):
+                trials[number] = copy.copy(trials[number])
+                trials[number].intermediate_values = {step: float(count)}
+        return _View(study, trials)
+
+
 class _View:
     """A study of which only a window of trials is seen."""
+
+    direction = StudyDirection.MINIMIZE  # of what trials that were stopped are ranked by
 
     def __init__(self, study: optuna.Study, window: list[FrozenTrial]) -> None:
         self._study, self._window = study, window

@@ -20,7 +20,7 @@ from raysparse import results as records
 from raysparse import space
 from raysparse.errors import UsageError, unknown
 from raysparse.space import Asha, Sweep
-from raysparse.sweep import control, folder, trial_log
+from raysparse.sweep import control, folder, objectives, trial_log
 from raysparse.sweep.board import Board, Row
 from raysparse.sweep.journal import read
 
@@ -119,6 +119,7 @@ def sweep_facts(view: View) -> Facts:
         "trials": board.counts(),
         "planned": space.trial_count(view.sweep) if view.sweep else len(board.rows),
         "best": best(list(board.rows.values())),
+        "front": [front_facts(row) for row in objectives.front_of(board.rows.values())],
         "begun": _iso(board.first.time) if board.first else None,
         "last_event": _iso(board.last.time) if board.last else None,
         "trial_hours": hours,
@@ -143,6 +144,11 @@ def trial_facts(row: Row) -> Facts:
         "reason": row.reason,
         "stopped_by": row.stopped_by,
     }
+
+
+def front_facts(row: Row) -> Facts:
+    """A trial on the Pareto front."""
+    return {"trial_id": row.trial_id, "fid": row.fid, **row.costs}
 
 
 def best(rows: Sequence[Row]) -> list[Facts]:

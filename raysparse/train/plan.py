@@ -12,7 +12,7 @@ import torch
 from raysparse import plugins, rng, space
 from raysparse.config import TrialConfig
 from raysparse.metrics import flops
-from raysparse.space import Sweep
+from raysparse.space import Confirm, Sweep
 from raysparse.train import checks, setup
 from raysparse.train.costs import Costs, evaluations
 
@@ -37,11 +37,11 @@ def plan(sweep: Sweep, *, cpus: int | None = None, seconds: tuple[float, float] 
     """
     base = space.parsed_base(sweep)
     checks.check_settings(base)
-    points = list(sweep.search.seed_points) if sweep.search else space.grid_points(sweep)
+    points = list(sweep.search.seed_points) or [{"method": "dense"}] if sweep.search else space.grid_points(sweep)
     trials = [space.trial(sweep, point) for point in points]
     rows = [_row(setup.estimate(trial)) | _settings(trial) for trial in trials]
     count = space.trial_count(sweep)
-    confirmed = len(sweep.confirm.seeds) * sweep.confirm.best_per_method * len(sweep.axes) if sweep.confirm else 0
+    confirmed = len(sweep.confirm.seeds) * _winners(sweep, sweep.confirm) if sweep.confirm else 0
     mean_points = setup.estimate(base).mean_points
     step_s, evaluation_s = seconds or measure(base, mean_points)
     concurrent = _concurrent(sweep, cpus or os.cpu_count() or 1)
@@ -131,6 +131,13 @@ def _concurrent(sweep: Sweep, cpus: int) -> int:
     if wanted.gpus_per_worker:
         fit = min(fit, int(torch.cuda.device_count() / (wanted.workers * wanted.gpus_per_worker)))
     return max(1, min(fit, wanted.max_concurrent or fit))
+
+
+def _winners(sweep: Sweep, confirm: Confirm) -> int:
+    """Configurations that are confirmed at most; dense among them."""
+    if sweep.search and len(sweep.search.objectives) > 1:
+        return confirm.front + 1
+    return confirm.best_per_method * len(sweep.axes)
 
 
 def _expected_share(sweep: Sweep, steps: int) -> float:

@@ -157,12 +157,13 @@ def test_a_repeat_of_a_running_trial_is_told_when_that_one_ends(ledger: Ledger, 
     assert {trial.state for trial in search.study.get_trials()} == {TrialState.COMPLETE}
 
 
-@pytest.mark.parametrize("sampler", ["tpe", "random"])
+@pytest.mark.parametrize("sampler", ["tpe", "random", "tpe of two objectives"])
 @pytest.mark.parametrize("killed_after", [1, 5, 17])
 def test_a_resumed_search_asks_what_the_undisturbed_one_asks(
     tmp_path: Path, sweep_of: Callable[..., Sweep], sampler: str, killed_after: int
 ) -> None:
-    sweep = sweep_of(search=WIDE | {"sampler": sampler})
+    objectives = ["fid", "flops_inference"] if "two" in sampler else ["fid"]
+    sweep = sweep_of(search=WIDE | {"sampler": sampler.split()[0], "objectives": objectives})
     for name in ("whole", "killed", "resumed"):
         (tmp_path / name).mkdir()
     whole = Ledger(tmp_path / "whole")
@@ -183,6 +184,7 @@ def test_a_resumed_search_asks_what_the_undisturbed_one_asks(
     rest = walk(resumed, search, 22 - killed_after, first=killed_after)
     assert undisturbed[killed_after:] == rest
     assert list(whole.board.rows) == list(resumed.board.rows)
+    assert [row.costs for row in whole.board.rows.values()] == [row.costs for row in resumed.board.rows.values()]
     assert not [trial for trial in search.study.get_trials() if not trial.state.is_finished()]
     whole.close()
     resumed.close()

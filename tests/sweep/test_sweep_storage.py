@@ -9,9 +9,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
 from recorded_trials import record
 from typer.testing import CliRunner
 
@@ -19,7 +22,7 @@ from raysparse import space
 from raysparse.cli import app
 from raysparse.errors import UsageError
 from raysparse.space import Sweep
-from raysparse.sweep import folder, limits, storage, tuner
+from raysparse.sweep import folder, limits, objectives, storage, tuner
 from raysparse.sweep.board import Ledger
 from raysparse.sweep.journal import event, read
 from raysparse.sweep.limits import Guard, Limits
@@ -297,11 +300,14 @@ def test_what_is_no_budget(sweep_of: Callable[..., Sweep], given: Any) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_a_sweep_within_a_budget_can_be_interrupted_resumed_and_evaluated(
+def test_a_sweep_of_two_objectives_within_a_budget_is_interrupted_and_goes_on(
     tmp_path: Path, sweep_of: Callable[..., Sweep], ray_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(storage, "LOOK_S", 0.0)
-    sweep, out = sweep_of(storage={"checkpoints": 1}), tmp_path / "out"
+    base = sweep_of()
+    assert base.search
+    search = base.search.model_dump(mode="json") | {"sampler": "tpe", "objectives": ["fid", "flops_inference"]}
+    sweep, out = sweep_of(search=search, storage={"checkpoints": 1}), tmp_path / "out"
     first = tuner.run(sweep, out, command="", limits=Limits(max_trials=3), num_cpus=2, temp_dir=ray_home)
     assert first.interrupted
     last = tuner.resume(out, num_cpus=2, temp_dir=ray_home)
@@ -314,4 +320,10 @@ def test_a_sweep_within_a_budget_can_be_interrupted_resumed_and_evaluated(
         if row.stage == "confirm":
             assert steps[row.trial_id] == row.step
     assert not list(out.glob("checkpoints/*/.writing-*"))
+    study = optuna.load_study(
+        study_name="tiny", storage=JournalStorage(JournalFileBackend(str(out / "optuna" / "study.log")))
+    )
+    front = {trial.user_attrs["trial_id"] for trial in study.best_trials}
+    assert front == {row.trial_id for row in objectives.front_of(last.board.rows.values())}
+    assert {item.trial_id for item in last.board.chosen} == front
     assert len([item for item in read(out / "journal.jsonl") if item.kind == "note"]) <= 2
