@@ -5,6 +5,7 @@ A new one is a new file in its folder; there is no list to edit.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from types import ModuleType
@@ -25,6 +26,7 @@ def names(kind: str) -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
 
 
+@functools.cache  # a trial's settings ask for its method several times, and listing a folder takes longer than the rest
 def load(kind: str, name: str) -> ModuleType:
     """The module of one plugin. UsageError where there is none, with the known names."""
     known = names(kind)

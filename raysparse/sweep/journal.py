@@ -73,7 +73,7 @@ class Journal:
         self._stream = path.open("ab")
 
     def append(self, item: Event) -> None:
-        line = {name: value for name, value in dataclasses.asdict(item).items() if value is not None}
+        line = {name: value for name, value in vars(item).items() if value is not None}
         self._stream.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
         self._stream.flush()
         os.fsync(self._stream.fileno())

@@ -6,9 +6,10 @@ the report go to the journal here, as one line, and what follows only repeats it
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
@@ -22,10 +23,31 @@ from raysparse.sweep.journal import event
 BASELINE = "dense"
 
 
-class Named(NamedTuple):
-    """What a Ray bracket looks at of a trial."""
+class Rung(dict[str, float]):
+    """Trial id -> -FID, with the values in order as well: Ray sorts them anew for every report."""
 
-    trial_id: str
+    def __init__(self) -> None:
+        super().__init__()
+        self._ordered: list[float] = []
+
+    def __setitem__(self, trial_id: str, value: float) -> None:
+        """A trial's one value."""
+        super().__setitem__(trial_id, value)
+        bisect.insort(self._ordered, value)
+
+    def place(self, value: float) -> int:
+        """1 for a value that no other one exceeds."""
+        return len(self._ordered) - bisect.bisect_right(self._ordered, value) + 1
+
+    def cutoff(self, reduction_factor: float) -> float | None:
+        """What Ray's bracket says, numpy's percentile to the last bit; None where nobody was here yet."""
+        if not self._ordered:
+            return None
+        position = (len(self._ordered) - 1) * ((1 - 1 / reduction_factor) * 100 / 100)
+        low, share = int(position), position - int(position)
+        below, above = self._ordered[low], self._ordered[min(low + 1, len(self._ordered) - 1)]
+        step = above - below
+        return above - step * (1 - share) if share >= 0.5 else below + step * share
 
 
 class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
@@ -53,6 +75,8 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
             reduction_factor=asha.reduction_factor if asha else 2,
         )
         self._ledger, self._stage, self._asked_to_stop = ledger, stage, asked_to_stop
+        bracket = self._brackets[0]
+        bracket._rungs = self._rungs = [(step, Rung()) for step, _ in bracket._rungs]  # the highest first
         for row in ledger.board.of_stage(stage):
             for step, fid in sorted(row.fids.items()):
                 rung = self._rung(row.trial_id, step)
@@ -62,7 +86,7 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
     @property
     def rungs(self) -> dict[float, dict[str, float]]:
         """step of the rung -> trial id -> FID."""
-        return {step: {name: -value for name, value in at.items()} for step, at in self._brackets[0]._rungs}
+        return {step: {name: -value for name, value in at.items()} for step, at in self._rungs}
 
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         row = self._row(trial)
@@ -80,15 +104,16 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
         if step >= row.total_steps:
             self._add("completed", row, step=step, fid=fid)
             return str(TrialScheduler.STOP)
-        rung = self._rung(row.trial_id, step)
-        if rung is not None:
-            bracket = self._brackets[0]
-            cutoff = bracket.cutoff(rung[1])
-            if bracket.on_result(Named(row.trial_id), step, -fid) == TrialScheduler.STOP:
+        found = self._rung(row.trial_id, step)
+        if found is not None:
+            milestone, rung = found
+            cutoff = rung.cutoff(self._reduction_factor)
+            rung[row.trial_id] = -fid
+            if cutoff is not None and -fid < cutoff:
                 self._num_stopped += 1
-                place = sum(-value < fid for value in rung[1].values()) + 1
                 reason = (
-                    f"place {place} of {len(rung[1])} at step {rung[0]:g}: FID {fid:.4g} above the cutoff {-cutoff:.4g}"
+                    f"place {rung.place(-fid)} of {len(rung)} at step {milestone:g}: "
+                    f"FID {fid:.4g} above the cutoff {-cutoff:.4g}"
                 )
                 self._add("stopped", row, step=step, fid=fid, reason=reason)
                 return str(TrialScheduler.STOP)
@@ -120,11 +145,11 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
     def _add(self, kind: Any, row: Row, **fields: Any) -> None:
         self._ledger.add(event(kind, stage=self._stage, trial_id=row.trial_id, **fields))
 
-    def _rung(self, trial_id: str, step: int) -> tuple[float, dict[str, float]] | None:
+    def _rung(self, trial_id: str, step: int) -> tuple[float, Rung] | None:
         """The highest rung at or below `step`, where the trial has no value there yet; none for the dense baseline."""
         if self._ledger.board.rows[trial_id].method == BASELINE:
             return None
-        for milestone, at in self._brackets[0]._rungs:
+        for milestone, at in self._rungs:
             if step >= milestone:
                 return None if trial_id in at else (milestone, at)
         return None

@@ -108,6 +108,7 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
         self._ours: dict[str, str] = {}  # Tune's trial id -> ours
         self._reported: dict[int, set[int]] = {}  # number -> steps the study knows
         self._told: set[int] = set()  # numbers that have ended in the study
+        self._count = 0  # trials of the study
         self._best = Best()  # of these
         super().__init__(
             space=lambda trial: suggest(trial, self._search),
@@ -117,6 +118,8 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
             study_name=sweep.name,
             storage=storage,
         )
+        with quiet():
+            self.study.set_metric_names(list(sweep.search.objectives))
         self._rebuild()
         self._todo = deque(row for row in ledger.board.of_stage("search") if row.open)
         self._planned = len(ledger.board.of_stage("search"))
@@ -164,42 +167,42 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
                 return None
             asked, point = self._ask(fresh)
             trial = space.trial(self._sweep, point)
-            self._asked.setdefault(trial.trial_id, []).append(asked)
-            if trial.trial_id not in board.rows:
+            name = trial.trial_id  # a hash: not asked for again and again
+            self._asked.setdefault(name, []).append(asked)
+            if name not in board.rows:
                 every = self._costs(trial) if self._several else {}
                 costs = {name: every[name] for name in self._search.objectives if name in every} or None
                 self._ledger.add(planned(trial, point, "search", asked.number, costs))
-                self._describe(asked, board.rows[trial.trial_id])
+                self._describe(asked, board.rows[name])
                 self._planned += 1
-                if self._sound(trial):
-                    return board.rows[trial.trial_id]
+                if self._sound(trial, board.rows[name]):
+                    return board.rows[name]
                 continue
-            self._ledger.add(
-                event("repeated", stage="search", trial_id=trial.trial_id, point=point, number=asked.number)
-            )
-            self._describe(asked, board.rows[trial.trial_id])
-            self._learn(board.rows[trial.trial_id])
+            self._ledger.add(event("repeated", stage="search", trial_id=name, point=point, number=asked.number))
+            self._describe(asked, board.rows[name])
+            self._learn(board.rows[name])
         raise AssertionError
 
-    def _sound(self, trial: TrialConfig) -> bool:
+    def _sound(self, trial: TrialConfig, row: Row) -> bool:
         """Whether the trial passes its own check; else it has failed."""
         try:
             self._check(trial)
         except UsageError as error:
-            self._ledger.add(event("failed", stage="search", trial_id=trial.trial_id, reason=str(error)))
-            self._learn(self._ledger.board.rows[trial.trial_id])
+            self._ledger.add(event("failed", stage="search", trial_id=row.trial_id, reason=str(error)))
+            self._learn(row)
             return False
         return True
 
     def _ask(self, fresh: Point | None) -> tuple[optuna.Trial, Point]:
         """An Optuna trial and its point: `fresh`, or one of the first points, or drawn."""
-        number = len(self.study.get_trials(deepcopy=False))
+        number = self._count
         wanted = fresh or (self._first[number] if number < len(self._first) else None)
         self.study.sampler = sampler(self._search, number, self._best)
         if wanted is not None:
             self.study.enqueue_trial(to_params(self._search, wanted))
         with quiet():
             asked = self.study.ask()
+            self._count = asked.number + 1
             if wanted is not None and not self._search.axes.get(wanted["method"]):
                 return asked, wanted
             return asked, suggest(asked, self._search)
@@ -209,8 +212,7 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
         known = self._ledger.board.rows
         points = all_points(self._search) or []
         left = [point for point in points if space.trial(self._sweep, point).trial_id not in known]
-        number = len(self.study.get_trials(deepcopy=False))
-        return left[rng.key(self._search.seed, "untried", step=number) % len(left)] if left else None
+        return left[rng.key(self._search.seed, "untried", step=self._count) % len(left)] if left else None
 
     def _learn(self, row: Row) -> None:
         """Bring the row's trials in the study to where the row is."""
@@ -230,7 +232,7 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
                 self.study.tell(trial, state=TrialState.FAIL)
             if not row.open:
                 self._told.add(trial.number)
-                self._best.add(self.study.get_trials(deepcopy=False)[trial.number])
+                self._best.add(self.study._storage.get_trial(trial._trial_id))
 
     def _report(self, trial: optuna.Trial, step: int, fid: float) -> None:
         if self._several:  # trial.report refuses
@@ -257,6 +259,7 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
             frozen = self.study.get_trials(deepcopy=False)[-1]
             assert frozen.number == entry.number
             trial = optuna.Trial(self.study, frozen._trial_id)
+            self._count = frozen.number + 1
             self._describe(trial, rows[entry.trial_id])
             self._asked.setdefault(entry.trial_id, []).append(trial)
         for row in rows.values():

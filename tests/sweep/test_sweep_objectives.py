@@ -107,6 +107,7 @@ def test_the_study_has_both_values_and_every_intermediate_fid(pareto: Sweep, tmp
     search = Suggested(pareto, ledger, lambda one: {"trial_id": one.trial_id})
     driven(ledger, search, 16)
     assert search.study.directions == [StudyDirection.MINIMIZE] * 2
+    assert search.study.metric_names == TWO
     trials = {trial.user_attrs["trial_id"]: trial for trial in search.study.get_trials()}
     states = {"COMPLETED": TrialState.COMPLETE, "STOPPED": TrialState.PRUNED, "FAILED": TrialState.FAIL}
     for one in ledger.board.rows.values():

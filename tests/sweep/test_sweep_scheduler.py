@@ -9,12 +9,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ray.tune.schedulers import TrialScheduler
+from ray.tune.schedulers.async_hyperband import _Bracket
 
 from raysparse.space import Asha
 from raysparse.sweep.board import Ledger
 from raysparse.sweep.journal import event
-from raysparse.sweep.scheduler import Rungs, last_line
+from raysparse.sweep.scheduler import Rung, Rungs, last_line
 
 ASHA = Asha(grace_steps=2, reduction_factor=2)
 
@@ -52,6 +55,15 @@ def test_the_worse_half_is_stopped_at_a_rung_and_the_reason_is_on_record(ledger:
     assert (row.state, row.step) == ("STOPPED", 2)
     assert row.reason == "place 3 of 4 at step 2: FID 10.5 above the cutoff 10"
     assert rungs.rungs[2] == {"a": 10.0, "b": 12.0, "c": 9.0, "d": 10.5}
+
+
+@given(st.lists(st.floats(-1e6, 1e6), max_size=40), st.sampled_from([1.5, 2, 3, 4]))
+def test_cutoffs_are_rays_to_the_last_bit(values: list[float], reduction_factor: float) -> None:
+    rung, bracket = Rung(), _Bracket(2, 16, reduction_factor, 0)
+    for number, value in enumerate(values):
+        assert rung.cutoff(reduction_factor) == bracket.cutoff(dict(rung))
+        rung[str(number)] = value
+        assert rung.place(value) == sum(other > value for other in values[: number + 1]) + 1
 
 
 def test_the_dense_baseline_is_never_stopped_and_stops_no_other(ledger: Ledger) -> None:
