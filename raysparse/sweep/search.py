@@ -118,6 +118,7 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
             study_name=sweep.name,
             storage=storage,
         )
+        self._metric, self._mode = "fid", "min"  # Tune looks for each of them in every report; costs are in none
         with quiet():
             self.study.set_metric_names(list(sweep.search.objectives))
         self._rebuild()
