@@ -10,7 +10,8 @@ configuration whose FID is within 1 % of the lowest FID in that world's grid; `s
 then, half-done trials included, over the grid's: the median, and the 10th and 90th percentile. A search that ends
 without finding counts as its own steps plus the whole grid. `mean FID` asks the same of a configuration's mean over
 seeds, without the luck of one: within 1 % of the grid's best mean. Samplers draw from the grid's lists; `tpe ranges`
-from ranges over the same axes, logarithmic but for S. ASHA a/b: first rung at the a-th evaluation, one in b goes on.
+from ranges over the same axes, logarithmic but for S. ASHA a/b: first rung at the a-th evaluation, one in b goes on;
+with + x: `first_pass: false`, and second chances for as many stopped trials as x of the points, until it has found.
 Spaces: the paper's grid of S and p (56 points); `+dT` has five ΔTe as well (256 points).
 """
 
@@ -39,11 +40,15 @@ from raysparse.sweep.simulate import grid_fids, simulate
 SPACES = Path(__file__).resolve().parents[1] / "tune_spaces"
 WITHIN = 1.01
 INTERVALS = (0.25, 0.5, 1, 2, 4)  # of the papers' ΔTe
-STOPPING = {  # name: None, or (evaluations before the first rung, reduction factor)
+Stopping = tuple[int, float, float] | None
+STOPPING: dict[str, Stopping] = {  # (evaluations before the first rung, reduction factor, second chances per point)
     "none": None,
-    "ASHA 1/3": (1, 3),
-    "ASHA 1/2": (1, 2),
-    "ASHA 2/3": (2, 3),
+    "ASHA 1/3": (1, 3, 0),
+    "ASHA 1/2": (1, 2, 0),
+    "ASHA 2/3": (2, 3, 0),
+    "ASHA 1/3 +10%": (1, 3, 0.1),
+    "ASHA 1/3 +all": (1, 3, 1),
+    "ASHA 1/4 +all": (1, 4, 1),
 }
 DESCENTS = {"long": LONG, "short": SHORT}
 
@@ -60,7 +65,7 @@ def grid_of(name: str) -> Sweep:
     return space.parse(content, name)
 
 
-def search_of(grid: Sweep, sampler: str, stopping: tuple[int, float] | None, seed: int) -> Sweep:
+def search_of(grid: Sweep, sampler: str, stopping: Stopping, seed: int) -> Sweep:
     """A search over the grid's own points, as many trials as it has."""
     points = len(space.grid_points(grid))
     every = space.parsed_base(grid).evaluate.every_steps
@@ -69,7 +74,11 @@ def search_of(grid: Sweep, sampler: str, stopping: tuple[int, float] | None, see
     if sampler == "tpe ranges":
         axes = {method: {name: _range(name, values) for name, values in of.items()} for method, of in axes.items()}
     content["search"] = {"trials": points, "sampler": sampler.split()[0], "seed": seed, "axes": axes}
-    content["asha"] = stopping and {"grace_steps": every * stopping[0], "reduction_factor": stopping[1]}
+    if stopping:
+        first, factor, chances = stopping
+        content["asha"] = {"grace_steps": every * first, "reduction_factor": factor}
+        if chances:
+            content["asha"] |= {"first_pass": False, "second_chances": round(chances * points)}
     return space.parse(content, grid.name)
 
 
@@ -100,7 +109,7 @@ class Shares:
         return row | {"spent": float(np.mean(self.spent)), "seeds": len(self.spent)}
 
 
-def shares(grid: Sweep, descent: Descent, sampler: str, stopping: Any, seeds: int, workers: int) -> Shares:
+def shares(grid: Sweep, descent: Descent, sampler: str, stopping: Stopping, seeds: int, workers: int) -> Shares:
     base = space.parsed_base(grid)
     curves = Published.nearest(base.model_dump(mode="json"), descent)
     points = [space.trial(grid, point) for point in space.grid_points(grid)]

@@ -190,6 +190,8 @@ def event_line(item: Event, board: Board) -> str | None:
             return f"FAILED     {name}: {item.reason}"
         case "chosen":
             return f"chosen     {name}: {item.reason}"
+        case "second_chance":
+            return f"goes on    {name} from step {item.step}: a second chance, {item.reason}"
         case "reopened":
             return f"reopened   {name}: {item.reason}; by {item.by}"
         case _:

@@ -36,6 +36,13 @@ from raysparse.files import size_bytes
 
 Point = dict[str, Any]  # {"method": "rigl", "sparsity": 0.9, "optimizer.lr": 1e-3, ...}
 OBJECTIVES = ("fid", "flops_inference", "flops_train", "params_active")  # all are made small; FLOPs, true convention
+# Settings that earlier versions did not have: at these values a sweep is what it was, and so is its digest.
+ADDED: tuple[tuple[str, str, Any], ...] = (
+    ("search", "objectives", ["fid"]),
+    ("confirm", "front", 6),
+    ("asha", "first_pass", True),
+    ("asha", "second_chances", 0),
+)
 NOT_AN_AXIS = ("seed", "sparse.method", "train.steps")  # replicates, the outer axis, the budget
 
 
@@ -88,6 +95,16 @@ class Asha(Section):
 
     grace_steps: int = Field(ge=1)  # no trial is stopped before this step: the first rung
     reduction_factor: float = Field(3, gt=1)  # one in so many goes on past a rung
+    # The first at a rung goes on, with nobody to be compared with. False: at each moment only the best 1 in
+    # reduction_factor, rounded down; second chances then make up for what that stops too early.
+    first_pass: bool = True
+    second_chances: int = Field(0, ge=0)  # stopped trials that go on once the search has no new ones, best first
+
+    @model_validator(mode="after")
+    def _something_is_completed(self) -> Self:
+        if not self.first_pass and not self.second_chances:
+            raise ValueError("first_pass: false stops the first trials at a rung; give second_chances as well")
+        return self
 
 
 class Confirm(Section):
@@ -175,6 +192,9 @@ class Sweep(Section):
     def digest(self) -> str:
         """Of everything that the sweep computes: two files with the same digest are the same sweep."""
         content = self.model_dump(mode="json", exclude={"storage"})  # decides no result
+        for section, name, default in ADDED:
+            if content[section] and content[section][name] == default:
+                del content[section][name]
         content["base"] = parsed_base(self).content() | {"sparse": self.base.get("sparse", {})}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 

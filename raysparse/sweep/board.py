@@ -71,6 +71,7 @@ class Board:
         self.rows: dict[str, Row] = {}  # trial id -> row, in the order of planning
         self.repeats: list[Repeat] = []
         self.chosen: list[Event] = []
+        self.second_chances = 0  # that were taken
         self.stage: str | None = None
         self.finished = False
         self.folder: Path | None = None  # where its trials' files are
@@ -122,6 +123,11 @@ class Board:
                 row.state, row.reason, row.stopped_by = "PENDING", None, None
                 row.fids = {step: fid for step, fid in row.fids.items() if fid is not None}  # where it was lost
                 self.finished = False
+            case "second_chance" if row:
+                row.state, row.reason = "PENDING", None
+                self.second_chances += 1
+                if item.number is not None:
+                    self.repeats.append(Repeat(item.number, row.trial_id))
             case "chosen":
                 self.chosen.append(item)
             case "stage":

@@ -28,6 +28,7 @@ Kind = Literal[
     "completed",  # the last evaluation
     "failed",  # diverged, raised or lost; reason
     "reopened",  # a person asked for a trial again that had failed or been stopped by a person; `by` and reason
+    "second_chance",  # a trial that ASHA stopped goes on, the search being over; reason
     "accepted",  # the sweep goes on under another file, code or version; reason: the differences
     "chosen",  # confirm: a winner of the search; reason: why
     "note",  # something to know; reason
@@ -52,7 +53,7 @@ class Event:
     seed: int | None = None
     total_steps: int | None = None
     config: dict[str, Any] | None = None  # planned: the whole TrialConfig
-    number: int | None = None  # planned, repeated in a search: the Optuna trial's number
+    number: int | None = None  # planned, repeated, second_chance in a search: the Optuna trial's number
     costs: dict[str, float] | None = None  # planned, where the search has several objectives; see objectives.py
     by: str | None = None  # stopped, reopened: the person, USER@HOST
 

@@ -75,6 +75,7 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
             reduction_factor=asha.reduction_factor if asha else 2,
         )
         self._ledger, self._stage, self._asked_to_stop = ledger, stage, asked_to_stop
+        self._first_pass = asha.first_pass if asha else True
         bracket = self._brackets[0]
         bracket._rungs = self._rungs = [(step, Rung()) for step, _ in bracket._rungs]  # the highest first
         for row in ledger.board.of_stage(stage):
@@ -109,12 +110,15 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
             milestone, rung = found
             cutoff = rung.cutoff(self._reduction_factor)
             rung[row.trial_id] = -fid
-            if cutoff is not None and -fid < cutoff:
+            place = rung.place(-fid)
+            why = None
+            if not self._first_pass and place > int(len(rung) / self._reduction_factor):
+                why = f"not among the best 1 in {self._reduction_factor:g}"
+            elif self._first_pass and cutoff is not None and -fid < cutoff:
+                why = f"FID {fid:.4g} above the cutoff {-cutoff:.4g}"
+            if why:
                 self._num_stopped += 1
-                reason = (
-                    f"place {rung.place(-fid)} of {len(rung)} at step {milestone:g}: "
-                    f"FID {fid:.4g} above the cutoff {-cutoff:.4g}"
-                )
+                reason = f"place {place} of {len(rung)} at step {milestone:g}: {why}"
                 self._add("stopped", row, step=step, fid=fid, reason=reason)
                 return str(TrialScheduler.STOP)
         by = self._asked_to_stop(row.trial_id)

@@ -17,7 +17,7 @@ from raysparse import rng, space
 from raysparse.config import TrialConfig
 from raysparse.errors import UsageError
 from raysparse.space import Point, Sweep
-from raysparse.sweep import objectives
+from raysparse.sweep import chances, objectives
 from raysparse.sweep.axes import all_points, distributions, first_points, quiet, sampler, suggest, to_params
 from raysparse.sweep.board import Ledger, Repeat, Row
 from raysparse.sweep.journal import Event, event
@@ -109,6 +109,7 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
         self._reported: dict[int, set[int]] = {}  # number -> steps the study knows
         self._told: set[int] = set()  # numbers that have ended in the study
         self._count = 0  # trials of the study
+        self._exhausted = False  # every point has been tried
         self._best = Best()  # of these
         super().__init__(
             space=lambda trial: suggest(trial, self._search),
@@ -135,9 +136,9 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> TuneConfig | str | None:
         if not self.may_start(self._todo[0] if self._todo else None):
             return None  # Tune asks again
-        row = self._todo.popleft() if self._todo else self._new()
+        row = self._todo.popleft() if self._todo else self._new() or self._second_chance()
         if row is None:
-            return str(Searcher.FINISHED)
+            return None if self._may_come() else str(Searcher.FINISHED)
         self._ours[trial_id] = row.trial_id
         return self._config_of(row)
 
@@ -160,10 +161,11 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
         """The next trial that was not there before, on record; None where there are enough or none is left."""
         board = self._ledger.board
         for attempt in itertools.count():
-            if self._planned >= self._search.trials:
+            if self._planned >= self._search.trials or self._exhausted:
                 return None
             fresh = self._untried() if attempt >= PATIENCE else None
             if attempt >= PATIENCE and fresh is None:
+                self._exhausted = True
                 self._ledger.add(event("note", stage="search", reason="every point of the space has been tried"))
                 return None
             asked, point = self._ask(fresh)
@@ -183,6 +185,25 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
             self._describe(asked, board.rows[name])
             self._learn(board.rows[name])
         raise AssertionError
+
+    def _second_chance(self) -> Row | None:
+        """A stopped trial that goes on, for the study a new one at the same point; None where there is none."""
+        if self._sweep.asha is None:
+            return None
+        for row, why in chances.candidates(self._ledger.board, self._sweep.asha):
+            number = self._count
+            self._ledger.add(
+                event("second_chance", stage="search", trial_id=row.trial_id, number=number, step=row.step, reason=why)
+            )
+            self._add(row, number)
+            return row
+        return None
+
+    def _may_come(self) -> bool:
+        """Whether a trial that runs may yet be stopped and get a second chance."""
+        asha, board = self._sweep.asha, self._ledger.board
+        left = asha.second_chances - board.second_chances if asha else 0
+        return left > 0 and any(row.open for row in board.of_stage("search"))
 
     def _sound(self, trial: TrialConfig, row: Row) -> bool:
         """Whether the trial passes its own check; else it has failed."""
@@ -248,20 +269,24 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
 
     def _rebuild(self) -> None:
         """The study as the journal has it: the same numbers, values and states."""
-        rows, kinds = self._ledger.board.rows, distributions(self._search)
+        rows = self._ledger.board.rows
         entries = [Repeat(row.number, row.trial_id) for row in rows.values() if row.number is not None]
         for entry in sorted([*entries, *self._ledger.board.repeats], key=lambda entry: entry.number):
-            params = to_params(self._search, rows[entry.trial_id].point)
-            self.study.add_trial(
-                optuna.trial.create_trial(
-                    state=TrialState.RUNNING, params=params, distributions={name: kinds[name] for name in params}
-                )
-            )
-            frozen = self.study.get_trials(deepcopy=False)[-1]
-            assert frozen.number == entry.number
-            trial = optuna.Trial(self.study, frozen._trial_id)
-            self._count = frozen.number + 1
-            self._describe(trial, rows[entry.trial_id])
-            self._asked.setdefault(entry.trial_id, []).append(trial)
+            self._add(rows[entry.trial_id], entry.number)
         for row in rows.values():
             self._learn(row)
+
+    def _add(self, row: Row, number: int) -> None:
+        """A trial of the study that runs, with the row's point; its values are learned later."""
+        params, kinds = to_params(self._search, row.point), distributions(self._search)
+        self.study.add_trial(
+            optuna.trial.create_trial(
+                state=TrialState.RUNNING, params=params, distributions={name: kinds[name] for name in params}
+            )
+        )
+        frozen = self.study.get_trials(deepcopy=False)[-1]
+        assert frozen.number == number
+        self._count = number + 1
+        trial = optuna.Trial(self.study, frozen._trial_id)
+        self._describe(trial, row)
+        self._asked.setdefault(row.trial_id, []).append(trial)

@@ -190,9 +190,13 @@ class _Run:
         more = True
         while more or queue:
             while more and len(queue) < self._workers:
-                running = self._start(stage, scheduler, searcher)
-                more = running is not None
-                if running is not None:
+                with self._driver():
+                    config = searcher.suggest(f"{stage}-{self._started}")
+                if config is None and queue:  # not now
+                    break
+                more = config is not None and config != searcher.FINISHED
+                if more:
+                    running = self._start(stage, scheduler, config)
                     heapq.heappush(queue, (running.until, self._started, running))
             if queue:
                 self._now, number, running = heapq.heappop(queue)
@@ -219,17 +223,14 @@ class _Run:
             driver_cpu_s=self._cpu_s,
         )
 
-    def _start(self, stage: str, scheduler: Rungs, searcher: Any) -> _Running | None:
-        """What the searcher has next, in a slot; None where it has no more."""
-        tune_id = f"{stage}-{self._started}"
+    def _start(self, stage: str, scheduler: Rungs, config: TuneConfig) -> _Running:
+        """What the searcher has suggested, in a slot; from the last report, where it had one."""
+        trial = SimpleNamespace(trial_id=f"{stage}-{self._started}", config=config)
+        row = self._ledger.board.rows[config["trial_id"]]
         with self._driver():
-            config = searcher.suggest(tune_id)
-            if config == searcher.FINISHED:
-                return None
-            trial = SimpleNamespace(trial_id=tune_id, config=config)
-            row = self._ledger.board.rows[config["trial_id"]]
             scheduler.on_trial_add(None, trial)
             self._ledger.add(event("started", stage=stage, trial_id=row.trial_id, step=row.step))
+            self._decisions -= 1  # counted with its suggestion
         self._started += 1
         draw = rng.numpy_generator(self._world, f"pace {row.trial_id}").standard_normal()
         running = _Running(
@@ -238,6 +239,8 @@ class _Run:
             slowness=math.exp(self._pace.jitter * draw),
             since=self._now,
             until=self._now,
+            step=row.step,
+            at=len(row.fids),
         )
         self._go_on(running)
         return running

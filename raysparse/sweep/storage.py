@@ -3,6 +3,7 @@
 Kept whatever the budget says, because something still reads them:
     of an open trial            the last two: it goes on from them
     of one that may be retried  the last: it would go on from it
+    of one that may get a second chance, likewise
     of the dense baseline, the best of each method, the best at each rung, the Pareto front of the search, and all
     trials of the confirm stage: the last, for `raysparse evaluate`, `sample` and `export`
 All else is spare. `raysparse gc` removes it; a driver does while the checkpoints are over `storage.checkpoints`, or
@@ -23,7 +24,7 @@ from typing import Any
 
 from raysparse.files import TEMPORARY, set_aside, size_text
 from raysparse.space import Sweep
-from raysparse.sweep import objectives, views
+from raysparse.sweep import chances, objectives, views
 from raysparse.sweep.board import Board, Ledger, Row
 from raysparse.sweep.journal import event
 
@@ -101,6 +102,8 @@ class Store:
         for rung, at in reversed(self._rungs().items()):
             if at:
                 found.setdefault(min(at, key=lambda name: (at[name], name)), f"the best at rung {rung:,.0f}")
+        for row, _ in chances.candidates(self._board, self._sweep.asha) if self._sweep.asha else ():
+            found.setdefault(row.trial_id, "it may get a second chance")
         for best in views.best(search):
             found.setdefault(best["trials"][0], f"the best of {best['method']}")
         for row in self._board.rows.values():

@@ -270,7 +270,7 @@ def _places(view: View, row: Row) -> list[Facts]:
 
 def _events(results: Path, trial_id: str) -> list[Facts]:
     """What happened to a trial apart from its reports."""
-    kinds = ("started", "note", "stopped", "failed", "completed", "reopened", "chosen")
+    kinds = ("started", "note", "stopped", "failed", "completed", "reopened", "second_chance", "chosen")
     return [
         {"time": _iso(item.time), "kind": item.kind, "step": item.step, "reason": item.reason}
         for item in read(results / "journal.jsonl")
