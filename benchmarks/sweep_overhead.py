@@ -115,7 +115,9 @@ def measure(sweep: Sweep, ray: dict[str, Any]) -> list[Turn]:
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "sweep"
         watch = Watch(results.absolute())
-        tuner.run(sweep, results, command="benchmark", on_event=watch, **ray)
+        summary = tuner.run(sweep, results, command="benchmark", on_event=watch, **ray)
+        if summary.failed or summary.interrupted:
+            raise SystemExit(f"not measured: {[row.reason for row in summary.failed] or summary.limit}")
         for name, turn in watch.turns.items():
             last = records.reports_of(records.read_trial(results / "records" / f"{name}.parquet"))[-1]
             turn.train_s, turn.peak_bytes = last.train_s, last.peak_memory_bytes or 0

@@ -131,6 +131,19 @@ def test_what_is_kept_and_why(made: Made, tmp_path: Path) -> None:
     assert made.why() == {name: reason for name, reason in why.items() if reason is not None}
 
 
+def test_what_may_get_a_second_chance_is_kept(tmp_path: Path, sweep_of: Callable[..., Sweep]) -> None:
+    rules = {"grace_steps": 2, "reduction_factor": 2, "second_chances": 1}
+    made = Made(tmp_path, sweep_of(asha=rules))
+    best, *others = [made.trial(rigl(p), ("stopped", 2, 20 * p)) for p in (0.2, 0.3, 0.4)]
+    made.trial(static(0.5), ("report", 2, 1.0), ("completed", 8, 1.0))
+    why = made.why()
+    assert why[best, 2] == "it may get a second chance"
+    assert [why[name, 2] for name in others] == [None, None]
+    made.ledger.add(event("second_chance", stage="search", trial_id=best, number=9))
+    assert "open" in str(made.why()[best, 2])
+    made.ledger.close()
+
+
 def test_a_completed_trial_without_a_readable_record_is_kept(made: Made) -> None:
     names = filled(made)
     (made.results / "records" / f"{names['beaten']}.parquet").write_bytes(b"no parquet")
@@ -307,11 +320,23 @@ def test_a_sweep_of_two_objectives_within_a_budget_is_interrupted_and_goes_on(
     base = sweep_of()
     assert base.search
     search = base.search.model_dump(mode="json") | {"sampler": "tpe", "objectives": ["fid", "flops_inference"]}
-    sweep, out = sweep_of(search=search, storage={"checkpoints": 1}), tmp_path / "out"
+    rules = {"grace_steps": 2, "reduction_factor": 2, "first_pass": False, "second_chances": 2}
+    sweep, out = sweep_of(search=search, asha=rules, storage={"checkpoints": 1}), tmp_path / "out"
     first = tuner.run(sweep, out, command="", limits=Limits(max_trials=3), num_cpus=2, temp_dir=ray_home)
     assert first.interrupted
     last = tuner.resume(out, num_cpus=2, temp_dir=ray_home)
     assert {row.state for row in last.board.rows.values()} <= {"COMPLETED", "STOPPED"}
+    happened = list(read(out / "journal.jsonl"))
+    again = [item.trial_id for item in happened if item.kind == "second_chance"]
+    assert len(again) == 2
+    for name in again:  # from the checkpoint where it was stopped, not from the start
+        since = [item for item in happened if item.trial_id == name]
+        place = [item.kind for item in since].index("second_chance")
+        assert since[place + 1].kind == "started"
+        steps = [item.step for item in since if item.fid is not None]
+        assert steps == sorted(set(steps))
+        log = (out / "trials" / name / "reports.jsonl").read_text()
+        assert len(log.splitlines()) == len(steps)
     found = Store(out, last.board, sweep).survey(driven=False)
     # What ended last may still have been held by its process when the driver looked: gc takes that.
     assert sum(not one.kept for one in found) <= 2 * 2

@@ -1,0 +1,167 @@
+"""Second chances: who gets one, in which order, and that a sweep with them is whole, the same, and can be resumed."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from optuna.trial import TrialState
+
+from raysparse import space
+from raysparse.space import Asha, Sweep
+from raysparse.sweep import chances
+from raysparse.sweep.board import Board, Ledger, Row
+from raysparse.sweep.curves import Published
+from raysparse.sweep.journal import Event, Journal, event, read
+from raysparse.sweep.scheduler import Rungs
+from raysparse.sweep.search import Suggested
+from raysparse.sweep.simulate import simulate
+
+CURVES = Published("kanjivg")
+
+
+def board_of(*trials: tuple[str, str, dict[int, float]]) -> Board:
+    """(name, state, FIDs) of trials of 16 steps."""
+    board = Board()
+    for name, state, fids in trials:
+        board.rows[name] = Row(name, "search", "rigl", {}, 0, 16, {}, state, dict(fids))
+    return board
+
+
+def asha(count: int, **more: Any) -> Asha:
+    return Asha(grace_steps=2, reduction_factor=2, second_chances=count, **more)
+
+
+def test_the_best_of_their_rung_come_first_then_the_others_from_the_highest_rung() -> None:
+    board = board_of(
+        ("done", "COMPLETED", {2: 5.0, 4: 4.0, 8: 3.0, 16: 2.0}),
+        ("unlucky", "STOPPED", {2: 4.0}),  # the best at rung 2 in the end
+        ("second", "STOPPED", {2: 4.5}),
+        ("far", "STOPPED", {2: 4.8, 4: 4.5}),
+        ("poor", "STOPPED", {2: 9.0}),
+        ("fifth", "STOPPED", {2: 8.0}),
+        ("person", "STOPPED", {2: 1.0}),
+        ("lost", "FAILED", {2: 1.0}),
+        ("runs", "RUNNING", {2: 6.0}),
+    )
+    board.rows["person"].stopped_by = "me@here"
+    order = [row.trial_id for row, _ in chances.candidates(board, asha(9))]
+    # Rung 4 has two, of which the better half is `done`; rung 2 has nine, and the best five are good.
+    assert order == ["unlucky", "second", "far", "fifth", "poor"]
+    (first, why), *_ = chances.candidates(board, asha(9))
+    assert (first.trial_id, why) == ("unlucky", "place 3 of 9 at rung 2 in the end")
+    assert [row.trial_id for row, _ in chances.candidates(board, asha(2))] == order[:2]
+    board.second_chances = 2
+    assert list(chances.candidates(board, asha(2))) == []
+    assert list(chances.candidates(Board(), asha(2))) == []
+
+
+def test_without_a_first_pass_only_the_best_so_far_go_on(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    for name in "abcd":
+        ledger.add(event("planned", stage="search", trial_id=name, method="rigl", total_steps=16, config={}))
+    rungs = Rungs(ledger, "search", 16, asha(1, first_pass=False))
+    for name, fid in (("a", 5.0), ("b", 4.0), ("c", 4.5), ("d", 4.4)):
+        rungs.on_trial_result(None, _tune(name), {"step": 2, "fid": fid})  # type: ignore[arg-type]
+    states = [row.state for row in ledger.board.rows.values()]
+    assert states == ["STOPPED", "RUNNING", "STOPPED", "RUNNING"]  # of 1: none; of 2: one; of 3: one; of 4: two
+    assert ledger.board.rows["c"].reason == "place 2 of 3 at step 2: not among the best 1 in 2"
+    ledger.close()
+
+
+def _tune(name: str) -> Any:
+    class Trial:
+        trial_id, config = f"tune-{name}", {"trial_id": name}
+
+    return Trial()
+
+
+def test_a_rung_that_nobody_may_pass_is_refused() -> None:
+    with pytest.raises(ValueError, match="give second_chances as well"):
+        Asha(grace_steps=2, first_pass=False)
+
+
+def chancy(sweep_of: Callable[..., Sweep], **more: Any) -> Sweep:
+    search = {"trials": 14, "axes": {"static": {"sparsity": {"low": 0.1, "high": 0.95}}}}
+    rules = {"grace_steps": 2, "reduction_factor": 2, "first_pass": False, "second_chances": 5}
+    return sweep_of(search=search, asha=rules | more, confirm=None)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_chances_are_taken_after_the_last_new_trial_and_no_more_than_given(
+    sweep_of: Callable[..., Sweep], workers: int
+) -> None:
+    happened: list[Event] = []
+    run = simulate(chancy(sweep_of), CURVES, workers=workers, on_event=happened.append)
+    kinds = [item.kind for item in happened]
+    assert kinds.count("planned") == 14
+    assert kinds.count("second_chance") == run.board.second_chances == 5
+    assert max(n for n, kind in enumerate(kinds) if kind == "planned") < kinds.index("second_chance")
+    assert {row.state for row in run.board.rows.values()} == {"COMPLETED", "STOPPED"}
+    for row in run.board.rows.values():  # steps never go back, none is paid for twice
+        steps = [item.step for item in happened if item.trial_id == row.trial_id and item.fid is not None]
+        assert steps == sorted(set(steps))
+    assert run.search_steps == sum(row.step for row in run.board.rows.values())
+    few = simulate(chancy(sweep_of, second_chances=1), CURVES, workers=workers)
+    assert few.search_steps < run.search_steps
+    again = simulate(chancy(sweep_of), CURVES, workers=workers)
+    assert [row.fids for row in again.board.rows.values()] == [row.fids for row in run.board.rows.values()]
+
+
+@pytest.mark.parametrize("killed_at", ["first second_chance", "last second_chance", "last planned"])
+def test_a_resume_takes_the_chances_that_are_left(
+    sweep_of: Callable[..., Sweep], tmp_path: Path, killed_at: str
+) -> None:
+    """The driver is killed right after an event; what the resumed classes then do is what the undisturbed ones did."""
+    sweep = chancy(sweep_of)
+    (tmp_path / "whole").mkdir()
+    whole = simulate(sweep, CURVES, workers=1, journal=tmp_path / "whole")
+    events = list(read(tmp_path / "whole" / "journal.jsonl"))
+    which, kind = killed_at.split()
+    places = [n for n, item in enumerate(events) if item.kind == kind]
+    cut = (places[0] if which == "first" else places[-1]) + 1
+    journal = Journal(tmp_path / "journal.jsonl")
+    for item in events[:cut]:
+        journal.append(item)
+    journal.close()
+
+    ledger = Ledger(tmp_path)
+    rungs = Rungs(ledger, "search", 8, sweep.asha)
+    searcher = Suggested(sweep, ledger, lambda row: {"trial_id": row.trial_id})
+    number = 0
+    while (config := searcher.suggest(str(number))) != searcher.FINISHED:
+        assert isinstance(config, dict)
+        row = ledger.board.rows[config["trial_id"]]
+        curve = CURVES.curve(row.trial_id, row.config, 0)
+        for step, fid in curve[len(row.fids) :]:
+            rungs.on_trial_result(None, _tune(row.trial_id), {"step": step, "fid": fid})  # type: ignore[arg-type]
+            if not row.open:
+                break
+        searcher.on_trial_complete(str(number))
+        number += 1
+    assert [(r.trial_id, r.state, r.fids) for r in ledger.board.rows.values()] == [
+        (r.trial_id, r.state, r.fids) for r in whole.board.rows.values()
+    ]
+    trials = searcher.study.get_trials()
+    assert len(trials) == 14 + 5 + len([item for item in events if item.kind == "repeated"])
+    assert not [trial for trial in trials if trial.state == TrialState.RUNNING]
+    ledger.close()
+    shutil.rmtree(tmp_path / "whole")
+
+
+def test_old_files_are_the_sweeps_that_they_were(sweep_of: Callable[..., Sweep]) -> None:
+    said = {"objectives": ["fid"]}
+    base = sweep_of()
+    assert base.search
+    spelled = sweep_of(
+        search=base.search.model_dump(mode="json") | said,
+        asha={"grace_steps": 2, "reduction_factor": 2, "first_pass": True, "second_chances": 0},
+        confirm={"seeds": [1], "front": 6},
+    )
+    # As the version without these settings had it.
+    assert base.digest == spelled.digest == "54f44b0ba64438d0"
+    assert chancy(sweep_of).digest != chancy(sweep_of, second_chances=4).digest
+    assert space.parse(spelled.model_dump(mode="json"), "again").digest == base.digest
