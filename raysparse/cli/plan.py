@@ -129,6 +129,10 @@ def _notes(sweep: Sweep, found: dict[str, Any]) -> str:
             f"early stopping saves {saved['mean']:.0%} of the search's steps ({saved['low']:.0%} to "
             f"{saved['high']:.0%} in {found['worlds']} simulations); stopped on average: {stopped or 'none'}"
         )
+    if sweep.storage.checkpoints is not None:
+        lines.append(
+            f"beyond {size_text(sweep.storage.checkpoints)} of checkpoints those that nothing needs are removed"
+        )
     lines.append(f"learning curves: {found['curves']}")
     if found["curves"].startswith("synthetic"):
         lines.append("  they are a model; `--results DIR` of a sweep that was run simulates over what was seen")

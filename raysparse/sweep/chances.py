@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 from raysparse.space import Asha
 from raysparse.sweep import views
-from raysparse.sweep.board import Board, Row
+from raysparse.sweep.board import Board, Ledger, Row
+from raysparse.sweep.journal import event
 
 
 def candidates(board: Board, asha: Asha) -> Iterator[tuple[Row, str]]:
@@ -37,3 +38,19 @@ def candidates(board: Board, asha: Asha) -> Iterator[tuple[Row, str]]:
             ranked.append((not good, -step, place, row))
     for _, step, place, row in sorted(ranked, key=lambda one: one[:3])[:left]:
         yield row, f"place {place} of {len(rungs[-step])} at rung {-step:,.0f} in the end"
+
+
+def take(ledger: Ledger, asha: Asha | None, number: int | None = None) -> Row | None:
+    """The next trial to go on, on record; None where there is none. number: of the Optuna trial that stands for it."""
+    for row, why in candidates(ledger.board, asha) if asha else ():
+        ledger.add(
+            event("second_chance", stage="search", trial_id=row.trial_id, number=number, step=row.step, reason=why)
+        )
+        return row
+    return None
+
+
+def may_come(board: Board, asha: Asha | None) -> bool:
+    """Whether a trial that is open may yet be stopped and then go on."""
+    left = asha.second_chances - board.second_chances if asha else 0
+    return left > 0 and any(row.open for row in board.of_stage("search"))

@@ -16,7 +16,7 @@ from ray.tune.search.optuna import OptunaSearch
 from raysparse import rng, space
 from raysparse.config import TrialConfig
 from raysparse.errors import UsageError
-from raysparse.space import Point, Sweep
+from raysparse.space import Asha, Point, Sweep
 from raysparse.sweep import chances, objectives
 from raysparse.sweep.axes import all_points, distributions, first_points, quiet, sampler, suggest, to_params
 from raysparse.sweep.board import Ledger, Repeat, Row
@@ -52,10 +52,14 @@ def planned(
 
 
 class Listed(Searcher):  # type: ignore[misc]
-    """Hands out the open trials of a stage that is planned in full."""
+    """Hands out the open trials of a stage that is planned in full, then second chances."""
 
-    def __init__(self, ledger: Ledger, stage: str, config_of: Callable[[Row], TuneConfig]) -> None:
+    def __init__(
+        self, ledger: Ledger, stage: str, config_of: Callable[[Row], TuneConfig], asha: Asha | None = None
+    ) -> None:
+        """asha: whose second chances these are; None: there are none."""
         super().__init__(metric="fid", mode="min")
+        self._ledger, self._asha = ledger, asha
         self._todo = deque(row for row in ledger.board.of_stage(stage) if row.open)
         self._config_of = config_of
 
@@ -64,7 +68,10 @@ class Listed(Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> TuneConfig | str | None:
         if self._todo and not self.may_start(self._todo[0]):
             return None  # Tune asks again
-        return self._config_of(self._todo.popleft()) if self._todo else str(Searcher.FINISHED)
+        row = self._todo.popleft() if self._todo else chances.take(self._ledger, self._asha)
+        if row is None:
+            return None if chances.may_come(self._ledger.board, self._asha) else str(Searcher.FINISHED)
+        return self._config_of(row)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """Nothing to learn."""
@@ -138,7 +145,7 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
             return None  # Tune asks again
         row = self._todo.popleft() if self._todo else self._new() or self._second_chance()
         if row is None:
-            return None if self._may_come() else str(Searcher.FINISHED)
+            return None if chances.may_come(self._ledger.board, self._sweep.asha) else str(Searcher.FINISHED)
         self._ours[trial_id] = row.trial_id
         return self._config_of(row)
 
@@ -188,22 +195,11 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
 
     def _second_chance(self) -> Row | None:
         """A stopped trial that goes on, for the study a new one at the same point; None where there is none."""
-        if self._sweep.asha is None:
-            return None
-        for row, why in chances.candidates(self._ledger.board, self._sweep.asha):
-            number = self._count
-            self._ledger.add(
-                event("second_chance", stage="search", trial_id=row.trial_id, number=number, step=row.step, reason=why)
-            )
+        number = self._count
+        row = chances.take(self._ledger, self._sweep.asha, number)
+        if row is not None:
             self._add(row, number)
-            return row
-        return None
-
-    def _may_come(self) -> bool:
-        """Whether a trial that runs may yet be stopped and get a second chance."""
-        asha, board = self._sweep.asha, self._ledger.board
-        left = asha.second_chances - board.second_chances if asha else 0
-        return left > 0 and any(row.open for row in board.of_stage("search"))
+        return row
 
     def _sound(self, trial: TrialConfig, row: Row) -> bool:
         """Whether the trial passes its own check; else it has failed."""

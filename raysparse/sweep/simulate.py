@@ -182,7 +182,7 @@ class _Run:
             asha = self._sweep.asha if stage == "search" else None
             scheduler = Rungs(self._ledger, stage, space.parsed_base(self._sweep).train.steps, asha)
             searcher: Any = (
-                Listed(self._ledger, stage, _config_of)
+                Listed(self._ledger, stage, _config_of, asha)
                 if stage == "confirm" or self._sweep.search is None
                 else Suggested(self._sweep, self._ledger, _config_of, self._storage)
             )

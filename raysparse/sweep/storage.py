@@ -116,15 +116,17 @@ class Store:
         return found
 
     def _front(self) -> list[str]:
-        points = {}
+        points, unknown = {}, []
         for row in self._board.of_stage("search"):
             if row.state == "COMPLETED":
                 known = self._costs.get(row.trial_id) or objectives.recorded_costs(self._results, row.trial_id)
                 self._costs[row.trial_id] = known
-                # A trial whose costs cannot be read is taken for one on the front: kept rather than lost.
-                points[row.trial_id] = objectives.values(row, objectives.of(self._sweep), known) or (-float("inf"),)
-        known_points = {name: point for name, point in points.items() if len(point) > 1}
-        return [*objectives.front(known_points), *(name for name in points if name not in known_points)]
+                point = objectives.values(row, objectives.of(self._sweep), known)
+                if point is None:  # its record cannot be read: kept rather than lost
+                    unknown.append(row.trial_id)
+                else:
+                    points[row.trial_id] = point
+        return [*objectives.front(points), *unknown]
 
     def _rungs(self) -> dict[float, dict[str, float]]:
         if self._sweep.asha is None:

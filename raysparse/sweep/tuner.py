@@ -251,7 +251,7 @@ def _searcher(stage: str, sweep: Sweep, results: Path, ledger: Ledger) -> Any:
 
     tune_config = functools.partial(_tune_config, sweep, results)
     if stage == "confirm" or sweep.search is None:
-        return Listed(ledger, stage, tune_config)
+        return Listed(ledger, stage, tune_config, sweep.asha if stage == "search" else None)
     path = results / "optuna" / "study.log"
     path.parent.mkdir(exist_ok=True)
     for old in path.parent.iterdir():  # an older driver's; and the lock that it held when it was killed

@@ -84,6 +84,15 @@ def test_a_rung_that_nobody_may_pass_is_refused() -> None:
         Asha(grace_steps=2, first_pass=False)
 
 
+def test_a_grid_has_second_chances_too(sweep_of: Callable[..., Sweep]) -> None:
+    rules = {"grace_steps": 2, "reduction_factor": 2, "first_pass": False, "second_chances": 2}
+    axes = {"static": {"sparsity": [0.1, 0.3, 0.5, 0.7, 0.9]}}
+    run = simulate(sweep_of(search=None, grid=axes, asha=rules, confirm=None), CURVES, workers=2)
+    assert run.board.second_chances == 2
+    assert not run.board.repeats
+    assert {row.state for row in run.board.rows.values()} == {"COMPLETED", "STOPPED"}
+
+
 def chancy(sweep_of: Callable[..., Sweep], **more: Any) -> Sweep:
     search = {"trials": 14, "axes": {"static": {"sparsity": {"low": 0.1, "high": 0.95}}}}
     rules = {"grace_steps": 2, "reduction_factor": 2, "first_pass": False, "second_chances": 5}

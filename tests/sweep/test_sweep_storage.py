@@ -22,7 +22,7 @@ from raysparse import space
 from raysparse.cli import app
 from raysparse.errors import UsageError
 from raysparse.space import Sweep
-from raysparse.sweep import folder, limits, objectives, storage, tuner
+from raysparse.sweep import folder, limits, objectives, storage, trainable, tuner
 from raysparse.sweep.board import Ledger
 from raysparse.sweep.journal import event, read
 from raysparse.sweep.limits import Guard, Limits
@@ -98,6 +98,10 @@ def filled(made: Made) -> dict[str, str]:
         "person": made.trial(rigl(0.4), ("stopped", 4, 9.9), by="me@here", reason="by me"),
         "confirmed": made.trial(static(0.5), ("report", 6, 7.0), ("completed", 8, 6.5), stage="confirm"),
     }  # fmt: skip
+
+
+def test_what_an_open_trial_keeps_is_what_it_writes() -> None:
+    assert storage.OF_OPEN == trainable.KEEP_CHECKPOINTS
 
 
 def test_what_is_kept_and_why(made: Made, tmp_path: Path) -> None:
