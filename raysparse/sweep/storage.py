@@ -165,7 +165,7 @@ class Budget:
         """Remove all that is spare. -> bytes."""
         freed = self._free(self._store.survey(driven=True), float("inf"))
         if freed:
-            self._say("room", f"--max-disk is near: spare checkpoints are removed, {size_text(freed)} of them now")
+            self._say("room", f"--max-disk is reached: spare checkpoints go first, {size_text(freed)} now")
         return freed
 
     def _free(self, stored: Sequence[Stored], wanted_bytes: float) -> int:

@@ -265,6 +265,8 @@ def test_max_disk_first_takes_what_is_spare(made: Made, monkeypatch: pytest.Monk
     guard = Guard(Limits(max_disk_bytes=enough), made.sweep.resources, made.results, board, budget.make_room)
     assert guard.reached() is None
     assert made.steps(name) == [8]
+    (said,) = [str(item.reason) for item in read(made.results / "journal.jsonl") if item.kind == "note"]
+    assert said == "--max-disk is reached: spare checkpoints go first, 1 kB now"
     made.trial(static(0.9), ("report", 2, 1.0))
     assert "--max-disk" in str(guard.reached()), "an open trial's checkpoint is needed"
 
