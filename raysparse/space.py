@@ -96,7 +96,7 @@ class Asha(Section):
     grace_steps: int = Field(ge=1)  # no trial is stopped before this step: the first rung
     reduction_factor: float = Field(3, gt=1)  # one in so many goes on past a rung
     # The first at a rung goes on, with nobody to be compared with. False: at each moment only the best 1 in
-    # reduction_factor, rounded down; second chances then make up for what that stops too early.
+    # reduction_factor, rounded down, and up among second chances, which make up for what that stops too early.
     first_pass: bool = True
     second_chances: int = Field(0, ge=0)  # stopped trials that go on once the search has no new ones, best first
 

@@ -7,6 +7,7 @@ the report go to the journal here, as one line, and what follows only repeats it
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,7 +113,9 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
             rung[row.trial_id] = -fid
             place = rung.place(-fid)
             why = None
-            if not self._first_pass and place > int(len(rung) / self._reduction_factor):
+            # Rounded up once second chances are given: the search is at its end, and somebody has to be completed.
+            rounded = math.ceil if self._ledger.board.second_chances else math.floor
+            if not self._first_pass and place > rounded(len(rung) / self._reduction_factor):
                 why = f"not among the best 1 in {self._reduction_factor:g}"
             elif self._first_pass and cutoff is not None and -fid < cutoff:
                 why = f"FID {fid:.4g} above the cutoff {-cutoff:.4g}"

@@ -69,6 +69,8 @@ def test_without_a_first_pass_only_the_best_so_far_go_on(tmp_path: Path) -> None
     states = [row.state for row in ledger.board.rows.values()]
     assert states == ["STOPPED", "RUNNING", "STOPPED", "RUNNING"]  # of 1: none; of 2: one; of 3: one; of 4: two
     assert ledger.board.rows["c"].reason == "place 2 of 3 at step 2: not among the best 1 in 2"
+    ledger.add(event("second_chance", stage="search", trial_id="c"))
+    assert rungs.on_trial_result(None, _tune("c"), {"step": 4, "fid": 9.0}) == "CONTINUE", "the only one there"
     ledger.close()
 
 
