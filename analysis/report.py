@@ -11,6 +11,7 @@ import re
 import shlex
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -19,9 +20,10 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from analysis import figures, headline, samples, tables, words
+from analysis import headline, tables, words
 from analysis.load import Records, read
 from analysis.markup import Html, join, tag
+from analysis.parts import Part, parts
 from analysis.sections import Section, split
 from raysparse.files import write_text
 
@@ -57,11 +59,16 @@ class Report:
     def warnings(self) -> list[str]:
         return list(self.records.warnings)
 
+    @cached_property
+    def parts(self) -> tuple[list[Part], ...]:
+        """The parts of each section."""
+        return tuple(parts(section) for section in self.sections)
+
     def write(self, output: Path) -> Path:
         """Tables, then the page (last, so that a page never names tables that are not there); the page's path."""
         texts: dict[str, str] = {}
-        for section in self.sections:
-            for table in tables.all_tables(section):
+        for section, found in zip(self.sections, self.parts, strict=True):
+            for table in (table for part in found for table in part.tables):
                 name = self.table_name(section, table.name)
                 texts |= {f"{name}.csv": table.csv(), f"{name}.md": table.markdown()}
         page = self.html()
@@ -152,36 +159,30 @@ def _why_split(report: Report) -> Html:
 
 
 def _section(report: Report, section: Section, place: int, charts: dict[str, go.Figure]) -> Html:
-    def chart(name: str, figure: go.Figure | None, title: str, caption: str) -> Html:
-        if figure is None:
-            return join()
-        charts[f"{name}-{place}"] = figure
-        ground = tag("div", class_="plot", data_figure=f"{name}-{place}", role="img", aria_label=f"{title}. {caption}")
-        return tag("figure", tag("h3", title), ground, tag("figcaption", caption))
-
-    summary, main, stopped, trials = tables.all_tables(section)
-    fid = section.fid_name
-    hollow = "Filled: confirmed, mean ± standard deviation over seeds. Hollow: one seed, no claim."
-    parts = [
-        tag("h2", f"{section.dataset} · {section.model} · {fid}") if len(report.sections) > 1 else join(),
+    body = [_part(report, section, part, place, charts) for part in report.parts[place]]
+    heading = tag("h2", f"{section.dataset} · {section.model} · {section.fid_name}")
+    return tag(
+        "section",
+        heading if len(report.sections) > 1 else join(),
         tag("div", *(tag("p", sentence) for sentence in headline.sentences(section)), class_="headline"),
-        _table(report, section, summary),
-        chart("sparsity", figures.fid_against_sparsity(section), f"{fid} against sparsity",
-              f"{hollow} The line joins the best confirmed configuration of a method at each S; the band is dense."),
-        chart("flops", figures.fid_against_flops(section), f"{fid} against inference FLOPs",
-              f"{hollow} FLOPs are of all DDIM steps. No configuration beats one on the dotted front in both."),
-        _table(report, section, main),
-        samples.html(section),
-        chart("curves", figures.training_curves(section, "fid"), f"{fid} during training",
-              "A line per trial, confirmed ones stronger; a cross where a trial was stopped or failed."),
-        chart("losses", figures.training_curves(section, "validation_loss"), "Validation loss during training",
-              "Masked EMA weights on fixed noise and timesteps."),
-        chart("timeline", figures.timeline(section), "What was stopped, and when", _saved(section)),
-        _table(report, section, stopped),
-        _table(report, section, trials, folded=True),
+        *body,
         _stamp(report, section),
-    ]  # fmt: skip
-    return tag("section", *parts, id=f"section-{place}")
+        id=f"section-{place}",
+    )
+
+
+def _part(report: Report, section: Section, part: Part, place: int, charts: dict[str, go.Figure]) -> Html:
+    shown = []
+    if part.sentences:
+        shown.append(tag("div", tag("h3", part.title), *(tag("p", text) for text in part.sentences), class_="block"))
+    if part.figure is not None:
+        name = f"{part.name}-{place}"
+        charts[name] = part.figure
+        label = f"{part.title}. {part.caption}"
+        ground = tag("div", class_="plot", data_figure=name, role="img", aria_label=label)
+        title = join() if shown else tag("h3", part.title)
+        shown.append(tag("figure", title, ground, tag("figcaption", part.caption)))
+    return join(*shown, part.pictures, *(_table(report, section, table, part.folded) for table in part.tables))
 
 
 def _table(report: Report, section: Section, table: tables.Table, folded: bool = False) -> Html:
@@ -192,20 +193,6 @@ def _table(report: Report, section: Section, table: tables.Table, folded: bool =
         inside = tag("details", tag("summary", f"{len(table.frame):,} trials"), table.html())
         return tag("div", title, inside, class_="block")
     return tag("div", title, table.html(), class_="block")
-
-
-def _saved(section: Section) -> str:
-    stopped = tables.stopped_trials(section)
-    searched = section.trials[section.trials["stage"].ne("confirm")]
-    budget = int(searched["total_steps"].sum())
-    if stopped.empty or not budget:
-        return "A line per search trial, as long as it trained. No trial was stopped early."
-    saved = int(stopped["steps_saved"].sum())
-    return (
-        f"A line per search trial, as long as it trained. {len(stopped)} of {len(searched)} were stopped early: "
-        f"{saved:,} of {budget:,} steps ({words.percent(saved / budget)}) were not spent. A stopped trial's FID is no "
-        "result."
-    )
 
 
 def _stamp(report: Report, section: Section) -> Html:
