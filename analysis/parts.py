@@ -18,6 +18,9 @@ from analysis.markup import Html
 from analysis.sections import Section
 
 
+NOTHING = Html("")
+
+
 @dataclass(frozen=True)
 class Part:
     """One heading of the page. Where everything but the title is empty there is nothing to show."""
@@ -27,7 +30,7 @@ class Part:
     figure: go.Figure | None = None
     caption: str = ""  # of the figure
     sentences: tuple[str, ...] = ()  # plain text above the figure, a paragraph each
-    pictures: Html = Html("")  # markup made by this package, between figure and tables
+    pictures: Html = NOTHING  # markup made by this package, between figure and tables
     tables: tuple[tables.Table, ...] = ()  # names are unique in a section: their files are named by them
     folded: bool = False  # tables that are long: shown when asked for
 
