@@ -17,7 +17,6 @@ from analysis import tables, words
 from analysis.markup import Html
 from analysis.sections import Section
 
-
 NOTHING = Html("")
 
 
