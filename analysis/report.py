@@ -50,9 +50,9 @@ class Report:
     sections: tuple[Section, ...]
 
     @classmethod
-    def of(cls, results: Path) -> Report:
-        """UsageError where the folder holds no readable record."""
-        records = read(results)
+    def of(cls, *results: Path) -> Report:
+        """UsageError where the folders hold no readable record."""
+        records = read(*results)
         return cls(records, tuple(split(records)))
 
     @property
@@ -135,13 +135,13 @@ def _head(report: Report) -> Html:
 
 
 def _why_split(report: Report) -> Html:
-    protocols = [s.protocol | {"model": s.model, "data set": s.dataset} for s in report.sections]
+    protocols = [s.protocol | {"model": s.model, "data set": s.dataset, "variant": s.variant} for s in report.sections]
     names = sorted({name for protocol in protocols for name in protocol})
     differ = [name for name in names if len({json.dumps(p.get(name)) for p in protocols}) > 1]
     links = [
         tag(
             "li",
-            tag("a", f"{s.dataset}, {s.model}, {s.fid_name}", href=f"#section-{place}"),
+            tag("a", s.title, href=f"#section-{place}"),
             f" ({len(s.trials)} trials)",
         )
         for place, s in enumerate(report.sections)
@@ -160,7 +160,7 @@ def _why_split(report: Report) -> Html:
 
 def _section(report: Report, section: Section, place: int, charts: dict[str, go.Figure]) -> Html:
     body = [_part(report, section, part, place, charts) for part in report.parts[place]]
-    heading = tag("h2", f"{section.dataset} · {section.model} · {section.fid_name}")
+    heading = tag("h2", section.title)
     return tag(
         "section",
         heading if len(report.sections) > 1 else join(),
@@ -198,6 +198,7 @@ def _table(report: Report, section: Section, table: tables.Table, folded: bool =
 def _stamp(report: Report, section: Section) -> Html:
     """What one needs to judge the numbers and to get them again."""
     pairs = [("model", section.model), ("data set", section.dataset)]
+    pairs += [("variant", section.variant)] if section.variant else []
     pairs += [
         (name, value if isinstance(value, str) else json.dumps(value)) for name, value in section.protocol.items()
     ]
@@ -209,7 +210,10 @@ def _stamp(report: Report, section: Section) -> Html:
         for name, row in rows
         if row
     ]
-    commands = [*_commands(section), f"python -m analysis {shlex.quote(str(report.records.results))}"]
+    commands = [
+        *_commands(section),
+        f"python -m analysis {shlex.join(str(folder) for folder in report.records.folders)}",
+    ]
     return tag(
         "div",
         tag("h3", "Protocol"),
@@ -250,7 +254,7 @@ def _pretty(section: Section, row: dict[str, Any]) -> str:
 
 
 def _key(section: Section) -> str:
-    text = json.dumps([section.protocol_text, section.model, section.dataset])
+    text = json.dumps([section.protocol_text, section.model, section.dataset, section.variant])
     return hashlib.sha256(text.encode()).hexdigest()[:6]
 
 

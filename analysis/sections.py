@@ -1,6 +1,6 @@
 """The comparable parts of a results folder, and what each part says.
 
-Two FIDs are comparable where protocol, model and data set are the same: one Section each, and no table, figure or
+Two FIDs are comparable where protocol, model, data set and variant are the same: one Section each, and no table, figure or
 ranking ever joins two sections. Within a section, configurations come from two stages:
 
     confirm   one row per configuration: mean and standard deviation over seeds, and a verdict against dense
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import stats
-from analysis.load import Records
+from analysis.load import TASK, Records
 
 CONFIDENCE = 0.95
 DENSE = "dense"
@@ -45,13 +45,15 @@ RATIOS = {
 
 @dataclass(frozen=True)
 class Section:
-    """One protocol, model and data set. Columns of `trials` and `reports`: analysis.load."""
+    """One protocol, model, data set and variant. Columns of `trials` and `reports`: analysis.load."""
 
     protocol_text: str
     model: str
     dataset: str
     trials: pd.DataFrame
     reports: pd.DataFrame
+    variant: str = ""  # analysis.load: class-conditional, a part of the data
+    evaluations: pd.DataFrame = field(default_factory=pd.DataFrame)  # of this section's trials, under other protocols
 
     @cached_property
     def protocol(self) -> dict[str, Any]:
@@ -61,6 +63,11 @@ class Section:
         except ValueError:
             fields = None
         return fields if isinstance(fields, dict) else {"protocol": self.protocol_text}
+
+    @property
+    def title(self) -> str:
+        """`hershey · chirodiff · FID (stroke_stats)`, and the variant where it is not the usual one."""
+        return " · ".join(part for part in (self.dataset, self.model, self.variant, self.fid_name) if part)
 
     @property
     def extractor(self) -> str:
@@ -140,9 +147,12 @@ class Section:
 def split(records: Records) -> list[Section]:
     """The sections of a results folder, the one with most trials first."""
     sections = []
-    for (protocol, model, dataset), trials in records.trials.groupby(["protocol", "model", "dataset"], dropna=False):
-        reports = records.reports[records.reports["trial_id"].isin(trials["trial_id"])]
-        sections.append(Section(protocol, model, dataset, trials, reports))
+    for (protocol, model, dataset, variant), trials in records.trials.groupby(TASK, dropna=False):
+        reports, again = (
+            rows[rows["trial_id"].isin(trials["trial_id"])].reset_index(drop=True)
+            for rows in (records.reports, records.evaluations)
+        )
+        sections.append(Section(protocol, model, dataset, trials, reports, variant, again))
     return sorted(sections, key=lambda section: -len(section.trials))
 
 
