@@ -128,7 +128,7 @@ def _read_one(path: Path) -> pa.Table:
 
 
 def _rows(tables: list[pa.Table]) -> pd.DataFrame:
-    """All rows. What is the same in each row of a file is made once: a config of 2 kB a hundred thousand times is not."""
+    """All rows; what a file repeats in each row is made once, else a config of 2 kB would be there 100,000 times."""
     once = [*FACTS, *OUTCOME, "path"]
     heads = pa.concat_tables([table.select(once).slice(table.num_rows - 1) for table in tables]).to_pandas()
     rows = pa.concat_tables([table.select(REPORT) for table in tables]).to_pandas()
@@ -184,7 +184,7 @@ def _with_configurations(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def _variant(flat: dict[str, Any]) -> str:
-    """Class-conditional models and models of a part of the data do another task: dense of one is no baseline of another.
+    """What makes it another task: dense of a class-conditional model, or of a part of the data, is no baseline here.
 
     Conditional is a model that is told classes (`num_classes`) or a data set that gives them (`conditional`).
     """

@@ -27,7 +27,8 @@ from analysis.parts import Part, parts
 from analysis.sections import Section, split
 from raysparse.files import write_text
 
-TABLE = re.compile(r"(summary|main|stopped|trials)(-[0-9a-f]{6})?\.(csv|md)")
+WRITTEN = "files.json"  # names of the files of the last report, so that the next one knows which are its own
+OWN = re.compile(r"[a-z0-9_]+(-[0-9a-f]{6})?\.[a-z]+")
 
 RULES = (
     "A trial's result is the FID of its last report at full budget, never the smallest of its reports: the smallest "
@@ -70,15 +71,15 @@ class Report:
         for section, found in zip(self.sections, self.parts, strict=True):
             for table in (table for part in found for table in part.tables):
                 name = self.table_name(section, table.name)
-                texts |= {f"{name}.csv": table.csv(), f"{name}.md": table.markdown()}
+                texts |= {f"{name}.csv": table.csv(), f"{name}.md": table.markdown(), f"{name}.tex": table.latex()}
         page = self.html()
         for name, text in texts.items():
             write_text(output / name, text)
         write_text(output / "report.html", page)
-        # An earlier report may have had other sections: its tables must not pass for this one's.
-        for path in output.iterdir():
-            if TABLE.fullmatch(path.name) and path.name not in texts:
-                path.unlink()
+        # An earlier report may have had other sections: its files must not pass for this one's.
+        for name in _written(output) - set(texts):
+            (output / name).unlink(missing_ok=True)
+        write_text(output / WRITTEN, json.dumps(sorted(texts)))
         return output / "report.html"
 
     def table_name(self, section: Section, table: str) -> str:
@@ -113,6 +114,17 @@ def write(results: Path, output: Path | None = None) -> Path:
     Raises UsageError where there is nothing readable. Everything is written atomically.
     """
     return Report.of(results).write(results / "report" if output is None else output)
+
+
+def _written(output: Path) -> set[str]:
+    """The files that the last report in this folder wrote; nothing where there was none."""
+    try:
+        names = json.loads((output / WRITTEN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return set()
+    return (
+        {name for name in names if isinstance(name, str) and OWN.fullmatch(name)} if isinstance(names, list) else set()
+    )
 
 
 def _head(report: Report) -> Html:
@@ -187,8 +199,9 @@ def _part(report: Report, section: Section, part: Part, place: int, charts: dict
 
 def _table(report: Report, section: Section, table: tables.Table, folded: bool = False) -> Html:
     name = report.table_name(section, table.name)
-    links = [tag("a", kind, href=f"{name}.{kind.lower()}") for kind in ("CSV", "MD")]
-    title = tag("h3", table.title, tag("span", links[0], " ", links[1], class_="links"))
+    links = [tag("a", kind, href=f"{name}.{kind.lower()}") for kind in ("CSV", "MD", "TEX")]
+    spaced = [piece for link in links for piece in (" ", link)]
+    title = tag("h3", table.title, tag("span", *spaced[1:], class_="links"))
     if folded:
         inside = tag("details", tag("summary", f"{len(table.frame):,} trials"), table.html())
         return tag("div", title, inside, class_="block")

@@ -1,7 +1,7 @@
 """The comparable parts of a results folder, and what each part says.
 
-Two FIDs are comparable where protocol, model, data set and variant are the same: one Section each, and no table, figure or
-ranking ever joins two sections. Within a section, configurations come from two stages:
+Two FIDs are comparable where protocol, model, data set and variant are the same: one Section each, and no table,
+figure or ranking ever joins two sections. Within a section, configurations come from two stages:
 
     confirm   one row per configuration: mean and standard deviation over seeds, and a verdict against dense
     search    (and `single`) one row per trial, one seed each: a value, no spread, no claim

@@ -57,8 +57,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Page:
 def test_files(sweep: Folder, tmp_path: Path) -> None:
     assert report.write(sweep.path) == sweep.path / "report" / "report.html"
     names = {path.name for path in (sweep.path / "report").iterdir()}
-    assert names == {"report.html"} | {
-        f"{n}.{k}" for n in ("main", "summary", "stopped", "trials") for k in ("csv", "md")
+    assert names == {"report.html", "files.json"} | {
+        f"{n}.{k}" for n in ("main", "summary", "stopped", "trials") for k in ("csv", "md", "tex")
     }
     assert report.write(sweep.path, tmp_path / "there") == tmp_path / "there" / "report.html"
 
@@ -69,7 +69,7 @@ def test_the_page_asks_for_nothing(page: Page) -> None:
     assert all((image["src"] or "").startswith("data:image/png;base64,") for image in page.named("img"))
     assert all(set(script) <= {"type", "id"} for script in page.named("script"))
     for anchor in page.named("a"):
-        assert re.fullmatch(r"[a-z]+\.(csv|md)|#section-\d+", anchor["href"] or ""), anchor
+        assert re.fullmatch(r"[a-z]+\.(csv|md|tex)|#section-\d+", anchor["href"] or ""), anchor
 
 
 def test_the_policy_allows_the_pages_own_scripts_only(page: Page) -> None:
