@@ -9,11 +9,12 @@ none), and frames of tables columns `method`, `sparsity`, `prune_ratio`: a page 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from analysis import tables, words
+from analysis import tables
 from analysis.markup import Html
 from analysis.sections import Section
 
@@ -35,45 +36,49 @@ class Part:
 
 
 def parts(section: Section) -> list[Part]:
-    """All parts in the order of the page, those with nothing to show left out."""
-    found = _overview(section)
-    return [part for part in found if part.figure or part.sentences or part.pictures or part.tables]
-
-
-def _overview(section: Section) -> list[Part]:
-    from analysis import figures, samples
-
-    fid = section.fid_name
-    hollow = "Filled: confirmed, mean ± standard deviation over seeds. Hollow: one seed, no claim."
-    summary, main = tables.summary(section), tables.main(section)
-    stopped, trials = tables.stopped(section), tables.trials(section)
-    return [
-        Part("summary", summary.title, tables=(summary,)),
-        Part("sparsity", f"{fid} against sparsity", figures.fid_against_sparsity(section),
-             f"{hollow} The line joins the best confirmed configuration of a method at each S; the band is dense."),
-        Part("flops", f"{fid} against inference FLOPs", figures.fid_against_flops(section),
-             f"{hollow} FLOPs are of all DDIM steps. No configuration beats one on the dotted front in both."),
-        Part("main", main.title, tables=(main,)),
-        Part("samples", "Samples", pictures=samples.html(section)),
-        Part("curves", f"{fid} during training", figures.training_curves(section, "fid"),
-             "A line per trial, confirmed ones stronger; a cross where a trial was stopped or failed."),
-        Part("losses", "Validation loss during training", figures.training_curves(section, "validation_loss"),
-             "Masked EMA weights on fixed noise and timesteps."),
-        Part("timeline", "What was stopped, and when", figures.timeline(section), _saved(section)),
-        Part("stopped", stopped.title, tables=(stopped,)),
-        Part("trials", trials.title, tables=(trials,), folded=True),
-    ]  # fmt: skip
-
-
-def _saved(section: Section) -> str:
-    stopped = tables.stopped_trials(section)
-    searched = section.trials[section.trials["stage"].ne("confirm")]
-    budget = int(searched["total_steps"].sum())
-    if stopped.empty or not budget:
-        return "A line per search trial, as long as it trained. No trial was stopped early."
-    saved = int(stopped["steps_saved"].sum())
-    return (
-        f"A line per search trial, as long as it trained. {len(stopped)} of {len(searched)} were stopped early: "
-        f"{saved:,} of {budget:,} steps ({words.percent(saved / budget)}) were not spent. A stopped trial's FID is no "
-        "result."
+    """All parts of a section in the order of the page, those with nothing to show left out."""
+    from analysis import (
+        by_sparsity,
+        dynamics,
+        importance,
+        improvement,
+        layers,
+        listing,
+        measured,
+        pareto,
+        prune_ratio,
+        published_numbers,
+        rungs,
+        sampling_steps,
     )
+
+    topics = (
+        listing.summary,
+        by_sparsity.parts,
+        pareto.parts,
+        improvement.parts,
+        listing.main,
+        listing.samples,
+        prune_ratio.parts,
+        sampling_steps.parts,
+        published_numbers.parts,
+        dynamics.parts,
+        measured.parts,
+        listing.curves,
+        layers.parts,
+        importance.parts,
+        rungs.parts,
+        listing.trials,
+    )
+    return _shown(part for topic in topics for part in topic(section))
+
+
+def overall(sections: Sequence[Section]) -> list[Part]:
+    """The parts above all sections, where there are several."""
+    from analysis import overall as across
+
+    return _shown(across.parts(sections))
+
+
+def _shown(found: Iterable[Part]) -> list[Part]:
+    return [part for part in found if part.figure or part.sentences or part.pictures or part.tables]

@@ -121,7 +121,7 @@ def _results(section: Section, against: tuple[Column, ...] = ()) -> tuple[Column
 
 
 _AGAINST = (
-    Column("minus dense", lambda row: _difference(row)),
+    Column("minus dense", lambda row: words.interval(row, "fid_difference", row["fid_mean"])),
     Column("verdict", lambda row: words.text(row["verdict"]), numeric=False),
 )
 
@@ -298,11 +298,3 @@ def _seeds(row: Row) -> str:
     if row["seeds"] == row["seeds_started"]:
         return str(row["seeds"])
     return f"{row['seeds']} of {row['seeds_started']}"
-
-
-def _difference(row: Row) -> str:
-    estimate, low, high = (
-        words.signed(row[name], row["fid_mean"])
-        for name in ("fid_difference", "fid_difference_low", "fid_difference_high")
-    )
-    return estimate if low == words.NONE else f"{estimate} ({low} to {high})"
