@@ -46,7 +46,7 @@ from raysparse.errors import UsageError
 
 FACTS = [field.name for field in dataclasses.fields(records.Facts)]
 OUTCOME = [field.name for field in dataclasses.fields(records.Outcome)]
-LARGE = ("samples_png", "layer_density")
+LARGE = ("samples_png", "layer_density", "mask_sample")
 REPORT = [field.name for field in dataclasses.fields(records.Report) if field.name not in LARGE]
 OPTIONAL = ("allocation", "prune_ratio", "update_interval_steps")  # facts that may be null
 TASK = ["protocol", "model", "dataset", "variant"]  # where all of these are equal, two FIDs are comparable

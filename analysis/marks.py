@@ -41,20 +41,21 @@ def points(
     named: bool,
     hollow: bool,
     value: str = "fid",
-    name: str | None = None,
+    colour: str | None = None,
 ) -> None:
-    """Configurations of one method at `x`, with bars of one standard deviation unless hollow."""  # fmt: skip
+    """Configurations of one method at `x`, with bars of one standard deviation unless hollow. colour: None: its own."""
     if rows.empty:
         return
     method = str(rows["method"].iloc[0])
-    colour, symbol = style.looks(section.methods())[method]
+    own, symbol = style.looks(section.methods())[method]
+    colour = colour or own
     stage = "one seed" if hollow else "confirmed"
     marker: dict[str, Any] = {"color": colour, "symbol": symbol, "size": 10}
     if hollow:
         marker |= {"symbol": f"{symbol}-open", "size": 8, "line": {"width": 1.5}}
     array = rows[f"{value}_std"]
     bars = None if hollow else {"type": "data", "array": array, "thickness": 1.5, "width": 4, "color": colour}
-    shown = plain(method) if name is None else plain(name)
+    shown = plain(method)
     figure.add_scatter(
         x=x, y=rows[f"{value}_mean"], mode="markers", error_y=bars, marker=marker,
         opacity=style.FADED if hollow else 1.0, name=shown if named and not hollow else f"{shown} ({stage})",

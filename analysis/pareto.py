@@ -66,13 +66,15 @@ def figure(section: Section, cost: Cost) -> go.Figure | None:
         x=front[cost.column], y=front["fid_mean"], mode="lines", name=f"Pareto front ({of})",
         line={"shape": "hv", "dash": "dot", "width": 2, "color": style.KNOWN[DENSE][0]}, hoverinfo="skip",
     )  # fmt: skip
+    kept = set(front["configuration"] + front["stage"] + front["trial_id"].fillna("").astype(str))
     for method in section.methods():
-        one = searched[searched["method"].eq(method)]
-        many = confirmed[confirmed["method"].eq(method)]
-        marks.points(drawn, section, one, one[cost.column], named=many.empty, hollow=True)
-        marks.points(drawn, section, many, many[cost.column], named=True, hollow=False)
-    for trace in drawn.data:
-        _grey_out(trace, front, cost)
+        named = False
+        for rows, hollow in ((confirmed, False), (searched, True)):
+            mine = rows[rows["method"].eq(method)]
+            best = (mine["configuration"] + mine["stage"] + mine["trial_id"].fillna("").astype(str)).isin(kept)
+            for chosen, colour in ((mine[best], None), (mine[~best], GREY)):
+                marks.points(drawn, section, chosen, chosen[cost.column], named=not named, hollow=hollow, colour=colour)
+                named = named or len(chosen) > 0
     _stopped(drawn, section, cost)
     drawn.update_xaxes(tickformat="~s", rangemode="tozero")
     values = [confirmed["fid_mean"], searched["fid_mean"], _stopped_trials(section)["fid"]]
@@ -160,14 +162,6 @@ def _band(drawn: go.Figure, rows: pd.DataFrame, cost: Cost) -> None:
     x = np.repeat(found["cost"].to_numpy(), 2)[1:]
     low, high = (np.repeat(found[end].to_numpy(), 2)[:-1] for end in ("low", "high"))
     marks.band(drawn, x, low, high, style.KNOWN[DENSE][0], "band")
-
-
-def _grey_out(trace: go.Scatter, front: pd.DataFrame, cost: Cost) -> None:
-    if trace.mode != "markers":
-        return
-    best = set(zip(front[cost.column], front["fid_mean"], strict=True))
-    own = trace.marker.color
-    trace.marker.color = [own if point in best else GREY for point in zip(trace.x, trace.y, strict=True)]
 
 
 def _stopped_trials(section: Section) -> pd.DataFrame:

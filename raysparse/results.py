@@ -78,6 +78,7 @@ class Report:
     diverged: bool = False
     reason: str | None = None  # why it diverged
     samples_png: bytes | None = None  # a grid of samples from the same noise in every trial with this seed
+    mask_sample: str | None = None  # JSON {parameter name: mask bits in hex}, some positions, the same in every trial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +106,7 @@ def _schema() -> pa.Schema:
 
 SCHEMA = _schema()
 # Columns that records written before them lack.
-_LATER: frozenset[str] = frozenset()
+_LATER = frozenset({"mask_sample"})
 
 
 def write_trial(results: Path, facts: Facts, outcome: Outcome, reports: Iterable[Report]) -> Path:
