@@ -10,6 +10,7 @@ one) where matplotlib takes 3 s.
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from typing import Any
 
@@ -48,12 +49,19 @@ STYLE = {
 }
 
 
+def missing() -> str | None:
+    """What to install where matplotlib is not there; None where it is."""
+    if importlib.util.find_spec("matplotlib"):
+        return None
+    return "no figures as SVG and PDF: they need matplotlib, install it with `pip install 'matplotlib>=3.9'`"
+
+
 def files(figure: go.Figure) -> dict[str, bytes]:
     """`{"svg": ..., "pdf": ...}` of one figure. UsageError where matplotlib is not installed."""
-    try:
-        import matplotlib as mpl
-    except ImportError as error:
-        raise UsageError("figures as SVG and PDF need matplotlib: pip install 'matplotlib>=3.9'") from error
+    if reason := missing():
+        raise UsageError(reason)
+    import matplotlib as mpl
+
     with mpl.rc_context(STYLE):
         drawn = draw(figure)
         return {kind: _bytes(drawn, kind) for kind in FORMATS}
@@ -149,7 +157,7 @@ def _ticks(axis: Any, settings: dict[str, Any], log: bool) -> None:
         if not wanted:
             axis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:,.10g}"))
     elif isinstance(axis.get_major_locator(), ticker.AutoLocator):
-        axis.set_major_locator(ticker.MaxNLocator(nbins=7))
+        axis.set_major_locator(ticker.MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
 
 
 def _shapes(panel: Any, layout: dict[str, Any], x: str, y: str) -> None:
@@ -207,5 +215,5 @@ def _legend(drawn: Any, panels: dict[tuple[str, str], Any], layout: dict[str, An
         columns = LEGEND_COLUMNS if sum(map(len, found)) < 120 else 2
         drawn.legend(
             found.values(), found.keys(), loc="outside upper left", ncols=min(columns, len(found)), columnspacing=1.4,
-            handletextpad=0.5, borderaxespad=0.2, markerscale=0.9,
+            handletextpad=0.8, borderaxespad=0.2, markerscale=0.9,
         )  # fmt: skip

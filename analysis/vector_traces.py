@@ -92,6 +92,8 @@ def _scatter(panel: Any, trace: dict[str, Any], place: int, figure: dict[str, An
             "color": _ink(trace, line, place), "linewidth": line.get("width", 2) * PX,
             "linestyle": DASHES[line.get("dash", "solid")], "drawstyle": SHAPES[line.get("shape", "linear")],
         }  # fmt: skip
+    if trace.get("line", {}).get("color"):  # as plotly: marks without a colour take their line's
+        trace = trace | {"marker": {"color": trace["line"]["color"]} | trace.get("marker", {})}
     if "markers" in mode and _varies(trace):
         _varied_marks(panel, trace, x, y, alpha, place)
     elif "markers" in mode:
