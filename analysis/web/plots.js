@@ -125,6 +125,7 @@
   const drawn = new Set();
   function draw(place) {
     drawn.add(place);
+    place.removeAttribute("aria-busy");
     const width = theme.printing() ? PRINTED : place.clientWidth;
     const [data, layout] = themed(figure(place.dataset.figure), width < NARROW);
     if (theme.printing()) layout.width = PRINTED;
@@ -144,14 +145,16 @@
     },
     { rootMargin: "400px 0px" },
   );
-  places.forEach((place) => watch.observe(place));
+  function expect(place) {
+    place.setAttribute("aria-busy", "true"); // until it is drawn as it now should be
+    watch.observe(place);
+  }
+  places.forEach(expect);
 
   // What is out of sight is drawn anew when it comes into sight.
   function redraw() {
-    for (const place of drawn) {
-      drawn.delete(place);
-      watch.observe(place);
-    }
+    drawn.forEach(expect);
+    drawn.clear();
   }
   let narrow = window.innerWidth < NARROW;
   window.addEventListener("resize", () => {
