@@ -11,7 +11,7 @@ from analysis.markup import plain
 from analysis.sections import DENSE, Section
 
 MANY_POINTS = 1500  # beyond this, curves are drawn without a mark per report
-MOST_POINTS = 20_000  # beyond this, curves are thinned: a page of 100,000 points takes a browser seconds
+MOST_POINTS = 10_000  # beyond this, curves are thinned: a page of 100,000 points takes a browser seconds
 NAMED_TRIALS = 30  # beyond this, the timeline names no trials
 
 
@@ -70,8 +70,8 @@ def training_curves(section: Section, value: str = "fid") -> go.Figure | None:
                 continue
             x, y, places = marks.broken_lines(rows, value)
             figure.add_scatter(
-                x=x, y=y, text=labels(rows)[places], mode=mode, name=plain(method), legendgroup=plain(method),
-                showlegend=named, opacity=1.0 if confirmed else style.FADED, marker={"size": 4},
+                x=x, y=y, text=labels(rows)[places], customdata=marks.keys(rows.iloc[places]), mode=mode,
+                name=plain(method), legendgroup=plain(method), showlegend=named, opacity=1.0 if confirmed else style.FADED, marker={"size": 4},
                 line={"color": colour, "width": 2 if confirmed else 1.25},
                 hovertemplate="%{text}<br>step %{x:,}: %{y:.5g}<extra></extra>",
             )  # fmt: skip
@@ -112,6 +112,7 @@ def timeline(section: Section) -> go.Figure | None:
         x = np.column_stack([np.zeros(len(rows)), rows["step"], np.full(len(rows), np.nan)]).ravel()
         figure.add_scatter(
             x=x, y=np.repeat(rows.index, 3), mode="lines", name=plain(method), hoverinfo="skip",
+            customdata=marks.keys(rows.loc[np.repeat(rows.index, 3)]),
             line={"color": looks[method][0], "width": 6 if len(trials) <= NAMED_TRIALS else 1.5},
         )  # fmt: skip
     for state, symbol in {"STOPPED": "x", "FAILED": "cross-thin-open", "RUNNING": "circle-open"}.items():
@@ -121,6 +122,7 @@ def timeline(section: Section) -> go.Figure | None:
         marker = {"symbol": symbol, "size": 9 if len(trials) <= NAMED_TRIALS else 5, "line": {"width": 1.5}}
         figure.add_scatter(
             x=rows["step"], y=rows.index, mode="markers", name=state.lower(), marker=marker, meta="ink",
+            customdata=marks.keys(rows),
             text=[marks.trial_label(row) for row in marks.records_of(rows)],
             hovertemplate="%{text}<br>" + state.lower() + " at step %{x:,}<extra></extra>",
         )  # fmt: skip
@@ -142,6 +144,6 @@ def _ends(figure: go.Figure, section: Section, reports: pd.DataFrame, value: str
         return
     figure.add_scatter(
         x=last["step"], y=last[value], mode="markers", name="stopped or failed", meta="ink",
-        marker={"symbol": "x", "size": 7}, text=[marks.trial_label(row) for row in marks.records_of(last)],
+        marker={"symbol": "x", "size": 7}, customdata=marks.keys(last), text=labels(last),
         hovertemplate="%{text}<br>ended at step %{x:,}: %{y:.5g}<extra></extra>",
     )  # fmt: skip

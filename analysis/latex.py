@@ -36,7 +36,7 @@ def table(
             r"\begin{table}[t]",
             r"\centering",
             rf"\caption{{{escape(caption)}}}",
-            rf"\label{{tab:{escape(label)}}}",
+            rf"\label{{tab:{label}}}",
             rf"\begin{{tabular}}{{{''.join('r' if is_right else 'l' for is_right in right)}}}",
             r"\toprule",
             " & ".join(escape(heading) for heading in headings) + r" \\",

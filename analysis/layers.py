@@ -113,6 +113,7 @@ def topology(section: Section) -> go.Figure | None:
                 x=x, y=y, mode="lines", name=plain(method) + ("" if confirmed else " (search)"),
                 legendgroup=plain(method), opacity=1.0 if confirmed else style.FADED,
                 line={"color": looks[method][0], "width": 2 if confirmed else 1}, text=figures.labels(rows)[places],
+                customdata=marks.keys(rows.iloc[places]),
                 hovertemplate="%{text}<br>step %{x:,}: %{y:.1%}<extra></extra>",
             )  # fmt: skip
     drawn.update_xaxes(rangemode="tozero")

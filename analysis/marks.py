@@ -26,10 +26,11 @@ def records_of(frame: pd.DataFrame) -> list[Row]:
     return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
 
 
-def keys(rows: pd.DataFrame) -> list[list[Any]]:
-    """`customdata` of points: [method, S, p], p None where there is none."""
-    columns = rows[["method", "sparsity", "prune_ratio"]].itertuples(index=False, name=None)
-    return [[str(method), float(s), None if words.missing(p) else float(p)] for method, s, p in columns]
+def keys(rows: pd.DataFrame) -> np.ndarray:
+    """`customdata` of points, object [n, 3]: [method, S, p], p None where there is none."""
+    found = rows[["method", "sparsity", "prune_ratio"]].to_numpy(dtype=object)
+    found[pd.isna(found)] = None
+    return found
 
 
 def points(

@@ -114,7 +114,7 @@ def drift(section: Section, best: pd.DataFrame, kept: dict[str, dict[str, list[t
             colour, symbol = looks[row["method"]]
             drawn.add_scatter(
                 x=x[:-1], y=y[:-1], mode="lines+markers", name=name, line={"color": colour, "width": 2},
-                marker={"symbol": symbol, "size": 5},
+                marker={"symbol": symbol, "size": 5}, customdata=marks.keys(pd.DataFrame([row] * (len(x) - 1))),
                 hovertemplate=f"<b>{name}</b><br>step %{{x:,}}: %{{y:.1%}}<extra></extra>",
             )  # fmt: skip
     if not drawn.data:

@@ -47,10 +47,11 @@ class _Data:
         self.elements.append(_json(name, value))
 
 
-def html(records: Records, chapters: Sequence[Chapter], beside: bool = True) -> str:
-    """The page. beside: the figures lie in `figures/` as files too."""
+def html(records: Records, chapters: Sequence[Chapter], above: Sequence[Part] = (), beside: bool = True) -> str:
+    """The page. above: tables that stand before all chapters. beside: the figures lie in `figures/` as files too."""
     data = _Data(beside)
-    body = [_chapter(records, chapter, place, len(chapters), data) for place, chapter in enumerate(chapters)]
+    body = [_part(part, part.name, "", data) for part in above]
+    body += [_chapter(records, chapter, place, len(chapters), data) for place, chapter in enumerate(chapters)]
     shared = [_json("facets", data.payload.facets), _json("arrays", data.payload.arrays)]
     title = " · ".join(["raysparse", *sorted({str(name) for name in records.trials["sweep"]})[:3]])
     scripts = [_script(text) for text in (_asset("theme.js"), get_plotlyjs(), "".join(map(_asset, SCRIPTS)))]

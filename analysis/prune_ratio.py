@@ -67,9 +67,9 @@ def table(section: Section) -> Table | None:
     if sparsity is None:
         return None
     rows = ranked[ranked["sparsity"].eq(sparsity) & ranked["method"].ne(DENSE)]
-    fixed = rows["prune_ratio"].isna()
     rows = rows.sort_values("fid_mean", kind="stable").drop_duplicates(["method", "prune_ratio"])
     rows = rows.sort_values(["method", "prune_ratio"], ascending=[True, False], kind="stable")
+    fixed = rows["prune_ratio"].isna()
     static = rows[fixed].sort_values("fid_mean", kind="stable").iloc[0]
     rows = pd.concat([rows[fixed], rows[~fixed]], ignore_index=True)
     confidence = stats.simultaneous(CONFIDENCE, int((rows["prune_ratio"].notna() & rows["seeds"].gt(1)).sum()))

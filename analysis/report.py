@@ -13,7 +13,7 @@ from typing import Any
 
 from analysis import headline, page, vector
 from analysis.load import Records, read
-from analysis.parts import Part, parts
+from analysis.parts import Part, overall, parts
 from analysis.sections import Section, split
 from raysparse.files import atomic_path, write_text
 
@@ -44,6 +44,11 @@ class Report:
         """The parts of each section."""
         return tuple(parts(section) for section in self.sections)
 
+    @cached_property
+    def overall(self) -> list[Part]:
+        """The parts above all sections."""
+        return overall(self.sections)
+
     def write(self, output: Path) -> Path:
         """Tables, figures, then the page (last, so that it never names files that are not there); the page's path.
 
@@ -64,7 +69,7 @@ class Report:
     def html(self) -> str:
         """The whole page as text; it makes no request."""
         chapters = [page.Chapter(section, found, self.suffix(section)) for section, found in self._found()]
-        return page.html(self.records, chapters, beside=vector.missing() is None)
+        return page.html(self.records, chapters, self.overall, beside=vector.missing() is None)
 
     def suffix(self, section: Section) -> str:
         """What the names of a section's files end with: nothing, or `-3fa1c2` where several sections share the folder."""
@@ -79,9 +84,10 @@ class Report:
 
     def _tables(self) -> dict[str, bytes]:
         texts: dict[str, str] = {}
-        for section, found in self._found():
+        named = [("", self.overall), *((self.suffix(section), found) for section, found in self._found())]
+        for suffix, found in named:
             for table in (table for part in found for table in part.tables):
-                name = f"{table.name}{self.suffix(section)}"
+                name = f"{table.name}{suffix}"
                 texts |= {f"{name}.csv": table.csv(), f"{name}.md": table.markdown(), f"{name}.tex": table.latex()}
         return {name: text.encode() for name, text in texts.items()}
 

@@ -169,7 +169,10 @@ def _shapes(panel: Any, layout: dict[str, Any], x: str, y: str) -> None:
         if shape.get("type") not in ("line", "rect"):
             raise ValueError(f"vector figures have no shape {shape.get('type')!r}")
         line = shape.get("line", {})
-        looks = {"color": colour(line.get("color", FAINT)), "linestyle": vector_traces.DASHES[line.get("dash", "solid")]}
+        looks = {
+            "color": colour(line.get("color", FAINT)),
+            "linestyle": vector_traces.DASHES[line.get("dash", "solid")],
+        }
         across_x, across_y = x_of != x, y_of != y
         if shape["type"] == "rect" and across_y:
             panel.axvspan(shape["x0"], shape["x1"], color=colour(shape.get("fillcolor", FAINT)), lw=0, zorder=0)

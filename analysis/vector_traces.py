@@ -157,9 +157,7 @@ def _varied_marks(panel: Any, trace: dict[str, Any], x: Any, y: Any, alpha: floa
         )  # fmt: skip
 
 
-def _bars(
-    panel: Any, trace: dict[str, Any], x: Any, y: Any, error: str, name: str, alpha: float, place: int
-) -> None:
+def _bars(panel: Any, trace: dict[str, Any], x: Any, y: Any, error: str, name: str, alpha: float, place: int) -> None:
     bars = trace.get(error)
     if not bars or bars.get("array") is None or bars.get("visible") is False:
         return
@@ -174,9 +172,7 @@ def _bars(
     )  # fmt: skip
 
 
-def _fill(
-    panel: Any, trace: dict[str, Any], x: Any, y: Any, alpha: float, figure: dict[str, Any], place: int
-) -> None:
+def _fill(panel: Any, trace: dict[str, Any], x: Any, y: Any, alpha: float, figure: dict[str, Any], place: int) -> None:
     kind = trace.get("fill", "none")
     if kind in (None, "none"):
         return

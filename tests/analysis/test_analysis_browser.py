@@ -242,7 +242,9 @@ def test_keyboard_and_names(browser: Browser, page: Path) -> None:
                 || each.closest('.modebar'))).map((each) => each.outerHTML.slice(0, 100));
     """
     assert browser.run(unnamed) == []
-    targets = browser.run("return Array.from(document.querySelectorAll('a[href^=\"#\"]'), (e) => e.getAttribute('href'))")
+    targets = browser.run(
+        "return Array.from(document.querySelectorAll('a[href^=\"#\"]'), (e) => e.getAttribute('href'))"
+    )
     assert browser.run("return arguments[0].filter((each) => !document.getElementById(each.slice(1)))", targets) == []
     ids = browser.run("return Array.from(document.querySelectorAll('main [id]'), (each) => each.id)")
     assert len(ids) == len(set(ids))
