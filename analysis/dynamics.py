@@ -63,8 +63,11 @@ def parts(section: Section) -> list[Part]:
 
 
 def best_of_each(section: Section) -> pd.DataFrame:
-    """The configuration with the lowest mean of each method, dense too, where `ranked` has it."""
-    return section.ranked.sort_values("fid_mean", kind="stable").drop_duplicates("method")
+    """The configuration with the lowest mean of each method, as `ranked` has them, and dense of whatever stage."""
+    rows = section.ranked
+    if section.dense is not None and not rows["method"].eq(DENSE).any():
+        rows = pd.concat([frame for frame in (rows, pd.DataFrame([section.dense])) if len(frame)], ignore_index=True)
+    return rows.sort_values("fid_mean", kind="stable").drop_duplicates("method")
 
 
 def common_sparsity(section: Section) -> float | None:

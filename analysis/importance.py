@@ -37,6 +37,8 @@ def parts(section: Section) -> list[Part]:
     if len(rows) < FEWEST:
         told = f"Not shown: {len(rows)} search trials have a result at full budget, {FEWEST} are needed."
         return [Part("importance", title, sentences=(told,))]
+    if rows["value"].nunique() == 1:
+        return [Part("importance", title, sentences=("Not shown: all results are equal.",))]
     found = []
     try:
         scores = importances(rows)
@@ -75,13 +77,15 @@ def importances(rows: pd.DataFrame) -> dict[str, float]:
     """setting -> importance, largest first, summing to 1. rows: `settings`. ModuleNotFoundError without Optuna."""
     import optuna
 
-    # Not a level of the whole process: a notebook may have set its own.
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study = _study(rows, optuna)
-        scores = optuna.importance.get_param_importances(
-            study, evaluator=optuna.importance.PedAnovaImportanceEvaluator()
-        )
+    evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+    level = optuna.logging.get_verbosity()  # a notebook's own; a new study is announced on stderr otherwise
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Target and region quantiles", UserWarning)  # a tie of most trials
+            scores = optuna.importance.get_param_importances(_study(rows, optuna), evaluator=evaluator)
+    finally:
+        optuna.logging.set_verbosity(level)
     return {name: float(score) for name, score in sorted(scores.items(), key=lambda item: (-item[1], item[0]))}
 
 
@@ -115,7 +119,7 @@ def parallel(section: Section, rows: pd.DataFrame) -> go.Figure:
     """
     names = [*(name for name in rows.columns if name not in ("trial_id", "value")), section.fid_name]
     values = rows.rename(columns={"value": section.fid_name})
-    axes = [_axis(values[name], name) for name in names]
+    axes = [_axis(values[name], name in names[:-1] and _logarithmic(values[name].dropna(), name)) for name in names]
     places = np.column_stack([axis[0] for axis in axes])
     drawn = style.figure("", "", height=460)
     fifth = np.ceil(values[section.fid_name].rank(method="first") / len(values) * len(COLOURS)).astype(int) - 1
@@ -162,7 +166,9 @@ def _distribution(values: pd.Series, name: str, optuna: Any) -> Any:
 
 
 def _logarithmic(known: pd.Series, name: str) -> bool:
-    return name != "S" and bool(known.min() > 0) and bool(known.max() / known.min() >= 4)
+    if name == "S" or not pd.api.types.is_numeric_dtype(known) or not len(known):
+        return False
+    return bool(known.min() > 0) and bool(known.max() / known.min() >= 4)
 
 
 def _others(text: str) -> dict[str, Any]:
@@ -180,7 +186,7 @@ def _others(text: str) -> dict[str, Any]:
     return found
 
 
-def _axis(values: pd.Series, name: str) -> tuple[np.ndarray, list[tuple[float, str]]]:
+def _axis(values: pd.Series, log: bool) -> tuple[np.ndarray, list[tuple[float, str]]]:
     """Heights in [0, 1] of a setting's values (-.15: it has none), and its ticks."""
     none = [(-0.15, "none")] if values.isna().any() else []
     known = values.dropna()
@@ -191,7 +197,6 @@ def _axis(values: pd.Series, name: str) -> tuple[np.ndarray, list[tuple[float, s
         shown = names if len(names) <= 8 else [names[0], names[-1]]
         return found.to_numpy(np.float64), [*none, *((heights[label], label) for label in shown)]
     low, high = float(known.min()), float(known.max())
-    log = _logarithmic(known, name)
     scaled = (
         np.log(values.astype("float64") / low) / math.log(high / low) if log else (values - low) / ((high - low) or 1)
     )
