@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import textwrap
 from typing import Any
 
 import plotly.graph_objects as go
@@ -23,7 +24,9 @@ from raysparse.errors import UsageError
 FORMATS = ("svg", "pdf")
 WIDTH_IN = 6.3  # the text width of a page with the usual margins
 PX_PER_IN = 110.0  # a figure 440 px high on the page is 4 in high on paper
-LEGEND_COLUMNS = 4
+LEGEND_COLUMNS = 5
+LEGEND_SIGNS = 92  # that stand side by side in a legend as wide as the figure; a mark takes eight
+TITLE_SIGNS_PER_IN = 12  # of an axis title
 
 STYLE = {
     "font.family": "sans-serif",
@@ -64,6 +67,9 @@ def files(figure: go.Figure) -> dict[str, bytes]:
 
     with mpl.rc_context(STYLE):
         drawn = draw(figure)
+        # Once for both formats: it takes as long as drawing.
+        drawn.get_layout_engine().execute(drawn)
+        drawn.set_layout_engine("none")
         return {kind: _bytes(drawn, kind) for kind in FORMATS}
 
 
@@ -115,9 +121,12 @@ def _panels(drawn: Any, traces: list[dict[str, Any]], layout: dict[str, Any]) ->
 
 
 def _axis(panel: Any, which: str, axis: dict[str, Any]) -> None:
+    from matplotlib.ticker import NullLocator
+
     set_ = {name: getattr(panel, f"set_{which}{name}") for name in ("label", "lim", "scale", "ticks")}
     this = panel.xaxis if which == "x" else panel.yaxis
-    set_["label"](plain(axis.get("title", {}).get("text", "")))
+    length = panel.get_figure().get_size_inches()[int(which == "y")] * 0.75
+    set_["label"](textwrap.fill(plain(axis.get("title", {}).get("text", "")), int(length * TITLE_SIGNS_PER_IN)))
     log = axis.get("type") == "log"
     if log:
         set_["scale"]("log")
@@ -127,6 +136,7 @@ def _axis(panel: Any, which: str, axis: dict[str, Any]) -> None:
     elif axis.get("rangemode") == "tozero":
         set_["lim"](**({"left": 0} if which == "x" else {"bottom": 0}))
     if axis.get("tickvals") is not None:
+        this.set_minor_locator(NullLocator())
         shown = axis.get("ticktext", axis["tickvals"])
         set_["ticks"](points(axis["tickvals"]), [plain(str(text)) for text in shown])
     else:
@@ -213,10 +223,23 @@ def _legend(drawn: Any, panels: dict[tuple[str, str], Any], layout: dict[str, An
     found: dict[str, Any] = {}
     for panel in panels.values():
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
+            found.setdefault(_shortened(label.removeprefix("="), LEGEND_SIGNS), handle)
     if layout.get("showlegend", len(found) > 1) and found:
-        columns = LEGEND_COLUMNS if sum(map(len, found)) < 120 else 2
         drawn.legend(
-            found.values(), found.keys(), loc="outside upper left", ncols=min(columns, len(found)), columnspacing=1.4,
+            found.values(), found.keys(), loc="outside upper left", ncols=_columns(list(found)), columnspacing=1.4,
             handletextpad=0.8, borderaxespad=0.2, markerscale=0.9,
         )  # fmt: skip
+
+
+def _columns(names: list[str]) -> int:
+    """As many columns as fit beside each other; matplotlib fills them from top to bottom."""
+    for columns in range(min(LEGEND_COLUMNS, len(names)), 1, -1):
+        rows = -(-len(names) // columns)
+        widths = [max(map(len, names[at : at + rows])) + 8 for at in range(0, len(names), rows)]
+        if sum(widths) <= LEGEND_SIGNS:
+            return columns
+    return 1
+
+
+def _shortened(text: str, signs: int) -> str:
+    return text if len(text) <= signs else f"{text[: signs - 1]}…"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import html
 import math
 import re
@@ -46,6 +47,8 @@ def points(values: Any) -> Any:
     """Numbers as float array (None: NaN), names as a list."""
     if values is None:
         return np.array([])
+    if isinstance(values, dict):  # as plotly stores arrays of a figure that was pickled or came from JSON
+        return np.frombuffer(base64.b64decode(values["bdata"]), values["dtype"]).astype(np.float64)
     if isinstance(values, np.ndarray) and values.dtype.kind in "fiub":
         return values.astype(np.float64)
     items = list(values)
@@ -64,9 +67,9 @@ def colour(value: str) -> Any:
 
 
 def _label(trace: dict[str, Any]) -> str:
-    """The name in the legend; matplotlib leaves names with a leading underscore out."""
+    """`=` and the name in the legend: matplotlib leaves out labels that begin with an underscore, ours never do."""
     name = plain(trace.get("name") or "")
-    return f"\u2060{name}" if name and trace.get("showlegend", True) else "_"
+    return f"={name}" if name and trace.get("showlegend", True) else "_"
 
 
 def _ink(trace: dict[str, Any], of: dict[str, Any], place: int) -> Any:

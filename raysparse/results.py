@@ -135,7 +135,8 @@ def read_trial(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """
     try:
         with pq.ParquetFile(path) as file:  # pq.read_table would make a dataset of it: half as much again of the time
-            missing = [name for name in SCHEMA.names if name not in file.schema_arrow.names]
+            present = set(file.schema_arrow.names)  # made anew at each look
+            missing = [name for name in SCHEMA.names if name not in present]
             if needed := [name for name in missing if name not in _LATER]:
                 raise UsageError(f"{path} is not a raysparse record: it lacks the columns {', '.join(needed[:5])}")
             names = [name for name in (columns or SCHEMA.names) if name not in missing]
