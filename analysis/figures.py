@@ -71,8 +71,8 @@ def training_curves(section: Section, value: str = "fid") -> go.Figure | None:
             x, y, places = marks.broken_lines(rows, value)
             figure.add_scatter(
                 x=x, y=y, text=labels(rows)[places], customdata=marks.keys(rows.iloc[places]), mode=mode,
-                name=plain(method), legendgroup=plain(method), showlegend=named, opacity=1.0 if confirmed else style.FADED, marker={"size": 4},
-                line={"color": colour, "width": 2 if confirmed else 1.25},
+                name=plain(method), legendgroup=plain(method), showlegend=named, marker={"size": 4},
+                opacity=1.0 if confirmed else style.FADED, line={"color": colour, "width": 2 if confirmed else 1.25},
                 hovertemplate="%{text}<br>step %{x:,}: %{y:.5g}<extra></extra>",
             )  # fmt: skip
             named = False

@@ -28,7 +28,7 @@ def records_of(frame: pd.DataFrame) -> list[Row]:
 
 def keys(rows: pd.DataFrame) -> np.ndarray:
     """`customdata` of points, object [n, 3]: [method, S, p], p None where there is none."""
-    found = rows[["method", "sparsity", "prune_ratio"]].to_numpy(dtype=object)
+    found = np.array(rows[["method", "sparsity", "prune_ratio"]], dtype=object)
     found[pd.isna(found)] = None
     return found
 
