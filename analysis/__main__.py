@@ -41,7 +41,8 @@ def _report(options: argparse.Namespace) -> None:
 
     report = Report.of(*options.results)
     _warn(report.warnings)
-    output = options.output or (options.results[0] if len(options.results) == 1 else Path()) / "report"
+    folders = report.records.folders
+    output = options.output or (folders[0] if len(folders) == 1 else Path()) / "report"
     page = report.write(output)
     if options.json:
         _say(json.dumps({"report": str(page)} | report.summary(), indent=2, ensure_ascii=False, allow_nan=False))

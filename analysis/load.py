@@ -77,6 +77,7 @@ def load(*results: Path | str) -> pd.DataFrame:
 
 def read(*folders: Path) -> Records:
     """All records of results folders. UsageError where none is readable; a damaged file becomes a warning."""
+    folders = tuple(dict.fromkeys(folders))
     found, warnings = _read_all(path for folder in folders for path in records.record_paths(folder))
     places = " and ".join(str(folder / "records") for folder in folders)
     if not found:
