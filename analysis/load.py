@@ -123,7 +123,7 @@ def _read_one(path: Path) -> pa.Table:
     for name in [*(name for name in FACTS if name not in OPTIONAL), "state"]:
         if table[name].null_count:
             raise UsageError(f"{path} has rows without {name}")
-    if any(name != table["trial_id"][0] for name in table["trial_id"]):
+    if len(table["trial_id"].unique()) > 1:
         raise UsageError(f"{path} holds several trials; a record file is one trial")
     return table.append_column("path", pa.repeat(pa.scalar(str(path)), table.num_rows))
 
