@@ -38,6 +38,7 @@ class Part:
 def parts(section: Section) -> list[Part]:
     """All parts of a section in the order of the page, those with nothing to show left out."""
     from analysis import (
+        absent,
         by_sparsity,
         dynamics,
         importance,
@@ -70,6 +71,7 @@ def parts(section: Section) -> list[Part]:
         masks.parts,
         importance.parts,
         rungs.parts,
+        absent.parts,
         listing.trials,
     )
     return _shown(part for topic in topics for part in topic(section))
