@@ -1,4 +1,4 @@
-"""The tables of a section: raw numbers for CSV, one formatting of them for Markdown and HTML.
+"""The tables of a section: raw numbers for CSV, one formatting of them for Markdown, LaTeX and the page.
 
 `Table.frame` is what the CSV holds (all digits, units in the column names); `Table.columns` says what a reader sees.
 """
@@ -13,12 +13,9 @@ from typing import Any
 import pandas as pd
 
 from analysis import latex, markup, words
-from analysis.markup import Html, join, tag
 from analysis.sections import CONFIDENCE, DENSE, Section
 
 Row = dict[str, Any]
-
-LONG = 32  # characters; longer words break into lines
 
 
 @dataclass(frozen=True)
@@ -73,20 +70,6 @@ class Table:
         rows = [[latex.cell(column.text(row), *column.marks(row)) for column in self.columns] for row in self.rows]
         headings = [column.heading for column in self.columns]
         return latex.table(self.name, self.caption, headings, rows, [column.numeric for column in self.columns])
-
-    def html(self) -> Html:
-        """The table in a box that scrolls on its own."""
-        if self.frame.empty:
-            return tag("p", self.nothing, class_="nothing")
-        kinds = ["number" if column.numeric else "words" for column in self.columns]
-        head = [tag("th", c.heading, scope="col", class_=kind) for c, kind in zip(self.columns, kinds, strict=True)]
-        body = [
-            tag("tr", *(_cell(column, row, kind) for column, kind in zip(self.columns, kinds, strict=True)))
-            for row in self.rows
-        ]
-        table = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body))
-        box = tag("div", table, class_="scroll", tabindex="0", role="region", aria_label=self.title)
-        return join(box, tag("p", self.caption, class_="caption"))
 
 
 def _settings() -> tuple[Column, ...]:
@@ -275,23 +258,11 @@ def stopped_trials(section: Section) -> pd.DataFrame:
     return frame[keep].sort_values(["stopped_at_step", "trial_id"], kind="stable", ignore_index=True)
 
 
-def all_tables(section: Section) -> list[Table]:
-    return [summary(section), main(section), stopped(section), trials(section)]
-
-
 def _markdown_cell(column: Column, row: Row) -> str:
     bold, underlined = column.marks(row)
     text = markup.markdown(column.text(row))
     text = f"<u>{text}</u>" if underlined else text
     return f"**{text}**" if bold else text
-
-
-def _cell(column: Column, row: Row, kind: str) -> Html:
-    text = column.text(row)
-    bold, underlined = column.marks(row)
-    shown = tag("u", text) if underlined else join(text)
-    shown = tag("strong", shown) if bold else shown
-    return tag("td", shown, class_=f"{kind} long" if len(text) > LONG and kind == "words" else kind)
 
 
 def _seeds(row: Row) -> str:

@@ -91,9 +91,8 @@ def test_running_and_nothing_confirmed(folder: Folder) -> None:
 
 def test_only_dense_is_done(folder: Folder) -> None:
     said = text(confirmed(folder, [10.0, 12.0], []))
-    assert (
-        said
-        == "Dense reached FID (stroke_stats) 11.00 ± 1.41 over 2 seeds; no sparse trial has reached its full budget yet."
+    assert said == (
+        "Dense reached FID (stroke_stats) 11.00 ± 1.41 over 2 seeds; no sparse trial has reached its full budget yet."
     )
 
 
