@@ -7,7 +7,7 @@ from importlib.resources import files
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis import style, words
+from analysis import figures, marks, style, words
 from analysis.markup import plain
 from analysis.parts import Part
 from analysis.sections import DENSE, Section
@@ -28,8 +28,12 @@ def parts(section: Section) -> list[Part]:
         f"Published: {PAPER}, as printed. {_difference(section, rows)} Published and own values are therefore drawn on "
         "axes of their own; what can be set side by side is how a method stands to the dense model of its own protocol."
     )
-    caption = "Published values only, marks hollow, bars one standard deviation where the paper prints one."
-    return [Part("published", "Published results on this model and data set", figure(rows), caption, (told,),
+    caption = (
+        "Above: ours, as in the first figure. Below: published, marks hollow, bars one standard deviation where the "
+        "paper prints one; several marks of a method at one S differ in p or are of another of the paper's tables. Heights "
+        "above and below do not compare."
+    )
+    return [Part("published", "Published results on this model and data set", figure(section, rows), caption, (told,),
                  tables=(table(section, rows),))]  # fmt: skip
 
 
@@ -48,14 +52,25 @@ def published(section: Section) -> pd.DataFrame:
     return rows[mine].reset_index(drop=True)
 
 
-def figure(rows: pd.DataFrame) -> go.Figure:
-    """Published FID over S; a mark per printed value."""
-    drawn = style.figure("sparsity S", "FID as published")
+def figure(section: Section, rows: pd.DataFrame) -> go.Figure:
+    """Our values over S above (where there are any), the published ones below, each on a FID axis of its own."""
+    ours = figures.fid_against_sparsity(section)
+    drawn = style.figure("sparsity S", "") if ours is None else ours
+    axis = drawn.layout.yaxis.to_plotly_json() | {"type": "linear", "dtick": None}
+    axis["title"] = {"text": "FID as published", "standoff": 8}
+    if ours is not None:
+        drawn.update_layout(
+            height=720, yaxis={"domain": [0.54, 1], "title": {"text": f"ours: {plain(section.fid_name)}"}}
+        )
+        drawn.update_layout(yaxis2=axis | {"domain": [0, 0.46], "anchor": "x"}, xaxis={"anchor": "y2"})
+    else:
+        drawn.update_layout(yaxis=axis)
     looks = style.looks(sorted(rows["method"].unique()))
     for method, points in rows.groupby("method", sort=False):
         colour, symbol = looks[method]
         drawn.add_scatter(
             x=points["sparsity"], y=points["fid"], mode="markers", name=f"{method} (published)",
+            yaxis="y" if ours is None else "y2", customdata=marks.keys(points),
             error_y={"type": "data", "array": points["fid_std"].fillna(0), "thickness": 1, "width": 3, "color": colour},
             marker={"symbol": f"{symbol}-open", "size": 9, "color": colour, "line": {"width": 1.5}},
             text=[_label(row) for row in points.to_dict("records")],
@@ -66,13 +81,11 @@ def figure(rows: pd.DataFrame) -> go.Figure:
 
 def table(section: Section, rows: pd.DataFrame) -> Table:
     """Each published row with its ratio to the dense row of the same table, and ours at the same method, S and p."""
-    dense = rows[rows["method"].eq(DENSE)].set_index(["source", "variant", "ddim_steps"])["fid"]
+    dense = _dense(rows)
     ours = [_ours(section, row) for row in rows.to_dict("records")]
     base = section.dense["fid_mean"] if section.dense else float("nan")
     frame = rows.assign(
-        dense_ratio=[
-            row.fid / dense.get((row.source, row.variant, row.ddim_steps), float("nan")) for row in rows.itertuples()
-        ],
+        dense_ratio=rows["fid"] / dense,
         own_fid=[row["fid_mean"] if row else float("nan") for row in ours],
         own_fid_std=[row["fid_std"] if row else float("nan") for row in ours],
         own_seeds=[row["seeds"] if row else 0 for row in ours],
@@ -96,6 +109,22 @@ def table(section: Section, rows: pd.DataFrame) -> Table:
         "method, S and p. The two FID columns have different protocols and do not compare."
     )
     return Table("published", "Published beside ours", caption, frame, columns)
+
+
+def _dense(rows: pd.DataFrame) -> pd.Series:
+    """The dense FID that each row stands against: of its own table, variant and steps, else of Table 1 or 2.
+
+    Tables 3, 9 and 10 print no dense rows; they are of the runs of Tables 1 and 2.
+    """
+    rows = rows.fillna({"variant": "", "ddim_steps": 0})  # a missing key would equal nothing
+    known = rows[rows["method"].eq(DENSE)]
+    main = known[known["source"].isin(["table 1", "table 2"])].set_index("ddim_steps")["fid"]
+    own = known.set_index(["source", "variant", "ddim_steps"])["fid"]
+    found = [
+        own.get((row.source, row.variant, row.ddim_steps), main.get(row.ddim_steps, float("nan")))
+        for row in rows.itertuples()
+    ]
+    return pd.Series(found, index=rows.index, dtype="float64")
 
 
 def _ours(section: Section, row: Row) -> Row | None:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 from synthetic_grid import fill_grid, mean
-from synthetic_records import Folder
+from synthetic_records import Folder, facts
 
 from analysis import published_numbers
 from analysis.load import read
@@ -35,17 +35,32 @@ def test_ours_beside_theirs(kanji: Section) -> None:
         0
     ]
     assert sparsest["own_fid"] == pytest.approx(mean("rigl", 0.9, 0.05))
+    assert sparsest["dense_ratio"] == pytest.approx(29.12 / 21.10)  # Table 10 has no dense row: Table 2's
 
 
-def test_the_figure_holds_published_values_only_and_says_so(kanji: Section) -> None:
+def test_published_and_own_values_share_no_axis(kanji: Section) -> None:
     (part,) = published_numbers.parts(kanji)
-    assert part.figure is not None
-    assert part.figure.layout.yaxis.title.text == "FID as published"
-    assert all(trace.name.endswith("(published)") for trace in part.figure.data)
-    shown = sorted(y for trace in part.figure.data for y in trace.y)
-    assert shown == sorted(published_numbers.published(kanji)["fid"])
+    figure = part.figure
+    assert figure is not None
+    assert (figure.layout.yaxis.title.text, figure.layout.yaxis2.title.text) == (
+        "ours: FID (stroke_stats)", "FID as published",
+    )  # fmt: skip
+    below = [trace for trace in figure.data if trace.yaxis == "y2"]
+    assert {trace.name for trace in below} == {f"{name} (published)" for name in ("dense", "static", "rigl", "magran")}
+    assert sorted(y for trace in below for y in trace.y) == sorted(published_numbers.published(kanji)["fid"])
+    assert not any("published" in (trace.name or "") for trace in figure.data if trace.yaxis != "y2")
+    assert figure.layout.yaxis.domain[0] > figure.layout.yaxis2.domain[1]
     assert "stroke_stats" in part.sentences[0]
     assert "Inception of Ge et al. 2020" in part.sentences[0]
+
+
+def test_a_running_sweep_has_the_published_values_alone(folder: Folder) -> None:
+    folder.add(facts("rigl", 0.5, dataset="kanjivg"), [(100, 50.0)], "RUNNING")
+    (section,) = split(read(folder.path))
+    (part,) = published_numbers.parts(section)
+    assert part.figure is not None
+    assert part.figure.layout.yaxis.title.text == "FID as published"
+    assert part.tables[0].frame["own_fid"].isna().all()
 
 
 @pytest.mark.parametrize(("dataset", "model"), [("hershey", "chirodiff"), ("kanjivg", "latent_unet"), ("kanjivg", "x")])
@@ -61,3 +76,5 @@ def test_conditional_numbers_are_for_conditional_models(folder: Folder) -> None:
         section.protocol_text, section.model, "quickdraw", section.trials, section.reports, "class-conditional"
     )
     assert set(published_numbers.published(conditional)["source"]) == {"table 7"}
+    frame = published_numbers.table(conditional, published_numbers.published(conditional)).frame.set_index("method")
+    assert frame.loc["rigl", "dense_ratio"] == pytest.approx(32.12 / 31.23)
