@@ -30,8 +30,8 @@ def parts(section: Section) -> list[Part]:
     )
     caption = (
         "Above: ours, as in the first figure. Below: published, marks hollow, bars one standard deviation where the "
-        "paper prints one; several marks of a method at one S differ in p or are of another of the paper's tables. Heights "
-        "above and below do not compare."
+        "paper prints one; several marks of a method at one S differ in p or are of another of the paper's tables. "
+        "Heights above and below do not compare."
     )
     return [Part("published", "Published results on this model and data set", figure(section, rows), caption, (told,),
                  tables=(table(section, rows),))]  # fmt: skip
