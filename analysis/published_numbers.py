@@ -70,7 +70,7 @@ def figure(section: Section, rows: pd.DataFrame) -> go.Figure:
         colour, symbol = looks[method]
         drawn.add_scatter(
             x=points["sparsity"], y=points["fid"], mode="markers", name=f"{method} (published)",
-            yaxis="y" if ours is None else "y2", customdata=marks.keys(points),
+            yaxis="y" if ours is None else "y2", customdata=marks.keys(points), showlegend=ours is None,
             error_y={"type": "data", "array": points["fid_std"].fillna(0), "thickness": 1, "width": 3, "color": colour},
             marker={"symbol": f"{symbol}-open", "size": 9, "color": colour, "line": {"width": 1.5}},
             text=[_label(row) for row in points.to_dict("records")],
