@@ -6,6 +6,7 @@ parameters and FLOPs compare anywhere.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -55,10 +56,15 @@ def overview_table(sections: Sequence[Section]) -> Table:
 
 
 def data_groups(sections: Sequence[Section]) -> list[list[Section]]:
-    """Sections of the same model, data set and extractor that were trained on differently many examples, per group."""
+    """Sections of the same model and data set that differ in the number of training examples alone, per group.
 
-    def key(section: Section) -> tuple[str, str, str, bool]:
-        return section.model, section.dataset, section.extractor, "class-conditional" in section.variant
+    Their reference sets may differ, for that is the training set; nothing else of their protocols may.
+    """
+
+    def key(section: Section) -> tuple[str, str, bool, str]:
+        rest = {name: value for name, value in section.protocol.items() if not name.startswith("reference_")}
+        conditional = "class-conditional" in section.variant
+        return section.model, section.dataset, conditional, json.dumps(rest, sort_keys=True)
 
     grouped = [list(group) for _, group in groupby(sorted(sections, key=key), key)]
     return [group for group in grouped if len({section.variant for section in group}) > 1]

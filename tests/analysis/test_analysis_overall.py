@@ -47,6 +47,17 @@ def test_full_beside_reduced_data(folder: Folder) -> None:
     assert "26.50 ± 0.71" in lines[4]
 
 
+def test_only_the_amount_of_data_may_differ(folder: Folder) -> None:
+    for number, (count, change) in enumerate([(None, {}), (None, {"eta": 1.0}), (9, {"reference_hash": "ff"})]):
+        trial = facts(trial_id=f"d{number}", protocol=json.dumps(json.loads(PROTOCOL) | change))
+        config = json.loads(trial.config)
+        config["data"]["train_examples"] = count
+        folder.add(type(trial)(**(vars(trial) | {"config": json.dumps(config)})), [(400, 10.0 + number)])
+    (group,) = overall.data_groups(split(read(folder.path)))
+    assert sorted(section.variant for section in group) == ["", "first 9 training examples"]
+    assert all(section.protocol["eta"] == 0.0 for section in group)
+
+
 def test_conditional_models_are_a_task_of_their_own(folder: Folder) -> None:
     for options in ({}, {"num_classes": 10}):
         trial = facts(trial_id=f"d{len(options)}")
