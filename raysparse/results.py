@@ -8,7 +8,7 @@ can be analysed while it runs. Imports neither torch nor ray: the analysis reads
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -156,6 +156,13 @@ def reports_of(table: pa.Table) -> list[Report]:
     rows = table.select(names).to_pylist()
     by_step = {row["step"]: Report(**row) for row in rows if row["step"] is not None}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def report_from(values: Mapping[str, Any]) -> Report | None:
+    """A Report of the fields among `values` (others are left alone); None where one without a default is absent."""
+    known = {field.name: values[field.name] for field in dataclasses.fields(Report) if field.name in values}
+    needed = [field.name for field in dataclasses.fields(Report) if field.default is dataclasses.MISSING]
+    return Report(**known) if all(name in known for name in needed) else None
 
 
 def record_paths(results: Path) -> list[Path]:

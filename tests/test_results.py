@@ -93,3 +93,12 @@ def test_some_columns_and_records_of_before(tmp_path: Path) -> None:
     pq.write_table(whole.drop_columns(["fid"]), path)
     with pytest.raises(UsageError, match="lacks the columns fid"):
         results.read_trial(path, ["step"])
+
+
+def test_a_report_from_what_a_program_sent() -> None:
+    whole = filled(results.Report)
+    values = dataclasses.asdict(whole)
+    assert results.report_from(values | {"other": 1}) == whole
+    later = {name: value for name, value in values.items() if name not in ("mask_sample", "samples_png")}
+    assert results.report_from(later) == dataclasses.replace(whole, mask_sample=None, samples_png=None)
+    assert results.report_from({name: value for name, value in values.items() if name != "step"}) is None
