@@ -13,13 +13,16 @@ from __future__ import annotations
 import importlib.util
 import io
 import textwrap
-from typing import Any
-
-import plotly.graph_objects as go
+from typing import TYPE_CHECKING, Any
 
 from analysis import vector_traces
-from analysis.vector_traces import FAINT, INK, colour, plain, points
+from analysis.vector_traces import FAINT, INK, PX, colour, plain, points
 from raysparse.errors import UsageError
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+Description = dict[str, Any]  # see `describe`
 
 FORMATS = ("svg", "pdf")
 WIDTH_IN = 6.3  # the text width of a page with the usual margins
@@ -59,27 +62,31 @@ def missing() -> str | None:
     return "no figures as SVG and PDF: they need matplotlib, install it with `pip install 'matplotlib>=3.9'`"
 
 
-def files(figure: go.Figure) -> dict[str, bytes]:
+def describe(figure: go.Figure) -> Description:
+    """What plotly knows of a figure, as plain dicts and arrays: `{"data": [...], "layout": {...}}`."""
+    # Not figure.to_dict(): that has arrays as base64, for browsers.
+    return {"data": [trace.to_plotly_json() for trace in figure.data], "layout": figure.layout.to_plotly_json()}
+
+
+def files(described: Description) -> dict[str, bytes]:
     """`{"svg": ..., "pdf": ...}` of one figure. UsageError where matplotlib is not installed."""
     if reason := missing():
         raise UsageError(reason)
     import matplotlib as mpl
 
     with mpl.rc_context(STYLE):
-        drawn = draw(figure)
+        drawn = draw(described)
         # Once for both formats: it takes as long as drawing.
         drawn.get_layout_engine().execute(drawn)
         drawn.set_layout_engine("none")
         return {kind: _bytes(drawn, kind) for kind in FORMATS}
 
 
-def draw(figure: go.Figure) -> Any:
+def draw(described: Description) -> Any:
     """The figure as a matplotlib Figure. ValueError names what this module cannot draw."""
     from matplotlib.figure import Figure
 
-    # Not figure.to_dict(): that has arrays as base64, for browsers.
-    layout: dict[str, Any] = figure.layout.to_plotly_json()
-    described = {"data": [trace.to_plotly_json() for trace in figure.data], "layout": layout}
+    layout = described["layout"]
     drawn = Figure(figsize=(WIDTH_IN, layout.get("height", 440) / PX_PER_IN), layout="constrained")
     panels = _panels(drawn, described["data"], layout)
     for place, trace in enumerate(described["data"]):
@@ -150,6 +157,10 @@ def _axis(panel: Any, which: str, axis: dict[str, Any]) -> None:
     # As plotly: grid lines unless said otherwise; behind bars and boxes of names they would only be noise.
     panel.grid(axis.get("showgrid", True) and axis.get("visible", True), axis=which)
     this.set_visible(axis.get("visible", True))
+    if axis.get("side") in ("top", "right"):
+        getattr(this, f"tick_{axis['side']}")()
+    if not axis.get("visible", True):
+        panel.spines[["left", "right"] if which == "y" else ["bottom", "top"]].set_visible(False)
 
 
 def _ticks(axis: Any, settings: dict[str, Any], log: bool) -> None:
@@ -200,10 +211,16 @@ def _annotations(drawn: Any, panels: dict[tuple[str, str], Any], layout: dict[st
     """Words at data coordinates; words over a panel (plotly's subplot titles, in paper coordinates) become its title."""
     for note in layout.get("annotations", ()):
         text = plain(note.get("text", ""))
-        pair = (note.get("xref", "paper"), note.get("yref", "paper"))
+        pair = (note.get("xref", "x"), note.get("yref", "y"))
         if pair in panels:
             across = {"left": "left", "right": "right"}.get(note.get("xanchor", ""), "center")
-            panels[pair].annotate(text, (note["x"], note["y"]), ha=across, va="bottom", fontsize=8)
+            up = {"top": "top", "bottom": "bottom"}.get(note.get("yanchor", ""), "center")
+            shift = (note.get("xshift", 0) * PX, note.get("yshift", 0) * PX)
+            ground = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "boxstyle": "square,pad=0.1"}
+            panels[pair].annotate(
+                text, (note["x"], note["y"]), shift, textcoords="offset points", ha=across, va=up, fontsize=7.5,
+                bbox=ground, zorder=4,
+            )  # fmt: skip
             continue
         over = [panel for (x, y), panel in panels.items() if _is_over(note, layout, x, y)]
         for panel in over or []:
