@@ -12,7 +12,6 @@ import pickle
 import subprocess
 import sys
 import threading
-from typing import Any
 
 from analysis import vector
 

@@ -50,7 +50,7 @@ class _Data:
 def html(
     records: Records, chapters: Sequence[Chapter], above: Sequence[Part], warnings: Sequence[str], beside: bool
 ) -> str:
-    """The page. above: parts before all chapters; warnings: what is missing; beside: figures are files in `figures/`."""
+    """The page. above: parts before all chapters; warnings: what is missing; beside: figures are files too."""
     data = _Data(beside)
     body = [_part(part, part.name, "", data) for part in above]
     body += [_chapter(records, chapter, place, len(chapters), data) for place, chapter in enumerate(chapters)]

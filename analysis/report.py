@@ -76,7 +76,7 @@ class Report:
         return page.html(self.records, chapters, self.overall, self.warnings, beside=vector.missing() is None)
 
     def suffix(self, section: Section) -> str:
-        """What the names of a section's files end with: nothing, or `-3fa1c2` where several sections share the folder."""
+        """What the names of a section's files end with: nothing, or `-3fa1c2` where several share the folder."""
         return "" if len(self.sections) == 1 else f"-{_key(section)}"
 
     def summary(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def unpacked(payload: Payload, value: Any) -> list[Any]:
     return [payload.facets[item] for item in runs] if kind == "facets" else runs
 
 
-@given(st.lists(st.one_of(st.none(), st.floats(-1e30, 1e30, width=32)), min_size=17, max_size=60))
+@given(st.lists(st.one_of(st.none(), st.floats(-1e30, 1e30)), min_size=17, max_size=60))
 def test_numbers_come_back(values: list[float | None]) -> None:
     payload = Payload()
     (trace,) = payload.figure(go.Figure(go.Scatter(y=np.array(values, dtype=np.float64))))["data"]
