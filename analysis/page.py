@@ -47,8 +47,10 @@ class _Data:
         self.elements.append(_json(name, value))
 
 
-def html(records: Records, chapters: Sequence[Chapter], above: Sequence[Part] = (), beside: bool = True) -> str:
-    """The page. above: tables that stand before all chapters. beside: the figures lie in `figures/` as files too."""
+def html(
+    records: Records, chapters: Sequence[Chapter], above: Sequence[Part], warnings: Sequence[str], beside: bool
+) -> str:
+    """The page. above: parts before all chapters; warnings: what is missing; beside: figures are files too."""
     data = _Data(beside)
     body = [_part(part, part.name, "", data) for part in above]
     body += [_chapter(records, chapter, place, len(chapters), data) for place, chapter in enumerate(chapters)]
@@ -59,7 +61,7 @@ def html(records: Records, chapters: Sequence[Chapter], above: Sequence[Part] = 
         title=join(title),
         policy=f"script-src {' '.join(map(_digest, scripts))}",
         style=_asset("page.css"),
-        head=_head(records, [chapter.section for chapter in chapters]),
+        head=_head(records, [chapter.section for chapter in chapters], warnings),
         body=join(*body),
         data=join(*shared, *data.elements),
         theme=scripts[0],
@@ -68,7 +70,7 @@ def html(records: Records, chapters: Sequence[Chapter], above: Sequence[Part] = 
     )
 
 
-def _head(records: Records, sections: Sequence[Section]) -> Html:
+def _head(records: Records, sections: Sequence[Section], warnings: Sequence[str]) -> Html:
     trials = records.trials
     states = trials["state"].value_counts()
     counts = ", ".join(f"{count} {str(state).lower()}" for state, count in states.items())
@@ -79,9 +81,9 @@ def _head(records: Records, sections: Sequence[Section]) -> Html:
         tag("h1", sweeps),
         tag("p", f"{len(trials)} {'trial' if len(trials) == 1 else 'trials'}: {counts}. Written {now}.", class_="meta"),
     ]
-    if records.warnings:
-        items = [tag("li", warning) for warning in records.warnings]
-        head.append(tag("div", tag("p", "Not all records could be read:"), tag("ul", *items), class_="warning"))
+    if warnings:
+        items = [tag("li", warning) for warning in warnings]
+        head.append(tag("div", tag("p", "Something is missing:"), tag("ul", *items), class_="warning"))
     if len(sections) > 1:
         head.append(_why_split(sections))
     return join(*head)

@@ -3,7 +3,7 @@
 Arrays stand once, whatever figures use them, in a list; a figure holds `{"$": place}` instead. An entry of the list is
 
     {"f4": base64}, {"f8": base64}      little-endian numbers (not finite: NaN, which plotly draws as a gap)
-    {"runs": [value, count, ...]}       texts and such, a repeated one once: a trial repeats its hover text at each report
+    {"runs": [value, count, ...]}       texts, a repeated one once: a trial repeats its hover text at each report
     {"facets": [place, count, ...]}     the rows `[method, S, p]` of a trace's customdata, as places in `facets`
 
 so that 1,000 trials of 100 reports weigh about 1 MB a curve figure and are drawn from typed arrays.

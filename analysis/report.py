@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from analysis import headline, page, vector
+from analysis import drawing, headline, page, vector
 from analysis.load import Records, read
 from analysis.parts import Part, overall, parts
 from analysis.sections import Section, split
@@ -54,8 +54,12 @@ class Report:
 
         Where matplotlib is not installed, the figures are in the page alone and `warnings` says so.
         """
-        files = self._tables() | ({} if vector.missing() else self._figures())
-        text = self.html()
+        if vector.missing():
+            files, text = self._tables(), self.html()
+        else:
+            with drawing.Helper() as helper:
+                files, text = self._tables(), self.html()
+                files |= self._figures(helper)
         for name, content in files.items():
             with atomic_path(output / name) as temporary:
                 temporary.write_bytes(content)
@@ -69,10 +73,10 @@ class Report:
     def html(self) -> str:
         """The whole page as text; it makes no request."""
         chapters = [page.Chapter(section, found, self.suffix(section)) for section, found in self._found()]
-        return page.html(self.records, chapters, self.overall, beside=vector.missing() is None)
+        return page.html(self.records, chapters, self.overall, self.warnings, beside=vector.missing() is None)
 
     def suffix(self, section: Section) -> str:
-        """What the names of a section's files end with: nothing, or `-3fa1c2` where several sections share the folder."""
+        """What the names of a section's files end with: nothing, or `-3fa1c2` where several share the folder."""
         return "" if len(self.sections) == 1 else f"-{_key(section)}"
 
     def summary(self) -> dict[str, Any]:
@@ -91,14 +95,15 @@ class Report:
                 texts |= {f"{name}.csv": table.csv(), f"{name}.md": table.markdown(), f"{name}.tex": table.latex()}
         return {name: text.encode() for name, text in texts.items()}
 
-    def _figures(self) -> dict[str, bytes]:
-        return {
-            f"figures/{part.name}{self.suffix(section)}.{kind}": content
+    def _figures(self, helper: drawing.Helper) -> dict[str, bytes]:
+        figures = {
+            f"figures/{part.name}{self.suffix(section)}": vector.describe(part.figure)
             for section, found in self._found()
             for part in found
             if part.figure is not None
-            for kind, content in vector.files(part.figure).items()
         }
+        drawn = helper.draw(figures)
+        return {f"{name}.{kind}": content for name, files in drawn.items() for kind, content in files.items()}
 
 
 def write(results: Path, output: Path | None = None) -> Path:

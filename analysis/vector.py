@@ -13,13 +13,16 @@ from __future__ import annotations
 import importlib.util
 import io
 import textwrap
-from typing import Any
-
-import plotly.graph_objects as go
+from typing import TYPE_CHECKING, Any
 
 from analysis import vector_traces
-from analysis.vector_traces import FAINT, INK, colour, plain, points
+from analysis.vector_traces import FAINT, INK, PX, plain, points
 from raysparse.errors import UsageError
+
+if TYPE_CHECKING:
+    import plotly.graph_objects as go
+
+Description = dict[str, Any]  # see `describe`
 
 FORMATS = ("svg", "pdf")
 WIDTH_IN = 6.3  # the text width of a page with the usual margins
@@ -27,6 +30,13 @@ PX_PER_IN = 110.0  # a figure 440 px high on the page is 4 in high on paper
 LEGEND_COLUMNS = 5
 LEGEND_SIGNS = 92  # that stand side by side in a legend as wide as the figure; a mark takes eight
 TITLE_SIGNS_PER_IN = 12  # of an axis title
+
+# What is drawn of a layout and of an axis, and what means something on a screen alone or is always so on paper.
+DRAWN = {"xaxis", "yaxis", "height", "annotations", "showlegend"}
+ON_SCREEN = {"template", "margin", "font", "paper_bgcolor", "plot_bgcolor", "hovermode", "hoverlabel", "legend"}
+AXIS = {"title", "type", "range", "rangemode", "tickvals", "ticktext", "tickformat", "dtick", "autorange",
+        "showticklabels", "showgrid", "ticks", "visible", "side"}  # fmt: skip
+AXIS_ON_SCREEN = {"automargin", "showline", "ticklen", "zeroline"}
 
 STYLE = {
     "font.family": "sans-serif",
@@ -59,39 +69,41 @@ def missing() -> str | None:
     return "no figures as SVG and PDF: they need matplotlib, install it with `pip install 'matplotlib>=3.9'`"
 
 
-def files(figure: go.Figure) -> dict[str, bytes]:
+def describe(figure: go.Figure) -> Description:
+    """What plotly knows of a figure, as plain dicts and arrays: `{"data": [...], "layout": {...}}`."""
+    # Not figure.to_dict(): that has arrays as base64, for browsers.
+    return {"data": [trace.to_plotly_json() for trace in figure.data], "layout": figure.layout.to_plotly_json()}
+
+
+def files(described: Description) -> dict[str, bytes]:
     """`{"svg": ..., "pdf": ...}` of one figure. UsageError where matplotlib is not installed."""
     if reason := missing():
         raise UsageError(reason)
     import matplotlib as mpl
 
     with mpl.rc_context(STYLE):
-        drawn = draw(figure)
+        drawn = draw(described)
         # Once for both formats: it takes as long as drawing.
         drawn.get_layout_engine().execute(drawn)
         drawn.set_layout_engine("none")
         return {kind: _bytes(drawn, kind) for kind in FORMATS}
 
 
-def draw(figure: go.Figure) -> Any:
+def draw(described: Description) -> Any:
     """The figure as a matplotlib Figure. ValueError names what this module cannot draw."""
     from matplotlib.figure import Figure
 
-    # Not figure.to_dict(): that has arrays as base64, for browsers.
-    layout: dict[str, Any] = figure.layout.to_plotly_json()
-    described = {"data": [trace.to_plotly_json() for trace in figure.data], "layout": layout}
+    layout = described["layout"]
+    vector_traces.refuse_unknown(layout, DRAWN | ON_SCREEN, "layout")
     drawn = Figure(figsize=(WIDTH_IN, layout.get("height", 440) / PX_PER_IN), layout="constrained")
-    panels = _panels(drawn, described["data"], layout)
+    panel = drawn.add_subplot()
     for place, trace in enumerate(described["data"]):
-        panel = panels[trace.get("xaxis", "x"), trace.get("yaxis", "y")]
-        vector_traces.draw(panel, trace, place, described)
-    for (x, y), panel in panels.items():
-        _shapes(panel, layout, x, y)
-        if panel.axison:
-            _axis(panel, "x", layout.get(_long(x), {}))
-            _axis(panel, "y", layout.get(_long(y), {}))
-    _annotations(drawn, panels, layout)
-    _legend(drawn, panels, layout)
+        vector_traces.draw(panel, trace, place)
+    for which in "xy":
+        _axis(panel, which, layout.get(f"{which}axis", {}))
+    for note in layout.get("annotations", ()):
+        _annotate(panel, note)
+    _legend(drawn, panel, layout)
     return drawn
 
 
@@ -102,27 +114,10 @@ def _bytes(drawn: Any, kind: str) -> bytes:
     return stream.getvalue()
 
 
-def _long(name: str) -> str:
-    """`x2` as the layout calls it: `xaxis2`."""
-    return f"{name[0]}axis{name[1:]}"
-
-
-def _panels(drawn: Any, traces: list[dict[str, Any]], layout: dict[str, Any]) -> dict[tuple[str, str], Any]:
-    """(x axis, y axis) -> matplotlib Axes, placed in rows and columns by the domains of plotly's axes."""
-    pairs = list(dict.fromkeys((trace.get("xaxis", "x"), trace.get("yaxis", "y")) for trace in traces))
-    starts = {name: layout.get(_long(name), {}).get("domain", (0, 1))[0] for pair in pairs for name in pair}
-    for name in starts:
-        if layout.get(_long(name), {}).get("overlaying"):
-            raise ValueError(f"vector figures have no overlaid axes ({_long(name)}); draw two panels")
-    columns = sorted({starts[x] for x, _ in pairs})
-    rows = sorted({starts[y] for _, y in pairs}, reverse=True)
-    grid = drawn.add_gridspec(max(1, len(rows)), max(1, len(columns)))
-    return {(x, y): drawn.add_subplot(grid[rows.index(starts[y]), columns.index(starts[x])]) for x, y in pairs}
-
-
 def _axis(panel: Any, which: str, axis: dict[str, Any]) -> None:
     from matplotlib.ticker import NullLocator
 
+    vector_traces.refuse_unknown(axis, AXIS | AXIS_ON_SCREEN, "axis")
     set_ = {name: getattr(panel, f"set_{which}{name}") for name in ("label", "lim", "scale", "ticks")}
     this = panel.xaxis if which == "x" else panel.yaxis
     length = panel.get_figure().get_size_inches()[int(which == "y")] * 0.75
@@ -150,6 +145,10 @@ def _axis(panel: Any, which: str, axis: dict[str, Any]) -> None:
     # As plotly: grid lines unless said otherwise; behind bars and boxes of names they would only be noise.
     panel.grid(axis.get("showgrid", True) and axis.get("visible", True), axis=which)
     this.set_visible(axis.get("visible", True))
+    if axis.get("side") in ("top", "right"):
+        getattr(this, f"tick_{axis['side']}")()
+    if not axis.get("visible", True):
+        panel.spines[["left", "right"] if which == "y" else ["bottom", "top"]].set_visible(False)
 
 
 def _ticks(axis: Any, settings: dict[str, Any], log: bool) -> None:
@@ -170,60 +169,26 @@ def _ticks(axis: Any, settings: dict[str, Any], log: bool) -> None:
         axis.set_major_locator(ticker.MaxNLocator(nbins=7, steps=[1, 2, 2.5, 5, 10]))
 
 
-def _shapes(panel: Any, layout: dict[str, Any], x: str, y: str) -> None:
-    """Lines and rectangles in data coordinates or across the whole panel."""
-    for shape in layout.get("shapes", ()):
-        x_of, y_of = shape.get("xref", "x"), shape.get("yref", "y")
-        if x_of.split()[0] not in (x, "paper") or y_of.split()[0] not in (y, "paper"):
-            continue
-        if shape.get("type") not in ("line", "rect"):
-            raise ValueError(f"vector figures have no shape {shape.get('type')!r}")
-        line = shape.get("line", {})
-        looks = {
-            "color": colour(line.get("color", FAINT)),
-            "linestyle": vector_traces.DASHES[line.get("dash", "solid")],
-        }
-        across_x, across_y = x_of != x, y_of != y
-        if shape["type"] == "rect" and across_y:
-            panel.axvspan(shape["x0"], shape["x1"], color=colour(shape.get("fillcolor", FAINT)), lw=0, zorder=0)
-        elif shape["type"] == "rect":
-            panel.axhspan(shape["y0"], shape["y1"], color=colour(shape.get("fillcolor", FAINT)), lw=0, zorder=0)
-        elif across_y:
-            panel.axvline(shape["x0"], linewidth=1, **looks)
-        elif across_x:
-            panel.axhline(shape["y0"], linewidth=1, **looks)
-        else:
-            panel.plot([shape["x0"], shape["x1"]], [shape["y0"], shape["y1"]], linewidth=1, **looks)
+def _annotate(panel: Any, note: dict[str, Any]) -> None:
+    """Words at data coordinates, on a ground that keeps them legible over lines."""
+    vector_traces.refuse_unknown(
+        note, {"x", "y", "text", "showarrow", "xanchor", "xshift", "yanchor", "yshift"}, "note"
+    )
+    across = {"left": "left", "right": "right"}.get(note.get("xanchor", ""), "center")
+    up = {"top": "top", "bottom": "bottom"}.get(note.get("yanchor", ""), "center")
+    shift = (note.get("xshift", 0) * PX, note.get("yshift", 0) * PX)
+    ground = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "boxstyle": "square,pad=0.1"}
+    panel.annotate(
+        plain(note["text"]), (note["x"], note["y"]), shift, textcoords="offset points", ha=across, va=up, fontsize=7.5,
+        bbox=ground, zorder=4,
+    )  # fmt: skip
 
 
-def _annotations(drawn: Any, panels: dict[tuple[str, str], Any], layout: dict[str, Any]) -> None:
-    """Words at data coordinates; words over a panel (plotly's subplot titles, in paper coordinates) become its title."""
-    for note in layout.get("annotations", ()):
-        text = plain(note.get("text", ""))
-        pair = (note.get("xref", "paper"), note.get("yref", "paper"))
-        if pair in panels:
-            across = {"left": "left", "right": "right"}.get(note.get("xanchor", ""), "center")
-            panels[pair].annotate(text, (note["x"], note["y"]), ha=across, va="bottom", fontsize=8)
-            continue
-        over = [panel for (x, y), panel in panels.items() if _is_over(note, layout, x, y)]
-        for panel in over or []:
-            panel.set_title(text, fontsize=9)
-        if not over:
-            drawn.text(note["x"], note["y"], text, ha="center", fontsize=8)
-
-
-def _is_over(note: dict[str, Any], layout: dict[str, Any], x: str, y: str) -> bool:
-    left, right = layout.get(_long(x), {}).get("domain", (0, 1))
-    top = layout.get(_long(y), {}).get("domain", (0, 1))[1]
-    return bool(left <= note.get("x", -1) <= right and abs(note.get("y", -1) - top) < 0.02)
-
-
-def _legend(drawn: Any, panels: dict[tuple[str, str], Any], layout: dict[str, Any]) -> None:
-    """One legend over all panels, outside of them: it can hide nothing."""
+def _legend(drawn: Any, panel: Any, layout: dict[str, Any]) -> None:
+    """Outside of the axes: it can hide nothing."""
     found: dict[str, Any] = {}
-    for panel in panels.values():
-        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-            found.setdefault(_shortened(label.removeprefix("="), LEGEND_SIGNS), handle)
+    for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+        found.setdefault(_shortened(label.removeprefix("="), LEGEND_SIGNS), handle)
     if layout.get("showlegend", len(found) > 1) and found:
         drawn.legend(
             found.values(), found.keys(), loc="outside upper left", ncols=_columns(list(found)), columnspacing=1.4,

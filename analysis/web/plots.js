@@ -61,14 +61,10 @@
       if (value === null || typeof value !== "object") return value;
       return Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, cut(inner)]));
     };
-    const { colorscale, ...marker } = trace.marker || {};
     const shown = { ...trace };
-    for (const key of ["x", "y", "z", "text", "hovertext", "error_x", "error_y", "customdata", "base", "line"]) {
-      if (trace.type === "heatmap" && key === "x") continue; // its rows stand for configurations, its columns do not
+    for (const key of ["x", "y", "text", "error_x", "error_y", "customdata", "marker"]) {
       if (shown[key] !== undefined) shown[key] = cut(shown[key]);
     }
-    if (trace.marker) shown.marker = { ...cut(marker), ...(colorscale && { colorscale }) };
-    if (trace.dimensions) shown.dimensions = trace.dimensions.map((each) => ({ ...each, values: cut(each.values) }));
     return shown;
   }
 
@@ -94,7 +90,6 @@
     if (narrow) fit(dressed);
     const traces = data.map(filtered).map((trace) => {
       if (trace.meta === "ink") return { ...trace, marker: { ...trace.marker, color: colour("--ink") } };
-      if (trace.type === "parcoords") return { ...trace, rangefont: { color: colour("--faint") } };
       return trace;
     });
     return [traces, dressed];
