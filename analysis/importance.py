@@ -47,7 +47,9 @@ def parts(section: Section) -> list[Part]:
     else:
         told = (
             f"Over {len(rows)} search trials at full budget; trials that were stopped are not among them, so that what "
-            "showed itself bad early counts for less than it should. An importance is no direction and no effect size."
+            "showed itself bad early counts for less than it should. Whether a method has a setting at all counts as a "
+            "value of it, and what only a trial or two had is judged by these. An importance is no direction and no "
+            "effect size."
         )
         caption = "Optuna's PED-ANOVA: how much a setting decides whether a trial is in the best tenth; they sum to 1."
         found.append(Part("importance", title, figure(scores), caption, (told,), tables=(table(section, scores),)))
@@ -82,7 +84,8 @@ def importances(rows: pd.DataFrame) -> dict[str, float]:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Target and region quantiles", UserWarning)  # a tie of most trials
+            # Of a tie of most trials, of a method with one trial that alone lacks a setting: the part's words say so.
+            warnings.simplefilter("ignore", UserWarning)
             scores = optuna.importance.get_param_importances(_study(rows, optuna), evaluator=evaluator)
     finally:
         optuna.logging.set_verbosity(level)

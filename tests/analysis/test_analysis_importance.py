@@ -77,6 +77,16 @@ def test_too_few_results_say_how_many(finished: Section) -> None:
     assert part.sentences == ("Not shown: 6 search trials have a result at full budget, 8 are needed.",)
 
 
+def test_one_trial_of_a_method_is_no_warning(folder: Folder) -> None:
+    folder.add(facts(stage="search"), [(400, 9.0)])  # the only one without S
+    for number in range(10):
+        sparsity = (0.5, 0.75, 0.9)[number % 3]
+        folder.add(facts("static", sparsity, stage="search", trial_id=f"t{number}"), [(400, 10.0 + number)])
+    first, _ = importance.parts(only(folder))
+    assert sum(first.tables[0].frame["importance"]) == pytest.approx(1)
+    assert "judged by these" in first.sentences[0]
+
+
 def test_no_search_no_part(grid: Section) -> None:
     assert importance.parts(grid) == []
 
