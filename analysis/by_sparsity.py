@@ -9,17 +9,22 @@ from analysis.sections import Section
 MOST_RATIOS = 3  # figures of one p each: a search draws p from a range, and then no p has a curve of its own
 
 
-def parts(section: Section) -> list[Part]:
-    """FID over S, KID over S, and both for each p that was tried at several S."""
+def over_sparsity(section: Section) -> list[Part]:
+    """FID over S and KID over S, the best of all p at each S."""
     fid, kid = section.fid_name, section.kid_name
     line = "The line joins the best confirmed configuration of a method at each S; the band is dense."
-    found = [
+    return [
         Part("sparsity", f"{fid} against sparsity", figures.fid_against_sparsity(section), f"{marks.HOLLOW} {line}"),
         Part("kid", f"{kid} against sparsity", figures.fid_against_sparsity(section, "kid"), f"{marks.HOLLOW} {line}"),
     ]
+
+
+def for_each_ratio(section: Section) -> list[Part]:
+    """FID and KID over S for each p that was tried at several S, where there are two such p."""
+    found = []
     ratios = common_ratios(section)
     for place, ratio in enumerate(ratios if len(ratios) > 1 else []):
-        for name, value in ((fid, "fid"), (kid, "kid")):
+        for name, value in ((section.fid_name, "fid"), (section.kid_name, "kid")):
             caption = f"Dynamic methods with p = {words.plain_number(ratio)} only. {marks.HOLLOW}"
             figure = figures.fid_against_sparsity(section, value, ratio)
             title = f"{name} against sparsity, p = {words.plain_number(ratio)}"

@@ -137,9 +137,7 @@ def parallel(section: Section, rows: pd.DataFrame) -> go.Figure:
                           opacity=0.9 if number == 0 else 0.5, hoverinfo="skip")  # fmt: skip
     for place, (_, ticks) in enumerate(axes):
         for height, text in ticks:
-            drawn.add_annotation(
-                x=place, y=height, xref="x", yref="y", text=plain(text), showarrow=False, xanchor="left", xshift=4
-            )
+            drawn.add_annotation(x=place, y=height, text=plain(text), showarrow=False, xanchor="left", xshift=4)
     drawn.update_xaxes(tickvals=list(range(len(names))), ticktext=[plain(name) for name in names], side="top",
                        showgrid=True, range=[-0.1, len(names) - 0.4])  # fmt: skip
     drawn.update_layout(legend={"y": -0.06, "yanchor": "top"})

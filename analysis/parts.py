@@ -56,14 +56,15 @@ def parts(section: Section) -> list[Part]:
 
     topics = (
         listing.summary,
-        by_sparsity.parts,
+        by_sparsity.over_sparsity,
+        published_numbers.parts,
+        by_sparsity.for_each_ratio,
         pareto.parts,
         improvement.parts,
         listing.main,
         listing.samples,
         prune_ratio.parts,
         sampling_steps.parts,
-        published_numbers.parts,
         dynamics.parts,
         measured.parts,
         listing.curves,

@@ -7,7 +7,7 @@ from importlib.resources import files
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis import figures, marks, style, words
+from analysis import marks, style, words
 from analysis.markup import plain
 from analysis.parts import Part
 from analysis.sections import DENSE, Section
@@ -29,11 +29,10 @@ def parts(section: Section) -> list[Part]:
         "axes of their own; what can be set side by side is how a method stands to the dense model of its own protocol."
     )
     caption = (
-        "Above: ours, as in the first figure. Below: published, marks hollow, bars one standard deviation where the "
-        "paper prints one; several marks of a method at one S differ in p or are of another of the paper's tables. "
-        "Heights above and below do not compare."
+        "Published values only, over the same S as ours above; marks hollow, bars one standard deviation where the "
+        "paper prints one. Several marks of a method at one S differ in p or are of another of the paper's tables."
     )
-    return [Part("published", "Published results on this model and data set", figure(section, rows), caption, (told,),
+    return [Part("published", "Published results on this model and data set", figure(rows), caption, (told,),
                  tables=(table(section, rows),))]  # fmt: skip
 
 
@@ -52,25 +51,15 @@ def published(section: Section) -> pd.DataFrame:
     return rows[mine].reset_index(drop=True)
 
 
-def figure(section: Section, rows: pd.DataFrame) -> go.Figure:
-    """Our values over S above (where there are any), the published ones below, each on a FID axis of its own."""
-    ours = figures.fid_against_sparsity(section)
-    drawn = style.figure("sparsity S", "") if ours is None else ours
-    axis = drawn.layout.yaxis.to_plotly_json() | {"type": "linear", "dtick": None}
-    axis["title"] = {"text": "FID as published", "standoff": 8}
-    if ours is not None:
-        drawn.update_layout(
-            height=720, yaxis={"domain": [0.54, 1], "title": {"text": f"ours: {plain(section.fid_name)}"}}
-        )
-        drawn.update_layout(yaxis2=axis | {"domain": [0, 0.46], "anchor": "x"}, xaxis={"anchor": "y2"})
-    else:
-        drawn.update_layout(yaxis=axis)
+def figure(rows: pd.DataFrame) -> go.Figure:
+    """Published FID over S; a mark per printed value."""
+    drawn = style.figure("sparsity S", "FID as published")
     looks = style.looks(sorted(rows["method"].unique()))
     for method, points in rows.groupby("method", sort=False):
         colour, symbol = looks[method]
         drawn.add_scatter(
             x=points["sparsity"], y=points["fid"], mode="markers", name=f"{method} (published)",
-            yaxis="y" if ours is None else "y2", customdata=marks.keys(points), showlegend=ours is None,
+            customdata=marks.keys(points),
             error_y={"type": "data", "array": points["fid_std"].fillna(0), "thickness": 1, "width": 3, "color": colour},
             marker={"symbol": f"{symbol}-open", "size": 9, "color": colour, "line": {"width": 1.5}},
             text=[_label(row) for row in points.to_dict("records")],

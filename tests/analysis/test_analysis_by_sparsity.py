@@ -10,15 +10,8 @@ from analysis.sections import Section, split
 
 
 def test_each_p_of_the_grid_has_figures_of_its_own(grid: Section) -> None:
-    parts = {part.name: part for part in by_sparsity.parts(grid)}
-    assert list(parts) == [
-        "sparsity",
-        "kid",
-        "sparsity_fid_p0",
-        "sparsity_kid_p0",
-        "sparsity_fid_p1",
-        "sparsity_kid_p1",
-    ]
+    parts = {part.name: part for part in by_sparsity.for_each_ratio(grid)}
+    assert list(parts) == ["sparsity_fid_p0", "sparsity_kid_p0", "sparsity_fid_p1", "sparsity_kid_p1"]
     assert parts["sparsity_fid_p0"].title.endswith("p = 0.5")
     assert parts["sparsity_fid_p1"].title.endswith("p = 0.05")
 
@@ -47,4 +40,5 @@ def test_a_search_that_draws_p_has_no_figure_per_p(folder: Folder) -> None:
         folder.add(trial, [(400, 10.0)])
     (section,) = split(read(folder.path))
     assert by_sparsity.common_ratios(section) == []
-    assert len(by_sparsity.parts(section)) == 2
+    assert by_sparsity.for_each_ratio(section) == []
+    assert len(by_sparsity.over_sparsity(section)) == 2

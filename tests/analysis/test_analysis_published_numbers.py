@@ -6,6 +6,7 @@ from synthetic_records import Folder, facts
 
 from analysis import published_numbers
 from analysis.load import read
+from analysis.parts import parts
 from analysis.sections import Section, split
 
 
@@ -38,28 +39,26 @@ def test_ours_beside_theirs(kanji: Section) -> None:
     assert sparsest["dense_ratio"] == pytest.approx(29.12 / 21.10)  # Table 10 has no dense row: Table 2's
 
 
-def test_published_and_own_values_share_no_axis(kanji: Section) -> None:
+def test_the_figure_holds_published_values_only_and_says_so(kanji: Section) -> None:
     (part,) = published_numbers.parts(kanji)
-    figure = part.figure
-    assert figure is not None
-    assert (figure.layout.yaxis.title.text, figure.layout.yaxis2.title.text) == (
-        "ours: FID (stroke_stats)", "FID as published",
-    )  # fmt: skip
-    below = [trace for trace in figure.data if trace.yaxis == "y2"]
-    assert {trace.name for trace in below} == {f"{name} (published)" for name in ("dense", "static", "rigl", "magran")}
-    assert sorted(y for trace in below for y in trace.y) == sorted(published_numbers.published(kanji)["fid"])
-    assert not any("published" in (trace.name or "") for trace in figure.data if trace.yaxis != "y2")
-    assert figure.layout.yaxis.domain[0] > figure.layout.yaxis2.domain[1]
+    assert part.figure is not None
+    assert part.figure.layout.yaxis.title.text == "FID as published"
+    assert all(trace.name.endswith("(published)") for trace in part.figure.data)
+    shown = sorted(y for trace in part.figure.data for y in trace.y)
+    assert shown == sorted(published_numbers.published(kanji)["fid"])
     assert "stroke_stats" in part.sentences[0]
     assert "Inception of Ge et al. 2020" in part.sentences[0]
 
 
-def test_a_running_sweep_has_the_published_values_alone(folder: Folder) -> None:
+def test_it_stands_right_below_ours(kanji: Section) -> None:
+    names = [part.name for part in parts(kanji)]
+    assert names.index("published") == names.index("kid") + 1
+
+
+def test_a_running_sweep_has_the_published_values_too(folder: Folder) -> None:
     folder.add(facts("rigl", 0.5, dataset="kanjivg"), [(100, 50.0)], "RUNNING")
     (section,) = split(read(folder.path))
     (part,) = published_numbers.parts(section)
-    assert part.figure is not None
-    assert part.figure.layout.yaxis.title.text == "FID as published"
     assert part.tables[0].frame["own_fid"].isna().all()
 
 
