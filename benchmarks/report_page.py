@@ -46,9 +46,7 @@ def main() -> None:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         page = results / "report" / "report.html"
         figures = len(list((page.parent / "figures").glob("*.pdf")))
-        print(
-            f"written: {wall:.1f} s ({used.ru_utime:.1f} s of CPU), at most {used.ru_maxrss / 2**20:.2f} GiB in a process"
-        )
+        print(f"written: {wall:.1f} s ({used.ru_utime:.1f} s of CPU), {used.ru_maxrss / 2**20:.2f} GiB at most")
         print(f"         page of {page.stat().st_size / 1e6:.1f} MB, {figures} figures as SVG and PDF")
         opened, filtered = _page(page, Path(folder))
     print(f"page:    interactive after {opened:.2f} s, filtered after {filtered:.2f} s more (median of 5)")
