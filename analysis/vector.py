@@ -15,6 +15,8 @@ import io
 import textwrap
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from analysis import vector_traces
 from analysis.vector_traces import FAINT, INK, PX, plain, points
 from raysparse.errors import UsageError
@@ -188,7 +190,7 @@ def _legend(drawn: Any, panel: Any, layout: dict[str, Any]) -> None:
     """Outside of the axes: it can hide nothing."""
     found: dict[str, Any] = {}
     for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-        found.setdefault(_shortened(label.removeprefix("="), LEGEND_SIGNS), handle)
+        found.setdefault(_shortened(label.removeprefix("="), LEGEND_SIGNS - 8), handle)
     if layout.get("showlegend", len(found) > 1) and found:
         drawn.legend(
             found.values(), found.keys(), loc="outside upper left", ncols=_columns(list(found)), columnspacing=1.4,
@@ -199,9 +201,8 @@ def _legend(drawn: Any, panel: Any, layout: dict[str, Any]) -> None:
 def _columns(names: list[str]) -> int:
     """As many columns as fit beside each other; matplotlib fills them from top to bottom."""
     for columns in range(min(LEGEND_COLUMNS, len(names)), 1, -1):
-        rows = -(-len(names) // columns)
-        widths = [max(map(len, names[at : at + rows])) + 8 for at in range(0, len(names), rows)]
-        if sum(widths) <= LEGEND_SIGNS:
+        split = np.array_split([len(name) for name in names], columns)
+        if sum(int(lengths.max()) + 8 for lengths in split) <= LEGEND_SIGNS:
             return columns
     return 1
 

@@ -83,12 +83,13 @@ def test_every_figure_has_marks_nothing_is_asked_for_and_the_console_is_silent(
 
 def test_figures_are_drawn_when_they_come_into_sight(browser: Browser, page: Path) -> None:
     browser.open(page)
-    first = "sparsity-0"
-    browser.until("return document.querySelector(`[data-figure='${arguments[0]}'] .main-svg`) !== null", first)
-    last = "document.querySelector(\"[data-figure='timeline-0']\")"
-    assert browser.run(f"return {last}.querySelector('.main-svg')") is None
-    browser.run(f"{last}.scrollIntoView()")
-    browser.until(f"return {last}.querySelector('.main-svg') !== null")
+    drawn = "return document.querySelector(`[data-figure='${arguments[0]}'] .main-svg`) !== null"
+    scroll = "document.querySelector(`[data-figure='${arguments[0]}']`).scrollIntoView()"
+    browser.run(scroll, "sparsity-0")
+    browser.until(drawn, "sparsity-0")
+    assert not browser.run(drawn, "timeline-0")
+    browser.run(scroll, "timeline-0")
+    browser.until(drawn, "timeline-0")
 
 
 def test_hostile_names_stay_text(browser: Browser, hostile_page: Path) -> None:
@@ -249,8 +250,9 @@ def test_keyboard_and_names(browser: Browser, page: Path) -> None:
     browser.open(page)
     unnamed = """
         const all = document.querySelectorAll("[role='img'], [role='region'], img, select, input, button");
-        return Array.from(all).filter((each) => !(each.getAttribute('aria-label') || each.alt || each.textContent.trim() || each.labels?.length
-                || each.closest('.modebar'))).map((each) => each.outerHTML.slice(0, 100));
+        const named = (each) => each.getAttribute('aria-label') || each.alt || each.textContent.trim()
+            || each.labels?.length || each.closest('.modebar');
+        return Array.from(all).filter((each) => !named(each)).map((each) => each.outerHTML.slice(0, 100));
     """
     assert browser.run(unnamed) == []
     targets = browser.run(

@@ -99,6 +99,8 @@ def test_what_it_does_not_know_is_refused() -> None:
 def test_a_legend_has_as_many_columns_as_fit() -> None:
     assert vector._columns(["dense", "rigl", "static"]) == 3
     assert vector._columns(["rigl, S = 0.5, p = 0.5, ΔTe = 100, optimizer.lr=0.004"] * 3) == 1
+    configuration = "rigl, S = 0.75, p = 0.05, ΔTe = 40"
+    assert vector._columns(["dense", "static, S = 0.5", configuration, configuration]) == 2  # not three: 103 signs
     assert vector._shortened("a" * 100, 10) == "aaaaaaaaa…"
 
 
