@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pandas as pd
-import plotly.graph_objects as go
 
 from analysis import figures, marks, robust, stats, tables, words
 from analysis.parts import Part
@@ -17,7 +16,7 @@ def parts(section: Section) -> list[Part]:
     """The timeline with what was saved, the list of what was stopped, and the correlation of rungs."""
     stopped = tables.stopped(section)
     found = [
-        Part("timeline", "What was stopped, and when", timeline(section), saved(section)),
+        Part("timeline", "What was stopped, and when", figures.timeline(section), saved(section)),
         Part("stopped", stopped.title, tables=(stopped,)),
     ]
     rows = correlations(section)
@@ -25,11 +24,6 @@ def parts(section: Section) -> list[Part]:
         found.append(Part("rungs", "How well an early FID tells the final order", sentences=(_words(rows),),
                           tables=(table(section, rows),)))  # fmt: skip
     return found
-
-
-def timeline(section: Section) -> go.Figure | None:
-    """How far each search trial came."""
-    return figures.timeline(section)
 
 
 def saved(section: Section) -> str:

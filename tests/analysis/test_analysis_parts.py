@@ -104,3 +104,14 @@ def test_hostile_names_stay_text_everywhere(folder: Folder) -> None:
                 assert not re.search(r"(?<!\\)<(script|img)", table.markdown())
                 assert not re.search(r"\\(input|write|href)", table.latex())
     check(overall(sections))
+
+
+@pytest.mark.slow
+def test_every_figure_can_be_drawn_as_svg_and_pdf(grid: Section, finished: Section) -> None:
+    pytest.importorskip("matplotlib")
+    from analysis import vector
+
+    for section in (grid, finished):
+        for part in parts(section):
+            if part.figure is not None:
+                vector.draw(vector.describe(part.figure))  # raises where it would draw less than the figure says
