@@ -11,7 +11,7 @@ from analysis.markup import plain
 from analysis.sections import DENSE, Section
 
 MANY_POINTS = 1500  # beyond this, curves are drawn without a mark per report
-MOST_POINTS = 10_000  # beyond this, curves are thinned: a page of 100,000 points takes a browser seconds
+MOST_POINTS = 6_000  # beyond this, curves are thinned: a page of 100,000 points takes a browser seconds
 NAMED_TRIALS = 30  # beyond this, the timeline names no trials
 
 
