@@ -9,6 +9,8 @@ from analysis.sections import CONFIDENCE, Section
 
 Row = dict[str, Any]
 
+COARSE = 0.1  # of dense's value; seeds that cannot show a smaller difference decide little
+
 
 def sentences(section: Section) -> list[str]:
     """Plain text, one string per thought."""
@@ -55,11 +57,25 @@ def _best(section: Section, best: Row) -> str:
     fid = f"{section.fid_name} {words.spread(best['fid_mean'], best['fid_std'])}"
     if best["stage"] == "confirm":
         seeds = words.seeds(int(best["seeds"]))
-        return f"The best sparse configuration is {words.configuration(best)}: {fid} over {seeds} at full budget."
+        return (
+            f"The best sparse configuration is {words.configuration(best)}: {fid} over {seeds} at full budget; "
+            f"{_pick(section, best)}."
+        )
     return (
         f"Nothing sparse is confirmed over several seeds yet, so this is no claim: the lowest value of a sparse trial "
         f"so far is {words.configuration(best)} with {fid}, one seed."
     )
+
+
+def _pick(section: Section, best: Row) -> str:
+    """Whether we would pick it, by what the seeds show and by nothing else."""
+    if section.dense is None:
+        return "of what was confirmed we would pick it"
+    return {
+        "lower": "we would pick it, before dense",
+        "higher": "by this value alone we would stay with dense",
+        stats.NO_DIFFERENCE: "we would pick it where what it saves is worth what the seeds leave open",
+    }.get(best["verdict"], "we would run more seeds, of dense too, before picking it")
 
 
 def _saves(best: Row) -> str:
@@ -91,6 +107,9 @@ def _cost(section: Section, best: Row, dense: Row | None) -> str:
     against = f"dense has {words.spread(dense['fid_mean'], dense['fid_std'])}"
     if best["stage"] != "confirm":
         return f"With one seed, {against}; seeds differ, so the gap between the two proves nothing."
+    if dense["stage"] != "confirm":
+        value = words.number(dense["fid_mean"])
+        return f"Dense was not confirmed: its {value} is one seed of the search, so the gap to it proves nothing."
     against += f" over {words.seeds(int(dense['seeds']))}"
     if words.missing(best["verdict"]):
         return f"Held against it, {against} but at another budget (steps or batch): the two are not comparable."
@@ -107,9 +126,20 @@ def _cost(section: Section, best: Row, dense: Row | None) -> str:
     if best["verdict"] == stats.NO_DIFFERENCE:
         return (
             f"Its mean is {size} ({against}), but the {sure}, contains zero: no difference shown. "
-            "That is not proof that there is none."
+            f"That is not proof that there is none. {_resolution(best, dense)}"
         )
     return f"Its mean is {size} ({against}; {sure})."
+
+
+def _resolution(best: Row, dense: Row) -> str:
+    """What size of difference these seeds could have shown."""
+    half = (best["fid_difference_high"] - best["fid_difference_low"]) / 2
+    told = f"These seeds could show only a difference beyond {words.number(half, like=best['fid_mean'])}"
+    if dense["fid_mean"] > 0:
+        share = half / dense["fid_mean"]
+        told += f", {words.percent(share)} of dense's value"
+        told += ": confirm more seeds before relying on it" if share > COARSE else ""
+    return told + "."
 
 
 def _cheapest(section: Section, best: Row) -> str:

@@ -1,13 +1,16 @@
 """Records -> tidy tables. Works on a sweep that is still running, and past files that are damaged.
 
 `load(results)` gives one row per report. Its columns are those of raysparse.results (Facts, Outcome, Report; units in
-their names), without `samples_png` and `layer_density`, which are large and read where they are needed. `fid` and `kid`
-of a diverged report are NaN, whatever stand-in was written for the trial scheduler. Added are
+their names: _steps, _s, _bytes; FLOPs are floating-point operations, `_true` counted, `_paper` as the papers count),
+without the large ones (LARGE), which are read where they are needed. `fid` and `kid` of a diverged report are NaN,
+whatever stand-in was written for the trial scheduler. Added are
 
     path            str    the record file
     configuration   str    ten hex digits: the same for trials that differ only in seed, folders and threads
     other_settings  str    settings beside method, S, p, ΔTe and steps that vary among the trials that share protocol,
-                           model and data set, `name=value, ...`
+                           model, data set and variant, `name=value, ...`
+    variant         str    what else makes another task of the same data set: "class-conditional", "first 12500
+                           training examples"; empty for the usual one
 
 `read(results)` gives that table, one row per trial, and the warnings. A trial's row has Facts, Outcome and
 
@@ -19,6 +22,9 @@ of a diverged report are NaN, whatever stand-in was written for the trial schedu
     result_fid      float  `fid` of the last report where full_budget, else NaN: the last value, never the smallest
                            over the reports, which would reward noise and many looks
     result_kid      float  likewise
+
+and `evaluations`, one row per model that `raysparse evaluate` measured again under another protocol: the columns of a
+report, `protocol` being that of the new measurement and stage and configuration those of the trial it belongs to.
 """
 
 from __future__ import annotations
@@ -26,6 +32,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,19 +41,20 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from raysparse import results as records
 from raysparse.errors import UsageError
 
 FACTS = [field.name for field in dataclasses.fields(records.Facts)]
 OUTCOME = [field.name for field in dataclasses.fields(records.Outcome)]
-LARGE = ("samples_png", "layer_density")
+LARGE = ("samples_png", "layer_density", "mask_sample")
 REPORT = [field.name for field in dataclasses.fields(records.Report) if field.name not in LARGE]
 OPTIONAL = ("allocation", "prune_ratio", "update_interval_steps")  # facts that may be null
+TASK = ["protocol", "model", "dataset", "variant"]  # where all of these are equal, two FIDs are comparable
+EVALUATIONS = "evaluations"  # the folder of what `raysparse evaluate` measured
 
 # Settings that say where and how fast a trial runs, never what it computes (left out of a trial's id as well).
-PLACES = (("seed",), ("data", "source"), ("data", "root"), ("evaluate", "weights"), ("train", "threads"))
+PLACES = ("seed", "data.source", "data.root", "evaluate.weights", "train.threads")
 UNREADABLE = "(config)"  # stands for all settings where the text is no JSON object
 # Settings that have a column of their own.
 SHOWN = ("sparse.method", "sparse.sparsity", "sparse.prune_ratio", "sparse.update_interval", "train.steps")
@@ -53,51 +62,70 @@ SHOWN = ("sparse.method", "sparse.sparsity", "sparse.prune_ratio", "sparse.updat
 
 @dataclass(frozen=True)
 class Records:
-    """What a results folder holds; columns as this module's head says."""
+    """What one or several results folders hold; columns as this module's head says."""
 
-    results: Path
+    folders: tuple[Path, ...]
     reports: pd.DataFrame
     trials: pd.DataFrame
+    evaluations: pd.DataFrame
     warnings: tuple[str, ...]
 
 
-def load(results: Path | str) -> pd.DataFrame:
+def load(*results: Path | str) -> pd.DataFrame:
     """One row per report (see this module's head). UsageError where there is no readable record."""
-    return read(Path(results)).reports
+    return read(*(Path(folder) for folder in results)).reports
 
 
-def read(results: Path) -> Records:
-    """All records of a results folder. UsageError where none is readable; a damaged file becomes a warning."""
-    paths = records.record_paths(results)
-    tables, warnings = [], []
-    for path in paths:
-        try:
-            tables.append(_read_one(path))
-        except UsageError as error:
-            warnings.append(f"left out: {error}")
-    if not tables:
+def read(*folders: Path) -> Records:
+    """All records of results folders. UsageError where none is readable; a damaged file becomes a warning."""
+    folders = tuple(dict.fromkeys(folders))
+    found, warnings = _read_all(path for folder in folders for path in records.record_paths(folder))
+    places = " and ".join(str(folder / "records") for folder in folders)
+    if not found:
         if warnings:
-            raise UsageError(f"{results / 'records'} holds no readable record:\n" + "\n".join(warnings))
-        raise UsageError(f"{results / 'records'} is empty: no trial of this sweep has started yet")
-    rows = pa.concat_tables(tables).to_pandas()
-    rows, doubled = _last_wins(rows)
-    warnings += doubled
+            raise UsageError(f"{places} holds no readable record:\n" + "\n".join(warnings))
+        raise UsageError(f"{places} is empty: no trial of this sweep has started yet")
+    rows, doubled = _last_wins(_rows(found))
     rows = _measured(_with_configurations(rows))
     trials = _trials(rows)
     reports = rows[rows["step"].notna()].astype({"step": "int64"}).reset_index(drop=True)
-    return Records(results, reports, trials, tuple(warnings))
+    again, damaged = _read_all(path for folder in folders for path in sorted((folder / EVALUATIONS).glob("*.parquet")))
+    return Records(folders, reports, trials, _evaluations(again, trials), tuple(warnings + doubled + damaged))
 
 
 def samples_png(path: Path) -> bytes | None:
     """The sample grid of a record's last report that has one."""
-    column = records.read_trial(path)["samples_png"]
-    grids = [grid for grid in column.to_pylist() if grid]
+    grids = [grid for grid in column(path, "samples_png") if grid]
     return grids[-1] if grids else None
+
+
+def column(path: Path, name: str) -> list[Any]:
+    """One of the large columns of a record, a value per report. UsageError where it cannot be read (any more)."""
+    return list(records.read_trial(path, [name])[name].to_pylist())
+
+
+def _read_all(paths: Iterable[Path]) -> tuple[list[pa.Table], list[str]]:
+    tables, warnings = [], []
+    # Threads, for pyarrow reads without Python's lock: a thousand files are a third of a large report's time.
+    with ThreadPoolExecutor() as readers:
+        for found in readers.map(_read_or_why, paths):
+            if isinstance(found, UsageError):
+                warnings.append(f"left out: {found}")
+            else:
+                tables.append(found)
+    return tables, warnings
+
+
+def _read_or_why(path: Path) -> pa.Table | UsageError:
+    try:
+        return _read_one(path)
+    except UsageError as error:
+        return error
 
 
 def _read_one(path: Path) -> pa.Table:
     try:
-        table = records.read_trial(path)
+        table = records.read_trial(path, FACTS + OUTCOME + REPORT)
     except pa.ArrowException as error:  # right names, wrong types
         raise UsageError(f"{path} is not a raysparse record: {error}") from error
     if table.num_rows == 0:
@@ -105,10 +133,26 @@ def _read_one(path: Path) -> pa.Table:
     for name in [*(name for name in FACTS if name not in OPTIONAL), "state"]:
         if table[name].null_count:
             raise UsageError(f"{path} has rows without {name}")
-    if len(pc.unique(table["trial_id"])) > 1:
+    if len(table["trial_id"].unique()) > 1:
         raise UsageError(f"{path} holds several trials; a record file is one trial")
-    table = table.select(FACTS + OUTCOME + REPORT)
     return table.append_column("path", pa.repeat(pa.scalar(str(path)), table.num_rows))
+
+
+def _rows(tables: list[pa.Table]) -> pd.DataFrame:
+    """All rows; what a file repeats in each row is made once, else a config of 2 kB would be there 100,000 times."""
+    once = [*FACTS, *OUTCOME, "path"]
+    heads = pa.concat_tables([table.select(once).slice(table.num_rows - 1) for table in tables]).to_pandas()
+    rows = pa.concat_tables([table.select(REPORT) for table in tables]).to_pandas()
+    heads = heads.loc[np.repeat(heads.index, [table.num_rows for table in tables])].reset_index(drop=True)
+    return pd.concat([heads, rows], axis=1)
+
+
+def _evaluations(tables: list[pa.Table], trials: pd.DataFrame) -> pd.DataFrame:
+    known = trials.set_index("trial_id")[["stage", "configuration", "other_settings", "variant"]]
+    if not tables:
+        return pd.DataFrame(columns=[*FACTS, *OUTCOME, *REPORT, "path", *known.columns[1:]])
+    rows = _measured(_rows(tables).drop(columns="stage"))
+    return rows[rows["step"].notna()].join(known, on="trial_id", how="inner").reset_index(drop=True)
 
 
 def _last_wins(rows: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
@@ -137,16 +181,31 @@ def _measured(rows: pd.DataFrame) -> pd.DataFrame:
 def _with_configurations(rows: pd.DataFrame) -> pd.DataFrame:
     settings = {text: _settings(text) for text in rows["config"].unique()}
     keys = {text: hashlib.sha256(json.dumps(flat, sort_keys=True).encode()) for text, flat in settings.items()}
+    rows = rows.assign(
+        configuration=rows["config"].map({text: key.hexdigest()[:10] for text, key in keys.items()}),
+        variant=rows["config"].map({text: _variant(flat) for text, flat in settings.items()}),
+    )
     others: dict[str, str] = {}
-    for _, texts in rows.drop_duplicates("config").groupby(["protocol", "model", "dataset"])["config"]:
+    for _, texts in rows.drop_duplicates("config").groupby(TASK)["config"]:
         comparable = [settings[text] for text in texts]
         varying = {name for name in {name for flat in comparable for name in flat} if _varies(name, comparable)}
         for text, flat in zip(texts, comparable, strict=True):
             others[text] = ", ".join(f"{name}={_compact(flat[name])}" for name in sorted(varying & set(flat)))
-    return rows.assign(
-        configuration=rows["config"].map({text: key.hexdigest()[:10] for text, key in keys.items()}),
-        other_settings=rows["config"].map(others),
-    )
+    return rows.assign(other_settings=rows["config"].map(others))
+
+
+def _variant(flat: dict[str, Any]) -> str:
+    """What makes it another task: dense of a class-conditional model, or of a part of the data, is no baseline here.
+
+    Conditional is a model that is told classes (`num_classes`) or a data set that gives them (`conditional`).
+    """
+    told = []
+    if flat.get("model.options.num_classes") or flat.get("data.options.conditional") is True:
+        told.append("class-conditional")
+    count = flat.get("data.train_examples") or flat.get("data.options.train_examples")
+    if isinstance(count, int) and count > 0:
+        told.append(f"first {count} training examples")
+    return ", ".join(told)
 
 
 def _varies(name: str, settings: list[dict[str, Any]]) -> bool:
@@ -166,7 +225,7 @@ def _settings(text: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         return {UNREADABLE: text}
     flat = _flatten(config)
-    return {name: value for name, value in flat.items() if name not in {".".join(place) for place in PLACES}}
+    return {name: value for name, value in flat.items() if name not in PLACES}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

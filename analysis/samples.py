@@ -37,7 +37,7 @@ def html(section: Section) -> Html:
     caption = tag(
         "figcaption", f"Samples of the last report that kept any. {same} One grid is an impression, no measure."
     )
-    return tag("figure", tag("h3", "Samples"), tag("div", *pictures, class_="grids"), caption)
+    return tag("figure", tag("div", *pictures, class_="grids"), caption)
 
 
 def _grids(section: Section, row: dict[str, Any] | None) -> dict[int, bytes]:

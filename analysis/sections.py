@@ -1,7 +1,7 @@
 """The comparable parts of a results folder, and what each part says.
 
-Two FIDs are comparable where protocol, model and data set are the same: one Section each, and no table, figure or
-ranking ever joins two sections. Within a section, configurations come from two stages:
+Two FIDs are comparable where protocol, model, data set and variant are the same: one Section each, and no table,
+figure or ranking ever joins two sections. Within a section, configurations come from two stages:
 
     confirm   one row per configuration: mean and standard deviation over seeds, and a verdict against dense
     search    (and `single`) one row per trial, one seed each: a value, no spread, no claim
@@ -12,8 +12,7 @@ A confirmed row never pools the search trial that made it a winner: that one was
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +20,7 @@ import numpy as np
 import pandas as pd
 
 from analysis import stats
-from analysis.load import Records
+from analysis.load import TASK, Records
 
 CONFIDENCE = 0.95
 DENSE = "dense"
@@ -45,13 +44,15 @@ RATIOS = {
 
 @dataclass(frozen=True)
 class Section:
-    """One protocol, model and data set. Columns of `trials` and `reports`: analysis.load."""
+    """One protocol, model, data set and variant. Columns of `trials` and `reports`: analysis.load."""
 
     protocol_text: str
     model: str
     dataset: str
     trials: pd.DataFrame
     reports: pd.DataFrame
+    variant: str = ""  # analysis.load: class-conditional, a part of the data
+    evaluations: pd.DataFrame = field(default_factory=pd.DataFrame)  # of this section's trials, under other protocols
 
     @cached_property
     def protocol(self) -> dict[str, Any]:
@@ -61,6 +62,11 @@ class Section:
         except ValueError:
             fields = None
         return fields if isinstance(fields, dict) else {"protocol": self.protocol_text}
+
+    @property
+    def title(self) -> str:
+        """`hershey · chirodiff · FID (stroke_stats)`, and the variant where it is not the usual one."""
+        return " · ".join(part for part in (self.dataset, self.model, self.variant, self.fid_name) if part)
 
     @property
     def extractor(self) -> str:
@@ -84,8 +90,10 @@ class Section:
         stage), fid_difference, fid_difference_low, fid_difference_high, verdict (confirmed sparse rows: against dense).
         Ordered: confirmed before search, dense first, then by FID.
         """
-        rows = pd.DataFrame([_aggregate(group) for group in _groups(self.trials)])
-        rows = _against_dense(rows)
+        confirmed = self.trials["stage"].eq("confirm")
+        groups = self.trials[confirmed].groupby("configuration", sort=True)
+        many, alone = pd.DataFrame([_aggregate(group) for _, group in groups]), _alone(self.trials[~confirmed])
+        rows = _against_dense(pd.concat([frame for frame in (many, alone) if len(frame)], ignore_index=True))
         order = {"confirm": 0, "single": 1, "search": 2}
         rank = rows.assign(_stage=rows["stage"].map(order).fillna(3), _sparse=rows["method"].ne(DENSE))
         rank = rank.sort_values(
@@ -140,30 +148,25 @@ class Section:
 def split(records: Records) -> list[Section]:
     """The sections of a results folder, the one with most trials first."""
     sections = []
-    for (protocol, model, dataset), trials in records.trials.groupby(["protocol", "model", "dataset"], dropna=False):
-        reports = records.reports[records.reports["trial_id"].isin(trials["trial_id"])]
-        sections.append(Section(protocol, model, dataset, trials, reports))
+    for (protocol, model, dataset, variant), trials in records.trials.groupby(TASK, dropna=False):
+        reports, again = (
+            rows[rows["trial_id"].isin(trials["trial_id"])].reset_index(drop=True)
+            for rows in (records.reports, records.evaluations)
+        )
+        sections.append(Section(protocol, model, dataset, trials, reports, variant, again))
     return sorted(sections, key=lambda section: -len(section.trials))
 
 
-def _groups(trials: pd.DataFrame) -> Iterator[pd.DataFrame]:
-    confirmed = trials["stage"].eq("confirm")
-    for _, group in trials[confirmed].groupby("configuration", sort=True):
-        yield group
-    for _, trial in trials[~confirmed].groupby("trial_id", sort=True):
-        yield trial
-
-
 def _aggregate(group: pd.DataFrame) -> dict[str, Any]:
+    """A confirmed configuration: its trials as one row."""
     # A seed counts once, should two trials of one configuration share it.
     done = group[group["result_fid"].notna()].drop_duplicates("seed", keep="last")
     facts = group.iloc[0]
-    confirmed = facts["stage"] == "confirm"
     fid, kid = stats.sample(done["result_fid"]), stats.sample(done["result_kid"].dropna())
     return {
         **{name: facts[name] for name in SAME},
         **{name: _ratio(facts[above], facts[below]) for name, (above, below) in RATIOS.items()},
-        "trial_id": None if confirmed else facts["trial_id"],
+        "trial_id": None,
         "seeds": fid.n,
         "seeds_started": group["seed"].nunique(),
         "seeds_failed": int((group["state"].eq("FAILED") | group["diverged"]).sum()),
@@ -175,6 +178,30 @@ def _aggregate(group: pd.DataFrame) -> dict[str, Any]:
         "density": done["density"].mean(),
         "train_s": done["train_s"].mean(),
     }
+
+
+def _alone(trials: pd.DataFrame) -> pd.DataFrame:
+    """A row per trial of the other stages, columns as `_aggregate` has them; all at once, for a search may be long."""
+    trials = trials.sort_values("trial_id", kind="stable", ignore_index=True)
+    done = trials["result_fid"].notna()
+    ratios = {
+        name: (trials[above] / trials[below].where(trials[below].ne(0))).astype("float64")
+        for name, (above, below) in RATIOS.items()
+    }
+    return trials[SAME].assign(
+        **ratios,
+        trial_id=trials["trial_id"],
+        seeds=done.astype("int64"),
+        seeds_started=1,
+        seeds_failed=(trials["state"].eq("FAILED") | trials["diverged"]).astype("int64"),
+        fid_mean=trials["result_fid"],
+        fid_std=np.nan,
+        fid_values=[[value] if ok else [] for value, ok in zip(trials["result_fid"], done, strict=True)],
+        kid_mean=trials["result_kid"].where(done),
+        kid_std=np.nan,
+        density=trials["density"].where(done).astype("float64"),
+        train_s=trials["train_s"].where(done).astype("float64"),
+    )
 
 
 def _against_dense(rows: pd.DataFrame) -> pd.DataFrame:

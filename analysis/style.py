@@ -55,8 +55,8 @@ def figure(x: str, y: str, height: int = 440, **layout: Any) -> go.Figure:
             "hovermode": "closest",
             "hoverlabel": {"align": "left"},
             "legend": {"orientation": "h", "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom"},
-            "xaxis": {**axis, "title": {"text": x, "standoff": 8}},
-            "yaxis": {**axis, "title": {"text": y, "standoff": 8}, "showgrid": True},
+            "xaxis": {**axis, "title": {"text": x, "standoff": 8, "font": {"size": 13}}},
+            "yaxis": {**axis, "title": {"text": y, "standoff": 8, "font": {"size": 13}}, "showgrid": True},
             **layout,
         }
     )

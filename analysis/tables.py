@@ -1,4 +1,4 @@
-"""The tables of a section: raw numbers for CSV, one formatting of them for Markdown and HTML.
+"""The tables of a section: raw numbers for CSV, one formatting of them for Markdown, LaTeX and the page.
 
 `Table.frame` is what the CSV holds (all digits, units in the column names); `Table.columns` says what a reader sees.
 """
@@ -7,17 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pandas as pd
 
-from analysis import markup, words
-from analysis.markup import Html, join, tag
+from analysis import latex, markup, words
 from analysis.sections import CONFIDENCE, DENSE, Section
 
 Row = dict[str, Any]
-
-LONG = 32  # characters; longer words break into lines
 
 
 @dataclass(frozen=True)
@@ -27,6 +25,12 @@ class Column:
     heading: str
     text: Callable[[Row], str]
     numeric: bool = True
+    bold: Callable[[Row], bool] | None = None  # row -> stands out; None: in no row
+    underlined: Callable[[Row], bool] | None = None
+
+    def marks(self, row: Row) -> tuple[bool, bool]:
+        """Whether the cell is bold, and whether it is underlined."""
+        return (self.bold is not None and self.bold(row), self.underlined is not None and self.underlined(row))
 
 
 @dataclass(frozen=True)
@@ -53,25 +57,19 @@ class Table:
         if self.frame.empty:
             return self.nothing + "\n"
         lines = [[markup.markdown(column.heading) for column in self.columns]]
-        lines += [[markup.markdown(column.text(row)) for column in self.columns] for row in self.rows[:most]]
+        lines += [[_markdown_cell(column, row) for column in self.columns] for row in self.rows[:most]]
         rule = ["---:" if column.numeric else ":---" for column in self.columns]
         out = [f"| {' | '.join(cells)} |" for cells in [lines[0], rule, *lines[1:]]]
         left = len(self.frame) - len(self.rows[:most])
         return "\n".join(out + ([f"\n{left} more rows in {self.name}.md"] if left else [])) + "\n"
 
-    def html(self) -> Html:
-        """The table in a box that scrolls on its own."""
+    def latex(self) -> str:
+        """A `table` environment with booktabs rules."""
         if self.frame.empty:
-            return tag("p", self.nothing, class_="nothing")
-        kinds = ["number" if column.numeric else "words" for column in self.columns]
-        head = [tag("th", c.heading, scope="col", class_=kind) for c, kind in zip(self.columns, kinds, strict=True)]
-        body = [
-            tag("tr", *(_cell(column.text(row), kind) for column, kind in zip(self.columns, kinds, strict=True)))
-            for row in self.rows
-        ]
-        table = tag("table", tag("thead", tag("tr", *head)), tag("tbody", *body))
-        box = tag("div", table, class_="scroll", tabindex="0", role="region", aria_label=self.title)
-        return join(box, tag("p", self.caption, class_="caption"))
+            return f"% {latex.escape(self.nothing)}\n"
+        rows = [[latex.cell(column.text(row), *column.marks(row)) for column in self.columns] for row in self.rows]
+        headings = [column.heading for column in self.columns]
+        return latex.table(self.name, self.caption, headings, rows, [column.numeric for column in self.columns])
 
 
 def _settings() -> tuple[Column, ...]:
@@ -106,7 +104,7 @@ def _results(section: Section, against: tuple[Column, ...] = ()) -> tuple[Column
 
 
 _AGAINST = (
-    Column("minus dense", lambda row: _difference(row)),
+    Column("minus dense", lambda row: words.interval(row, "fid_difference", row["fid_mean"])),
     Column("verdict", lambda row: words.text(row["verdict"]), numeric=False),
 )
 
@@ -133,15 +131,66 @@ def main(section: Section) -> Table:
 
 
 def summary(section: Section) -> Table:
-    """Dense and the best configuration of each method, of the confirmed results where there are any."""
+    """Dense and the best configuration of each method, of the confirmed results where there are any (Tables 1, 2)."""
     ranked = section.ranked.sort_values("fid_mean", kind="stable").drop_duplicates("method")
     ranked = ranked.sort_values("method", key=lambda names: names.ne(DENSE), kind="stable")
+    if section.dense is not None and not ranked["method"].eq(DENSE).any():  # confirmed winners, dense still searched
+        ranked = pd.concat([pd.DataFrame([section.dense]), ranked], ignore_index=True)
     stage = "confirmed, over seeds" if len(ranked) and ranked["stage"].eq("confirm").all() else "search, one seed each"
+    caption = (
+        f"The lowest FID per method ({stage}), mean ± standard deviation. {MARKED} Params and FLOPs of dense are "
+        "counts, those of the others ratios to the same model at S = 0; test FLOPs are of one sample."
+    )
+    columns = (*_settings(), *_other(ranked), Column("seeds", _seeds), *marked(section), *costs())
     return Table(
-        "summary", "Dense and the best of each method", f"The lowest FID per method ({stage}).",
-        ranked.drop(columns="fid_values"), (*_settings(), *_other(ranked), *_results(section)),
+        "summary", "Dense and the best of each method", caption, ranked.drop(columns="fid_values"), columns,
         "No trial has reached its full budget yet.",
     )  # fmt: skip
+
+
+MARKED = (
+    "Bold: a lower mean than dense; underlined: the lowest of the sparse ones (the papers' marks, no claim of a "
+    "difference)."
+)
+
+
+def marked(section: Section) -> tuple[Column, ...]:
+    """FID and KID, bold where the mean is below dense's, underlined the best sparse one."""
+    columns = []
+    for name, value in ((section.fid_name, "fid"), (section.kid_name, "kid")):
+        dense = section.dense
+        base = float("nan") if dense is None else dense[f"{value}_mean"]
+        sparse = section.ranked[section.ranked["method"].ne(DENSE)][f"{value}_mean"]
+        lowest = sparse.min() if len(sparse) else float("nan")
+        columns.append(spread_column(name, value, base, lowest))
+    return tuple(columns)
+
+
+def spread_column(heading: str, value: str, dense: float, lowest: float) -> Column:
+    """`<value>_mean ± <value>_std`; bold where a sparse mean is below `dense`, underlined where it is `lowest`."""
+    mean = f"{value}_mean"
+    return Column(
+        heading,
+        lambda row: words.spread(row[mean], row[f"{value}_std"]),
+        bold=lambda row: row["method"] != DENSE and bool(row[mean] < dense),
+        underlined=lambda row: row["method"] != DENSE and row[mean] == lowest,
+    )
+
+
+def costs() -> tuple[Column, ...]:
+    """Parameters and FLOPs as in the papers' tables: counts for dense, ratios for the others; both conventions."""
+
+    def cell(row: Row, count: str, share: str) -> str:
+        return words.scientific(row[count]) if row["method"] == DENSE else f"{words.ratio(row[share])} ×"
+
+    names = (
+        ("params", "params_active", "params_ratio"),
+        ("train FLOPs", "flops_train_true", "flops_train_ratio"),
+        ("test FLOPs", "flops_inference_true", "flops_inference_ratio"),
+        ("train FLOPs (papers' count)", "flops_train_paper", "flops_train_paper_ratio"),
+        ("test FLOPs (papers' count)", "flops_inference_paper", "flops_inference_paper_ratio"),
+    )
+    return tuple(Column(name, partial(cell, count=count, share=share)) for name, count, share in names)
 
 
 def trials(section: Section) -> Table:
@@ -209,23 +258,14 @@ def stopped_trials(section: Section) -> pd.DataFrame:
     return frame[keep].sort_values(["stopped_at_step", "trial_id"], kind="stable", ignore_index=True)
 
 
-def all_tables(section: Section) -> list[Table]:
-    return [summary(section), main(section), stopped(section), trials(section)]
-
-
-def _cell(text: str, kind: str) -> Html:
-    return tag("td", text, class_=f"{kind} long" if len(text) > LONG and kind == "words" else kind)
+def _markdown_cell(column: Column, row: Row) -> str:
+    bold, underlined = column.marks(row)
+    text = markup.markdown(column.text(row))
+    text = f"<u>{text}</u>" if underlined else text
+    return f"**{text}**" if bold else text
 
 
 def _seeds(row: Row) -> str:
     if row["seeds"] == row["seeds_started"]:
         return str(row["seeds"])
     return f"{row['seeds']} of {row['seeds_started']}"
-
-
-def _difference(row: Row) -> str:
-    estimate, low, high = (
-        words.signed(row[name], row["fid_mean"])
-        for name in ("fid_difference", "fid_difference_low", "fid_difference_high")
-    )
-    return estimate if low == words.NONE else f"{estimate} ({low} to {high})"

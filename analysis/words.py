@@ -44,6 +44,12 @@ def signed(value: Any, like: float | None = None) -> str:
     return NONE if missing(value) else ("+" if value >= 0 else "−") + number(abs(value), like=like)
 
 
+def interval(row: Mapping[str, Any], name: str, like: float | None = None) -> str:
+    """A difference with its interval from the columns `name`, `name_low`, `name_high`: `+0.50 (−2.73 to +3.73)`."""
+    estimate, low, high = (signed(row[column], like) for column in (name, f"{name}_low", f"{name}_high"))
+    return estimate if low == NONE else f"{estimate} ({low} to {high})"
+
+
 def ratio(value: Any) -> str:
     return NONE if missing(value) else f"{value:.2f}" if value >= 0.095 else f"{value:.2g}"
 

@@ -8,7 +8,7 @@ can be analysed while it runs. Imports neither torch nor ray: the analysis reads
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -78,6 +78,7 @@ class Report:
     diverged: bool = False
     reason: str | None = None  # why it diverged
     samples_png: bytes | None = None  # a grid of samples from the same noise in every trial with this seed
+    mask_sample: str | None = None  # JSON {parameter name: mask bits in hex}, some positions, the same in every trial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,8 @@ def _schema() -> pa.Schema:
 
 
 SCHEMA = _schema()
+# Columns that records written before them lack.
+_LATER = frozenset({"mask_sample"})
 
 
 def write_trial(results: Path, facts: Facts, outcome: Outcome, reports: Iterable[Report]) -> Path:
@@ -125,16 +128,26 @@ def write_table(path: Path, facts: Facts, outcome: Outcome, reports: Iterable[Re
         pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary, compression="zstd")
 
 
-def read_trial(path: Path) -> pa.Table:
-    """One trial's rows. UsageError naming the file where it is damaged or of another schema."""
+def read_trial(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """One trial's rows, all columns or those named. UsageError naming the file if it is damaged or of another schema.
+
+    Columns that came later than the file are nulls where Report or Outcome has a default for them.
+    """
     try:
-        table = pq.read_table(path)
+        with pq.ParquetFile(path) as file:  # pq.read_table would make a dataset of it: half as much again of the time
+            present = set(file.schema_arrow.names)  # made anew at each look
+            missing = [name for name in SCHEMA.names if name not in present]
+            if needed := [name for name in missing if name not in _LATER]:
+                raise UsageError(f"{path} is not a raysparse record: it lacks the columns {', '.join(needed[:5])}")
+            names = [name for name in (columns or SCHEMA.names) if name not in missing]
+            table = file.read(columns=names, use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise UsageError(f"{path} is not a readable Parquet file ({error}); delete it or restore it") from error
-    missing = [name for name in SCHEMA.names if name not in table.column_names]
-    if missing:
-        raise UsageError(f"{path} is not a raysparse record: it lacks the columns {', '.join(missing[:5])}")
-    return table.select(SCHEMA.names).cast(SCHEMA)
+    wanted = pa.schema([SCHEMA.field(name) for name in (columns or SCHEMA.names)])
+    for name in wanted.names:
+        if name in missing:
+            table = table.append_column(wanted.field(name), pa.nulls(table.num_rows, wanted.field(name).type))
+    return table.select(wanted.names).cast(wanted)
 
 
 def reports_of(table: pa.Table) -> list[Report]:
@@ -143,6 +156,13 @@ def reports_of(table: pa.Table) -> list[Report]:
     rows = table.select(names).to_pylist()
     by_step = {row["step"]: Report(**row) for row in rows if row["step"] is not None}
     return [by_step[step] for step in sorted(by_step)]
+
+
+def report_from(values: Mapping[str, Any]) -> Report | None:
+    """A Report of the fields among `values` (others are left alone); None where one without a default is absent."""
+    known = {field.name: values[field.name] for field in dataclasses.fields(Report) if field.name in values}
+    needed = [field.name for field in dataclasses.fields(Report) if field.default is dataclasses.MISSING]
+    return Report(**known) if all(name in known for name in needed) else None
 
 
 def record_paths(results: Path) -> list[Path]:

@@ -81,3 +81,24 @@ def test_a_foreign_parquet_file_is_named(tmp_path: Path) -> None:
         results.read_trial(tmp_path / "a.parquet")
     with pytest.raises(UsageError, match="no folder 'records'"):
         results.record_paths(tmp_path)
+
+
+def test_some_columns_and_records_of_before(tmp_path: Path) -> None:
+    path = results.write_trial(tmp_path, filled(results.Facts), results.Outcome(), [filled(results.Report)])
+    assert results.read_trial(path, ["step", "fid"]).column_names == ["step", "fid"]
+    whole = pq.read_table(path)
+    pq.write_table(whole.drop_columns(["mask_sample"]), path)  # a column that came later
+    (before,) = results.reports_of(results.read_trial(path))
+    assert before == filled(results.Report, mask_sample=None)
+    pq.write_table(whole.drop_columns(["fid"]), path)
+    with pytest.raises(UsageError, match="lacks the columns fid"):
+        results.read_trial(path, ["step"])
+
+
+def test_a_report_from_what_a_program_sent() -> None:
+    whole = filled(results.Report)
+    values = dataclasses.asdict(whole)
+    assert results.report_from(values | {"other": 1}) == whole
+    later = {name: value for name, value in values.items() if name not in ("mask_sample", "samples_png")}
+    assert results.report_from(later) == dataclasses.replace(whole, mask_sample=None, samples_png=None)
+    assert results.report_from({name: value for name, value in values.items() if name != "step"}) is None

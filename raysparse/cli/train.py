@@ -45,7 +45,9 @@ def train(
     if as_json:
         from raysparse.results import read_trial
 
-        typer.echo(json.dumps(read_trial(record).drop_columns(["samples_png", "config"]).to_pylist()[-1]))
+        typer.echo(
+            json.dumps(read_trial(record).drop_columns(["samples_png", "mask_sample", "config"]).to_pylist()[-1])
+        )
     else:
         typer.echo(record)
     if outcome.state == "RUNNING":

@@ -1,6 +1,7 @@
 """Learning curves for the simulator: recorded ones, or ones made up from the papers' published results.
 
-`published_results.csv` holds Tables 1-10 of "Sparse-to-Sparse Training of Diffusion Models" (TMLR 2025), as printed.
+`analysis/published/sparse_to_sparse.csv` holds Tables 1-10 of "Sparse-to-Sparse Training of Diffusion Models" (TMLR
+2025), as printed.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import importlib.util
 import json
 import math
 from collections.abc import Sequence
@@ -239,7 +241,7 @@ def _distance(one: tuple[str, tuple[float, ...]], other: tuple[str, tuple[float,
 @functools.cache
 def _anchors(dataset: str) -> dict[str, dict[float, list[Anchor]]]:
     """method -> prune ratio -> anchors by S."""
-    with (Path(__file__).parent / "published_results.csv").open(encoding="utf-8") as stream:
+    with _published().open(encoding="utf-8") as stream:
         rows = [row for row in csv.DictReader(stream) if row["dataset"] == dataset]
     main = [row for row in rows if row["source"] in ("table 1", "table 2")]
     best = next(row for row in rows if row["source"] == "table 3")
@@ -256,6 +258,14 @@ def _anchors(dataset: str) -> dict[str, dict[float, list[Anchor]]]:
             last = _anchor(row)
             found[method][p] = [dense, *([middle[p]] if middle[p].sparsity < last.sparsity else []), last]
     return found
+
+
+def _published() -> Path:
+    """The papers' numbers, which ship with the analysis; found without importing it (it brings pandas)."""
+    spec = importlib.util.find_spec("analysis")
+    assert spec is not None
+    assert spec.origin is not None
+    return Path(spec.origin).parent / "published" / "sparse_to_sparse.csv"
 
 
 def _anchor(row: dict[str, str]) -> Anchor:

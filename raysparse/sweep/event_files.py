@@ -7,7 +7,6 @@ writes a trial's files anew when it first hears of it, so that one killed betwee
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import struct
@@ -18,7 +17,7 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
-from raysparse.results import Report
+from raysparse.results import Report, report_from
 from raysparse.sweep.board import Ledger, Row
 from raysparse.sweep.trainable import read_reports, with_samples
 
@@ -63,11 +62,10 @@ class EventFiles(Callback):  # type: ignore[misc]
             shutil.rmtree(folder, ignore_errors=True)
             self._written[row.trial_id] = set()
             return [report for report in read_reports(self._trial(row), samples=False) if report.step in row.fids]
-        names = [field.name for field in dataclasses.fields(Report) if field.name != "samples_png"]
-        known = self._written[row.trial_id]
-        if any(name not in result for name in names) or result["step"] in known or result["step"] not in row.fids:
+        known, report = self._written[row.trial_id], report_from(result)
+        if report is None or report.step in known or report.step not in row.fids:
             return []  # it failed without a report, or a restarted process says again what is known
-        return [Report(**{name: result[name] for name in names})]
+        return [report]
 
     def _write(self, row: Row, report: Report) -> None:
         from tensorboard.compat.proto.event_pb2 import Event

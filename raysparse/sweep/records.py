@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -39,9 +38,8 @@ class Records(Callback):  # type: ignore[misc]
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **info: Any
     ) -> None:
         row = self._row(trial)
-        names = [field.name for field in dataclasses.fields(Report) if field.name != "samples_png"]
-        if all(name in result for name in names):  # else: it failed without a report
-            report = Report(**{name: result[name] for name in names})
+        report = records.report_from(result)
+        if report is not None:  # else: it failed without a report
             report = with_samples(self._results / "trials" / row.trial_id, report)
             self._known(row)[report.step] = report
         self._write(row)

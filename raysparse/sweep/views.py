@@ -299,7 +299,7 @@ def _what_to_do(view: View, row: Row) -> str | None:
 
 
 def _report(report: records.Report) -> Facts:
-    left_out = ("samples_png", "layer_density")
+    left_out = ("samples_png", "layer_density", "mask_sample")
     return {name: value for name, value in dataclasses.asdict(report).items() if name not in left_out}
 
 
@@ -307,7 +307,7 @@ def _board_of_records(results: Path) -> Board:
     board = Board()
     board.folder = results
     for path in records.record_paths(results):
-        rows = records.read_trial(path).drop_columns(["samples_png", "layer_density"]).to_pylist()
+        rows = records.read_trial(path).drop_columns(["samples_png", "layer_density", "mask_sample"]).to_pylist()
         first = rows[0]
         config = json.loads(first["config"])
         board.rows[first["trial_id"]] = Row(

@@ -21,7 +21,7 @@ from raysparse.config import TrialConfig
 from raysparse.data.loader import batch_indices
 from raysparse.diffusion import losses
 from raysparse.results import Report
-from raysparse.train import distributed
+from raysparse.train import distributed, mask_sample
 from raysparse.train.ema import Ema
 from raysparse.train.lr import learning_rate
 from raysparse.train.sampling import autocast
@@ -271,6 +271,7 @@ class Trainer:
             diverged=totals.reason is not None,
             reason=totals.reason,
             samples_png=found.samples_png if found and sound else None,
+            mask_sample=mask_sample.sample(self.engine.masks),
         )
         totals.loss_sum, totals.loss_steps, totals.reported = 0.0, 0, self.step
         self.masks_reported = self.engine.masks

@@ -83,7 +83,7 @@ def _tables(restored: Restored) -> Iterator[list[dict[str, Any]]]:
     own = out / "records" / f"{restored.trial_id}.parquet"
     for path in [own, *sorted((out / "evaluations").glob(f"{restored.trial_id}-*.parquet"))]:
         if path.is_file():
-            yield results.read_trial(path).drop_columns(["samples_png", "layer_density"]).to_pylist()
+            yield results.read_trial(path).drop_columns(["samples_png", "layer_density", "mask_sample"]).to_pylist()
 
 
 def _fids(rows: list[dict[str, Any]], step: int) -> Iterator[Fid]:

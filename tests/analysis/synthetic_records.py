@@ -150,6 +150,25 @@ def fill_sweep(folder: Folder) -> Folder:
     return folder
 
 
+def many(folder: Folder, trials: int, reports: int) -> Folder:
+    """A large search: three methods, five S, five p, a learning rate drawn per trial; one in four stopped early."""
+    draw = np.random.default_rng(0)
+    steps = [100 * (place + 1) for place in range(reports)]
+    for number in range(trials):
+        method = ("dense", "static", "magran", "rigl")[number % 4]
+        sparsity = 0.0 if method == "dense" else (0.1, 0.25, 0.5, 0.75, 0.9)[number // 4 % 5]
+        p = {"prune_ratio": (0.05, 0.1, 0.2, 0.3, 0.5)[number // 20 % 5]} if method in ("magran", "rigl") else {}
+        level = 10 + 20 * sparsity**2 + draw.normal()
+        curve = [(step, float(level * (1 + 800 / (step + 100)) * (1 + 0.02 * draw.normal()))) for step in steps]
+        whole = number // 4 % 4 != 3
+        trial = facts(
+            method, sparsity, stage="search", trial_id=f"t{number:05d}", total_steps=steps[-1],
+            lr=float(draw.uniform(1e-4, 1e-2)), **p,
+        )  # fmt: skip
+        folder.add(trial, curve if whole else curve[: 1 + number % reports], "COMPLETED" if whole else "STOPPED")
+    return folder
+
+
 def hostile(folder: Folder) -> Folder:
     """The small sweep, and beside it a section whose every text tries to become markup, and damaged files."""
     fill_sweep(folder)

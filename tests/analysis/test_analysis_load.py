@@ -10,9 +10,9 @@ import pytest
 from synthetic_records import Folder, facts, picture, report
 
 import analysis
-from analysis.load import read, samples_png
+from analysis.load import column, read, samples_png
 from raysparse.errors import UsageError
-from raysparse.results import Outcome, write_trial
+from raysparse.results import SCHEMA, Outcome, write_trial
 
 
 def test_one_tidy_row_per_report(folder: Folder) -> None:
@@ -23,6 +23,27 @@ def test_one_tidy_row_per_report(folder: Folder) -> None:
     assert frame["fid"].tolist() == [30.0, 12.0]
     assert frame["method"].unique().tolist() == ["rigl"]
     assert "samples_png" not in frame
+
+
+def test_sections_are_had_in_one_call(folder: Folder) -> None:
+    folder.add(facts("rigl", 0.5), [(400, 12.0)])
+    (section,) = analysis.sections_of(str(folder.path))
+    assert section.title == "hershey · chirodiff · FID (stroke_stats)"
+    assert section.searched.empty
+    assert section.confirmed["fid_mean"].tolist() == [12.0]
+
+
+def test_every_column_has_a_home(folder: Folder) -> None:
+    folder.add(facts("rigl", 0.5), [(400, 12.0)])
+    added = {"path", "configuration", "other_settings", "variant"}
+    assert set(analysis.load(folder.path)) == {*SCHEMA.names, *added} - {"samples_png", "layer_density", "mask_sample"}
+
+
+def test_records_without_later_columns_are_read(folder: Folder) -> None:
+    path = folder.add(facts("rigl", 0.5), [(400, 12.0)])
+    pq.write_table(pq.read_table(path).drop_columns(["mask_sample"]), path)
+    assert read(folder.path).warnings == ()
+    assert column(path, "mask_sample") == [None]
 
 
 def test_the_result_is_the_last_fid_at_full_budget_not_the_smallest(folder: Folder) -> None:

@@ -7,8 +7,9 @@ import pandas as pd
 import pytest
 from synthetic_records import Folder, facts
 
-from analysis import markup, tables, words
+from analysis import markup, table_html, tables, words
 from analysis.load import read
+from analysis.payload import Payload
 from analysis.sections import Section, split
 
 
@@ -73,8 +74,8 @@ def test_a_folder_without_results_has_tables_that_say_so(folder: Folder) -> None
     folder.add(facts("rigl", 0.5, stage="search"), [], "RUNNING")
     section = only(folder)
     assert "No trial has reached its full budget yet." in tables.main(section).markdown()
-    assert "No trial was stopped early." in tables.stopped(section).html()
-    for table in tables.all_tables(section):
+    assert "No trial was stopped early." in table_html.html(tables.stopped(section), Payload())
+    for table in (make(section) for make in (tables.summary, tables.main, tables.stopped, tables.trials)):
         assert table.csv().startswith(("configuration,", "trial_id,"))
 
 
@@ -89,8 +90,8 @@ def test_hostile_text_stays_in_its_cell(folder: Folder) -> None:
     table = tables.stopped(only(folder))
     assert r"a\|b \<script\>alert(1)\<" in table.markdown()
     assert r"x \| y \| \`z\`" in table.markdown()
-    assert "&lt;script&gt;" in table.html()
-    assert "<script" not in table.html()
+    assert "&lt;script&gt;" in table_html.html(table, Payload())
+    assert "<script" not in table_html.html(table, Payload())
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import pytest
+from synthetic_records import Folder, facts
+
+from analysis import prune_ratio, stats
+from analysis.load import read
+from analysis.sections import Section, split
+
+
+def test_static_against_dynamic_at_the_papers_sparsity(grid: Section) -> None:
+    table = prune_ratio.table(grid)
+    assert table is not None
+    assert table.title == "Static against dynamic at S = 0.9"
+    rows = {(row.method, row.prune_ratio): row for row in table.frame.fillna({"prune_ratio": 0}).itertuples()}
+    # Static: 8 + 14.4 + 2; the others differ from it by their offsets less 2.
+    assert rows["static", 0.0].fid_mean == pytest.approx(24.4)
+    differences = {key: row.static_difference for key, row in rows.items() if key[1]}
+    expected = {("magran", 0.5): 2, ("magran", 0.05): -1, ("rigl", 0.5): 1, ("rigl", 0.05): -4}
+    assert differences == pytest.approx(expected)
+    gap = stats.welch([19.4, 20.4, 21.4], [23.4, 24.4, 25.4], 1 - 0.05 / 4)  # four rows at once
+    assert (rows["rigl", 0.05].static_difference_low, rows["rigl", 0.05].static_difference_high) == pytest.approx(
+        (gap.low, gap.high)
+    )
+    assert rows["rigl", 0.05].static_verdict == "lower"
+    assert rows["magran", 0.05].static_verdict == stats.NO_DIFFERENCE
+
+
+def test_lower_means_than_statics_are_bold(grid: Section) -> None:
+    table = prune_ratio.table(grid)
+    assert table is not None
+    lines = [line for line in table.markdown().splitlines() if "**" in line]
+    assert ["20.40" in lines[1], "23.40" in lines[0], len(lines)] == [True, True, 2]
+
+
+def test_the_figure_joins_one_method_and_sparsity(grid: Section) -> None:
+    figure = prune_ratio.figure(grid)
+    assert figure is not None
+    lines = {trace.name: (list(trace.x), list(trace.y)) for trace in figure.data if trace.mode == "lines"}
+    x, y = lines["rigl, S = 0.25"]
+    assert x == [0.05, 0.5]
+    assert y == pytest.approx([10, 15])
+    assert "dense (3 seeds)" in lines
+
+
+def test_one_p_is_no_study(folder: Folder) -> None:
+    folder.add(facts("rigl", 0.5), [(400, 10.0)])
+    folder.add(facts("static", 0.5), [(400, 10.0)])
+    (section,) = split(read(folder.path))
+    assert prune_ratio.parts(section) == []
+
+
+def test_another_sparsity_where_the_papers_is_not_there(folder: Folder) -> None:
+    for p in (0.1, 0.3):
+        for sparsity in (0.5, 0.75):
+            folder.add(facts("rigl", sparsity, stage="search", prune_ratio=p), [(400, 10.0 + p)])
+    folder.add(facts("static", 0.5, stage="search"), [(400, 12.0)])
+    (section,) = split(read(folder.path))
+    table = prune_ratio.table(section)
+    assert table is not None
+    assert table.title.endswith("S = 0.5")  # .75 has no static
+    assert set(table.frame["static_verdict"].dropna()) == {stats.NOT_JUDGED}
