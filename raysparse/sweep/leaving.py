@@ -87,8 +87,10 @@ def clean_start(folder: Path) -> None:
     (folder / STARTS).unlink(missing_ok=True)
 
 
-def count_start(folder: Path, step: int) -> str | None:
+def count_start(folder: Path, step: int, hung: str | None = None) -> str | None:
     """Note a start from `step`; the reason to give up where STARTS_LIMIT starts from there have ended in a death.
+
+    hung: where the start before this one hung, if it did.
 
     Machines may be lost without end in a sweep of a week; a trial that gets further in between has no part in it.
     """
@@ -100,9 +102,12 @@ def count_start(folder: Path, step: int) -> str | None:
         before = 0
     if before >= STARTS_LIMIT:
         path.unlink()  # an answer to a person's `retry`: it gets as many starts again
+        times = f"its process ended {before} times at or after step {step}"
+        if hung:
+            return f"{times} without getting further; the last time {hung}"
         return (
-            f"its process ended {before} times at or after step {step} without a word and without getting further; "
-            f"out of memory is the usual reason, see {folder / 'log.txt'}"
+            f"{times} without a word and without getting further; out of memory is the usual reason, "
+            f"see {folder / 'log.txt'}"
         )
     write_text(path, json.dumps({"step": step, "starts": before + 1}))
     return None

@@ -14,6 +14,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from raysparse.space import Asha
+from raysparse.sweep import pulse
 from raysparse.sweep.board import Ledger, Row
 from raysparse.sweep.journal import event
 
@@ -68,6 +69,9 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
         row = self._row(trial)
         if not row.open:  # a worker that was restarted after the decision
             return str(TrialScheduler.STOP)
+        if result.get("note"):
+            self._add("note", row, reason=result["note"])
+            return str(TrialScheduler.CONTINUE)
         step = int(result["step"])
         if result.get("failed"):
             self._add("failed", row, step=step if result.get("diverged") else None, reason=result["failed"])
@@ -103,7 +107,9 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
         row = self._row(trial)
         if not row.open:
             return
-        reason = f"its process was lost: {lost_because(trial)}"
+        results = self._ledger.board.folder
+        hung = pulse.hung(results / "trials" / row.trial_id) if results else None
+        reason = hung or f"its process was lost: {lost_because(trial)}"
         if trial.should_recover():
             self._add("note", row, reason=f"{reason}; started again")
         else:
@@ -139,7 +145,12 @@ def lost_because(trial: Trial) -> str:
         text = Path(trial.error_file).read_text(encoding="utf-8")
     except OSError:
         return "Ray does not say why"
-    return last_line(text.rpartition("Worker exit detail:")[2].partition(" Some common causes")[0]).rstrip(".")
+    return exit_detail(text)
+
+
+def exit_detail(error: str) -> str:
+    """Of Ray's error about a process that ended: the part that says how."""
+    return last_line(error.rpartition("Worker exit detail:")[2].partition(" Some common causes")[0]).rstrip(".")
 
 
 def last_line(error: BaseException | str) -> str:

@@ -72,6 +72,11 @@ def note(text: str) -> None:
             os.write(_active[0].log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n".encode(errors="replace"))
 
 
+def descriptor() -> int | None:
+    """Of the log that is open, for what writes there from a signal's handler; None where there is none."""
+    return _active[0].log if _active else None
+
+
 @contextlib.contextmanager
 def written_to(path: Path) -> Iterator[None]:
     """Standard output and error of this process go to `path` while the block runs, as far as it can be written."""

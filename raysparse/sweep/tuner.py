@@ -266,6 +266,7 @@ def _tune_config(sweep: Sweep, results: Path, row: Row) -> dict[str, Any]:
         "workers": resources.workers,
         "cpus_per_worker": resources.cpus_per_worker,
         "gpus_per_worker": resources.gpus_per_worker,
+        "hung_after_s": resources.hung_after_s,
         **row.point,
     }
 

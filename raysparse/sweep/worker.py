@@ -10,7 +10,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from raysparse.sweep import pulse
 from raysparse.sweep.leaving import STARTS_LIMIT, NodeGoes
+from raysparse.sweep.scheduler import exit_detail
 from raysparse.sweep.trainable import failure, train_rank
 
 DRIVER = {"memory": 256 * 2**20}  # bytes; Tune refuses a bundle of nothing
@@ -27,6 +29,7 @@ def train(config: dict[str, Any]) -> None:
     from ray.train.v2.api.exceptions import TrainingFailedError
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    folder = Path(config["results"]) / "trials" / config["trial_id"]
     gpus, lost, furthest = config["gpus_per_worker"], 0, _saved(config)
     while True:
         trainer = TorchTrainer(
@@ -50,12 +53,24 @@ def train(config: dict[str, Any]) -> None:
         except TrainingFailedError as error:
             raised = _raised(error)
             if raised is not None:
-                tune.report(failure(Path(config["results"]) / "trials" / config["trial_id"], raised))
+                tune.report(failure(folder, raised))
                 return
             # Lost workers start again, without end as long as the trial gets further in between.
             lost, furthest = (1, _saved(config)) if _saved(config) > furthest else (lost + 1, furthest)
             if lost > STARTS_LIMIT:
                 raise
+            reason = pulse.hung(folder) or _lost_because(error)
+            tune.report({"step": 0, "fid": None, "note": f"{reason}; started again"})
+
+
+def _lost_because(error: BaseException) -> str:
+    """Which ranks were lost, and how, as Ray says it."""
+    from ray.exceptions import RayActorError
+
+    gone = {rank: exit_detail(str(cause)) for rank, cause in _causes(error).items() if isinstance(cause, RayActorError)}
+    if any(isinstance(cause, NodeGoes) for cause in _causes(error).values()):
+        return "its node is being taken away"
+    return "; ".join(f"rank {rank} was lost: {how}" for rank, how in gone.items()) or "a rank was lost"
 
 
 def _saved(config: dict[str, Any]) -> str:
@@ -89,11 +104,16 @@ def _raised(error: BaseException) -> BaseException | None:
     from ray.exceptions import RayActorError
     from ray.train.v2._internal.exceptions import RayTrainError  # its public names are subclasses
 
-    failures = list(getattr(error, "worker_failures", {}).values())
-    causes = [getattr(failed, "cause", None) or failed.__cause__ or failed for failed in failures]
+    causes = list(_causes(error).values())
     for cause in causes:
         if isinstance(cause, RayActorError | RayTrainError | NodeGoes):
             return None
         if any(words in str(cause).lower() for words in BROKEN):
             return None
     return causes[0] if causes else None
+
+
+def _causes(error: BaseException) -> dict[int, BaseException]:
+    """Rank -> what ended it."""
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    return {rank: getattr(one, "cause", None) or one.__cause__ or one for rank, one in failures.items()}

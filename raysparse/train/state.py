@@ -153,12 +153,15 @@ def latest(parent: Path) -> Path | None:
 
     Removes what an interrupted `save` left behind; only for the one process that writes there.
     """
-    if not parent.is_dir():
-        return None
-    for leftover in parent.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(parent)
     found = sorted(path for path in parent.glob("step-*") if path.is_dir())
     return found[-1] if found else None
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove what an interrupted `save` left in a trial's folder; only for the one process that writes there."""
+    for leftover in parent.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def keep_latest(parent: Path, count: int) -> None:
