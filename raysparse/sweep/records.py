@@ -24,8 +24,17 @@ FactsOf = Callable[[Row], Facts]
 class Records(Callback):  # type: ignore[misc]
     """Writes what the ledger says; `interrupted` is asked between two steps of Tune's loop and ends it."""
 
-    def __init__(self, ledger: Ledger, results: Path, facts_of: FactsOf, interrupted: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        results: Path,
+        facts_of: FactsOf,
+        interrupted: Callable[[], bool],
+        shortage: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """shortage: asked with each sign of life; what it says is noted in the journal."""
         self._ledger, self._results, self._facts_of, self._interrupted = ledger, results, facts_of, interrupted
+        self._shortage = shortage
         self._beat = 0.0  # when the next sign of life is due
         self._reports: dict[str, dict[int, Report]] = {}  # of open trials
 
@@ -56,6 +65,8 @@ class Records(Callback):  # type: ignore[misc]
         if time.monotonic() > self._beat:
             self._beat = time.monotonic() + control.HEARTBEAT_S
             control.beat(self._results)
+            if said := self._shortage():
+                self._ledger.add(event("note", reason=said))
         if self._interrupted():
             raise KeyboardInterrupt
 

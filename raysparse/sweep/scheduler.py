@@ -109,7 +109,7 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
             return
         results = self._ledger.board.folder
         hung = pulse.hung(results / "trials" / row.trial_id) if results else None
-        reason = hung or f"its process was lost: {lost_because(trial)}"
+        reason = hung or lost_because(trial)
         if trial.should_recover():
             self._add("note", row, reason=f"{reason}; started again")
         else:
@@ -140,12 +140,13 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
 
 
 def lost_because(trial: Trial) -> str:
-    """What Ray says of the process that a trial lost."""
+    """How a trial lost its process: in its own words, where it had the time for some, else in Ray's."""
     try:
         text = Path(trial.error_file).read_text(encoding="utf-8")
     except OSError:
-        return "Ray does not say why"
-    return exit_detail(text)
+        return "its process was lost: Ray does not say why"
+    left = last_line(text).partition("NodeGoes: ")[2]
+    return left or f"its process was lost: {exit_detail(text)}"
 
 
 def exit_detail(error: str) -> str:

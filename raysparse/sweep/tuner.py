@@ -188,6 +188,7 @@ def _stage(
     guard: Guard,
 ) -> None:
     """One stage to its end, or until interrupted."""
+    from raysparse.sweep.cluster import Shortage
     from raysparse.sweep.event_files import EventFiles
     from raysparse.sweep.gauges import Gauges
     from raysparse.sweep.records import Records
@@ -196,7 +197,7 @@ def _stage(
     _plan(stage, sweep, ledger)
     facts = functools.cache(functools.partial(_facts, sweep, command, ledger))
     pause = Pause(results, interrupted, lambda: _running(ledger))
-    callback = Records(ledger, results, lambda row: facts(row.trial_id), pause)
+    callback = Records(ledger, results, lambda row: facts(row.trial_id), pause, Shortage(sweep.resources))
     callback.repair()
     if stage == "confirm" and not any(row.open for row in ledger.board.of_stage(stage)):
         return
