@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,8 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from raysparse import space
+from raysparse.diffusion import losses
+from raysparse.metrics import fidelity
 from raysparse.space import Sweep
 from raysparse.sweep import patience
 from raysparse.sweep.trainable import claimed, read_reports, train_rank
@@ -114,6 +118,22 @@ def test_what_a_trial_raises_is_its_last_report(told: dict[str, Any], tmp_path: 
     assert last["failed"].startswith(("FileExistsError", "NotADirectoryError"))
     assert last["fid"] is None
     assert "Traceback" in (folder / "error.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value", "reason"),
+    [
+        (fidelity, "fid", math.nan, "FID became nan at step 2"),
+        (fidelity, "fid", math.inf, "FID became inf at step 2"),
+        (losses, "eps_mse", torch.tensor(math.nan, requires_grad=True), "loss became nan at step 1"),
+    ],
+)
+def test_a_number_that_is_none_ends_the_trial_with_its_reason_and_no_fid(
+    told: dict[str, Any], monkeypatch: pytest.MonkeyPatch, place: Any, name: str, value: Any, reason: str
+) -> None:
+    monkeypatch.setattr(place, name, lambda *words: value * 1)
+    (last,) = run(told)
+    assert (last["failed"], last["diverged"], last["fid"]) == (reason, True, None)
 
 
 def test_a_settings_file_that_is_no_trial_is_said_without_a_class_name(told: dict[str, Any], tmp_path: Path) -> None:
