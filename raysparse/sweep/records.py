@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from raysparse import results as records
+from raysparse.errors import UsageError
 from raysparse.results import Facts, Report
 from raysparse.sweep import control
 from raysparse.sweep.board import Ledger, Row
@@ -98,7 +100,8 @@ class Records(Callback):  # type: ignore[misc]
         if row.trial_id not in self._reports:
             path = self._results / "records" / f"{row.trial_id}.parquet"
             found = records.reports_of(records.read_trial(path)) if path.is_file() else []
-            found += read_reports(self._results / "trials" / row.trial_id)
+            with contextlib.suppress(UsageError):  # damaged: the trial itself fails with it
+                found += read_reports(self._results / "trials" / row.trial_id)
             self._reports[row.trial_id] = {report.step: report for report in found if report.step in row.fids}
         return self._reports[row.trial_id]
 

@@ -203,11 +203,19 @@ def write_report(folder: Path, report: Report) -> None:
 
 
 def read_reports(folder: Path, *, samples: bool = True) -> list[Report]:
-    """The reports that a trial has kept, by step."""
+    """The reports that a trial has kept, by step. UsageError naming the line that is damaged."""
     path = folder / "reports.jsonl"
     if not path.is_file():
         return []
-    reports = [Report(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    reports = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            reports.append(Report(**json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UsageError(
+                f"{path}, line {number} is damaged ({last_line(error)}): restore it from a copy; or remove it and the "
+                f"trial's folder in checkpoints, and the trial begins anew"
+            ) from None
     return [with_samples(folder, report) for report in reports] if samples else reports
 
 

@@ -136,6 +136,14 @@ def test_a_number_that_is_none_ends_the_trial_with_its_reason_and_no_fid(
     assert (last["failed"], last["diverged"], last["fid"]) == (reason, True, None)
 
 
+@pytest.mark.parametrize("line", ["{", "[]", '{"step": 2}', '{"step": "__import__"}', "\udcff", "[" * 10**5])
+def test_damaged_reports_fail_the_trial_by_name(told: dict[str, Any], tmp_path: Path, line: str) -> None:
+    path = tmp_path / "trials" / told["trial_id"] / "reports.jsonl"
+    path.write_bytes(line.encode(errors="surrogateescape") + b"\n")
+    (last,) = run(told)
+    assert f"{path}, line 1 is damaged" in last["failed"]
+
+
 def test_a_settings_file_that_is_no_trial_is_said_without_a_class_name(told: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "trials" / told["trial_id"] / "trial.json"
     path.write_text(json.dumps({"seed": -1}))
