@@ -28,7 +28,7 @@ from typing import Any
 from raysparse.sweep import trial_log
 
 HUNG = "hung.txt"
-BEAT_S = 0.5  # a rank says at most so often that it got on: a thousand steps a second shall cost nothing
+BEAT_S = 0.5  # a rank says at most so often that it got on: of a thousand steps a second each costs 1 µs more
 # A real-time signal: SIGUSR1 is what batch systems send before they take a machine away, SIGUSR2 is NCCL's and Ray's.
 STACKS_SIGNAL = signal.SIGRTMIN + 7 if hasattr(signal, "SIGRTMIN") else None
 WATCHER = Path(__file__).with_name("_watcher.py")
@@ -60,7 +60,7 @@ class Pulse:
         faulthandler.register(STACKS_SIGNAL, file=log, all_threads=True)
         settings: list[Any] = [os.getpid(), self._folder, self._rank, self._world_size, self._limit_s]
         settings += [int(self._compiles), trial_log.path_of(self._folder, self._rank), int(STACKS_SIGNAL)]
-        self._watcher = subprocess.Popen(  # -I and -S: nothing but the standard library, so 9 MB and 20 ms
+        self._watcher = subprocess.Popen(  # -I and -S: nothing but the standard library, so 5 MB and 20 ms
             [sys.executable, "-I", "-S", str(WATCHER), *map(str, settings)], stdin=subprocess.PIPE
         )
         assert self._watcher.stdin

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ import yaml
 from driven import check_records, no_step_back, processes, study_is_true
 
 from raysparse.space import Sweep
-from raysparse.sweep.board import Board
-from raysparse.sweep.journal import read
+from raysparse.sweep.board import Board, Ledger
+from raysparse.sweep.journal import event, read
+from raysparse.sweep.search import Suggested
 
-KILLS = 5
+KILLS = (signal.SIGKILL,) * 5
 AGENTS = ("ray::RuntimeEnv", "ray::DashboardA")
 SEARCH: dict[str, Any] = {
     "trials": 5,
@@ -55,23 +56,31 @@ def lines_of(out: Path) -> int:
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
-def kill_at_random_moments(file: Path, out: Path, seed: int, home: Path) -> None:
-    """The sweep by its commands, its driver killed KILLS times, then to its end."""
+def go_through(file: Path, out: Path, seed: int, home: Path, blows: Sequence[int]) -> None:
+    """The sweep by its commands, its driver struck by these signals at random moments, then to its end."""
     draw = random.Random(seed)
-    for kill in range(KILLS):
+    for number, blow in enumerate(blows):
         go_on = ["resume", out] if (out / "sweep.json").is_file() else ["sweep", file, "--output", out]
-        with subprocess.Popen(command(*go_on), stderr=subprocess.PIPE, text=True) as driver:
+        said = out.with_name(f"said-{number}.txt")  # no pipe: what a killed driver leaves would hold it open
+        with said.open("w") as stderr, subprocess.Popen(command(*go_on), stderr=stderr) as driver:
             # 2 to 6 events, of about 50, and up to half a second: in a step, an evaluation, a write, a trial's start.
             goal = lines_of(out) + draw.randint(2, 6)
             deadline = time.monotonic() + 90
             while lines_of(out) < goal and time.monotonic() < deadline:
-                assert driver.poll() is None, driver.stderr and driver.stderr.read()
+                assert driver.poll() is None, said.read_text()
                 time.sleep(0.01)
             time.sleep(draw.uniform(0, 0.5))
-            driver.kill()  # the driver alone: Ray's processes and the trial's have to find out
-            driver.wait()
+            driver.send_signal(blow)  # to the driver alone: Ray's processes and the trial's have to find out
+            driver.wait(timeout=90)
         _check_trials(out)
-        if kill == 0:
+        if blow == signal.SIGKILL:
+            assert driver.returncode == -signal.SIGKILL
+        else:
+            assert driver.returncode == 130
+            assert said.read_text().endswith(f"interrupted; go on with: raysparse resume {out}\n")
+            assert list(read(out / "journal.jsonl"))[-1].kind == "interrupted"
+            assert not processes(home)
+        if number == 0:
             _ended(home)
     last = done("resume", out)
     assert last.stdout.strip() == str(out / "report.html")
@@ -128,7 +137,7 @@ def test_killed_at_five_moments_one_trial_at_a_time_equals_the_undisturbed_sweep
     file.write_text(yaml.safe_dump(sweep.model_dump(mode="json", exclude={"name"}) | {"name": "tiny"}))
     alone, out = tmp_path / "alone", tmp_path / "out"
     done("sweep", file, "--output", alone)
-    kill_at_random_moments(file, out, 1, home)
+    go_through(file, out, 1, home, KILLS)
 
     assert history(out) == history(alone)
     board = Board.load(out)
@@ -142,21 +151,35 @@ def test_killed_at_five_moments_one_trial_at_a_time_equals_the_undisturbed_sweep
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_killed_at_five_moments_two_trials_at_a_time_nothing_is_lost_or_doubled(
+def test_interrupted_and_killed_two_trials_at_a_time_nothing_is_lost_or_doubled(
     tmp_path: Path, sweep_of: Callable[..., Sweep], home: Path
 ) -> None:
     """ASHA decides in the order of reports, which differs; the trials of a random search do not."""
-    from test_sweep_tuner import undisturbed
-
     sweep = sweep_of(search=SEARCH | {"sampler": "random", "trials": 8}, resources={"max_concurrent": 2})
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(sweep.model_dump(mode="json")))
     out = tmp_path / "out"
-    kill_at_random_moments(file, out, 2, home)
+    go_through(file, out, 2, home, (signal.SIGINT, *KILLS[1:]))
 
     board = Board.load(out)
     no_step_back(list(read(out / "journal.jsonl")))
+    assert {row.state for row in board.of_stage("confirm")} == {"COMPLETED"}
+    assert "dense" in {row.method for row in board.of_stage("confirm")}
     assert [row.trial_id for row in board.of_stage("search")] == undisturbed(sweep, tmp_path)
     assert not {"RUNNING", "PENDING"} & set(board.counts())
     study_is_true(out, board)
     check_records(out, board)
+
+
+def undisturbed(sweep: Sweep, folder: Path) -> list[str]:
+    """The trials of a random search, whose draws depend on nothing but their number."""
+    (folder / "alone").mkdir()
+    ledger = Ledger(folder / "alone")
+    search = Suggested(sweep, ledger, lambda row: {"trial_id": row.trial_id})
+    asked = []
+    while isinstance(config := search.suggest(str(len(asked))), dict):
+        asked.append(config["trial_id"])
+        ledger.add(event("completed", stage="search", trial_id=asked[-1], step=8, fid=1.0))
+        search.on_trial_complete(str(len(asked) - 1))
+    ledger.close()
+    return asked

@@ -8,15 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from driven import check_records, driver, no_step_back, processes, study_is_true, wait_for
+from driven import check_records, no_step_back
 
 from raysparse import space
 from raysparse.errors import UsageError
 from raysparse.space import Sweep
 from raysparse.sweep import tuner
-from raysparse.sweep.board import Board, Ledger
-from raysparse.sweep.journal import Event, event, read
-from raysparse.sweep.search import Suggested
+from raysparse.sweep.journal import Event, read
 
 
 @pytest.mark.ray
@@ -69,41 +67,6 @@ def test_a_grid_goes_past_failing_and_diverging_trials(
         tuner.run(sweep_of(), tmp_path / "out", command="")
 
 
-@pytest.mark.ray
-def test_a_search_interrupted_and_killed_ends_as_ifundisturbed(
-    tmp_path: Path, sweep_of: Callable[..., Sweep], ray_home: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sweep, out = sweep_of(), tmp_path / "out"
-    monkeypatch.setenv("RAYSPARSE_TEST", str(ray_home))
-
-    with driver("run", out, ray_home, sweep) as process:  # Ctrl-C in a terminal reaches the whole group
-        wait_for(out, process, reports=2)
-        os.killpg(process.pid, signal.SIGINT)
-        assert process.wait(timeout=60) == 130
-    assert not processes(ray_home)
-    events = list(read(out / "journal.jsonl"))
-    assert events[-1].kind == "interrupted"
-    before = Board.load(out)
-
-    with driver("resume", out, ray_home, sweep) as process:
-        wait_for(out, process, reports=sum(len(row.fids) for row in before.rows.values()) + 3)
-        process.kill()
-    assert not Board.load(out).finished
-    left = processes(ray_home)  # the killed sweep's; the resumed one has to live with them
-
-    summary = tuner.resume(out, num_cpus=2, temp_dir=ray_home)
-    for process in set(left) & set(processes(ray_home)):
-        os.kill(process, signal.SIGKILL)
-    assert not summary.interrupted
-    board = summary.board
-    no_step_back(list(read(out / "journal.jsonl")))
-    check_records(out, board)
-    assert [row.trial_id for row in board.of_stage("search")] == undisturbed(sweep, tmp_path)
-    assert {row.state for row in board.of_stage("confirm")} == {"COMPLETED"}
-    assert {row.method for row in board.of_stage("confirm")} >= {"dense"}
-    study_is_true(out, board)
-
-
 @pytest.mark.timeout(60)  # the promise: said within a minute, instead of waiting for ever
 def test_more_workers_than_cores_are_refused_at_once(
     tmp_path: Path, sweep_of: Callable[..., Sweep], ray_home: Path
@@ -112,20 +75,6 @@ def test_more_workers_than_cores_are_refused_at_once(
     with pytest.raises(UsageError, match="needs 8 workers x 1 CPUs, but this machine has 2 CPUs"):
         tuner.run(sweep, tmp_path / "out", command="", num_cpus=2, temp_dir=ray_home)
     assert not (tmp_path / "out" / "sweep.json").exists()
-
-
-def undisturbed(sweep: Sweep, folder: Path) -> list[str]:
-    """The trials of a random search, whose draws depend on nothing but their number."""
-    (folder / "alone").mkdir()
-    ledger = Ledger(folder / "alone")
-    search = Suggested(sweep, ledger, lambda row: {"trial_id": row.trial_id})
-    asked = []
-    while isinstance(config := search.suggest(str(len(asked))), dict):
-        asked.append(config["trial_id"])
-        ledger.add(event("completed", stage="search", trial_id=asked[-1], step=8, fid=1.0))
-        search.on_trial_complete(str(len(asked) - 1))
-    ledger.close()
-    return asked
 
 
 def test_paths_are_made_whole_before_a_trials_process_sees_them(
