@@ -119,9 +119,15 @@ class Pause:
     The first call after an interrupt asks the trials; true when all that run have answered, or after ANSWER_S.
     """
 
-    def __init__(self, results: Path, interrupted: Callable[[], bool], running: Callable[[], Iterable[str]]) -> None:
-        """running: the ids of the trials that run now."""
-        self._results, self._interrupted, self._running = results, interrupted, running
+    def __init__(
+        self,
+        results: Path,
+        interrupted: Callable[[], bool],
+        running: Callable[[], Iterable[str]],
+        asked: Callable[[], None] = lambda: None,
+    ) -> None:
+        """running: the ids of the trials that run now. asked: called once, when they are told to save themselves."""
+        self._results, self._interrupted, self._running, self._asked = results, interrupted, running, asked
         self._deadline: float | None = None
 
     def __call__(self) -> bool:
@@ -132,6 +138,7 @@ class Pause:
             for left in (self._results / "trials").glob(f"*/{PAUSED}"):
                 left.unlink(missing_ok=True)
             write_text(self._results / PAUSE, "interrupted\n")
+            self._asked()
         answered = all((self._results / "trials" / name / PAUSED).exists() for name in self._running())
         return answered or time.monotonic() > self._deadline
 

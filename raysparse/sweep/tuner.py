@@ -196,7 +196,13 @@ def _stage(
 
     _plan(stage, sweep, ledger)
     facts = functools.cache(functools.partial(_facts, sweep, command, ledger))
-    pause = Pause(results, interrupted, lambda: _running(ledger))
+
+    def asked() -> None:
+        why = guard.reached() or "interrupted"
+        reason = f"{why}: the trials that run save themselves, for a minute at most; Ctrl-C ends without that"
+        ledger.add(event("note", stage=stage, reason=reason))
+
+    pause = Pause(results, interrupted, lambda: _running(ledger), asked)
     callback = Records(ledger, results, lambda row: facts(row.trial_id), pause, Shortage(sweep.resources))
     callback.repair()
     if stage == "confirm" and not any(row.open for row in ledger.board.of_stage(stage)):

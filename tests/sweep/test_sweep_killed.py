@@ -77,6 +77,7 @@ def go_through(file: Path, out: Path, seed: int, home: Path, blows: Sequence[int
             assert driver.returncode == -signal.SIGKILL
         else:
             assert driver.returncode == 130
+            assert "note: interrupted: the trials that run save themselves" in said.read_text()
             assert said.read_text().endswith(f"interrupted; go on with: raysparse resume {out}\n")
             assert list(read(out / "journal.jsonl"))[-1].kind == "interrupted"
             assert not processes(home)
