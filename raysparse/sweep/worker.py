@@ -67,9 +67,11 @@ def _lost_because(error: BaseException) -> str:
     """Which ranks were lost, and how, as Ray says it."""
     from ray.exceptions import RayActorError
 
-    gone = {rank: exit_detail(str(cause)) for rank, cause in _causes(error).items() if isinstance(cause, RayActorError)}
-    if any(isinstance(cause, NodeGoes) for cause in _causes(error).values()):
-        return "its node is being taken away"
+    causes = _causes(error)
+    for cause in causes.values():
+        if isinstance(cause, NodeGoes):
+            return str(cause)
+    gone = {rank: exit_detail(str(cause)) for rank, cause in causes.items() if isinstance(cause, RayActorError)}
     return "; ".join(f"rank {rank} was lost: {how}" for rank, how in gone.items()) or "a rank was lost"
 
 

@@ -100,3 +100,9 @@ def study_is_true(out: Path, board: Board) -> None:
         row = board.rows[trial.user_attrs["trial_id"]]
         assert trial.state == expected[row.state]
         assert trial.intermediate_values == row.fids
+
+
+def files(checkpoint: Path | None) -> dict[str, bytes]:
+    """The bytes of weights, averages, masks and moments."""
+    assert checkpoint is not None
+    return {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}

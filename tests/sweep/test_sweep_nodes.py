@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from driven import files
 
 from raysparse import space
 from raysparse.space import Sweep
@@ -107,8 +108,3 @@ def went_on(out: Path, trial_id: str) -> list[int]:
     """The steps from which the trial was started again."""
     text = (out / "trials" / trial_id / "log.txt").read_text()
     return [int(step) for step in re.findall(r"goes on from step (\d+)", text)]
-
-
-def files(checkpoint: Path | None) -> dict[str, bytes]:
-    assert checkpoint is not None
-    return {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}

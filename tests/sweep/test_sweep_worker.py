@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driven import check_records, driver, no_step_back, processes, wait_for
+from driven import check_records, driver, files, no_step_back, processes, wait_for
 
 from raysparse import space
 from raysparse.space import Sweep
 from raysparse.sweep import trial_log, tuner
 from raysparse.sweep.board import Board
 from raysparse.sweep.journal import Event, read
-from raysparse.sweep.worker import _raised
+from raysparse.sweep.leaving import NodeGoes
+from raysparse.sweep.worker import _lost_because, _raised
 from raysparse.train import run, state
 
 STEPS, EVERY = 60, 20
@@ -75,11 +76,6 @@ def test_two_workers_train_past_the_loss_and_the_hang_of_one_and_an_error_is_not
         assert files(found[0]) == files(found[1]), "weights, masks, EMA and moments, bit for bit"
 
 
-def files(checkpoint: Path | None) -> dict[str, bytes]:
-    assert checkpoint is not None
-    return {path.name: path.read_bytes() for path in checkpoint.glob("*.safetensors")}
-
-
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
@@ -118,7 +114,7 @@ def test_ctrl_c_saves_trials_of_two_workers_a_second_one_ends_at_once_and_both_g
 
 
 def test_what_a_worker_raises_is_told_from_a_worker_that_is_lost() -> None:
-    from ray.exceptions import ActorDiedError
+    from ray.exceptions import ActorDiedError, RayActorError
     from ray.train.v2.api.exceptions import WorkerGroupError
 
     mistake = ValueError("no such class")
@@ -127,3 +123,9 @@ def test_what_a_worker_raises_is_told_from_a_worker_that_is_lost() -> None:
     broken = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:3")
     assert _raised(WorkerGroupError("", {0: broken})) is None
     assert _raised(WorkerGroupError("", {0: broken, 1: ActorDiedError()})) is None
+    gone = WorkerGroupError("", {0: broken, 1: RayActorError(error_msg="Worker exit detail: out of memory.")})
+    assert _lost_because(gone) == "rank 1 was lost: out of memory"
+    assert _lost_because(WorkerGroupError("", {0: broken})) == "a rank was lost"
+    leaves = NodeGoes("its node is being taken away; saved at step 7")
+    assert _lost_because(WorkerGroupError("", {0: leaves, 1: broken})) == str(leaves)
+    assert _raised(WorkerGroupError("", {0: leaves})) is None
