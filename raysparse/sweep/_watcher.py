@@ -221,5 +221,5 @@ def write(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
+    with contextlib.suppress(KeyboardInterrupt, ProcessLookupError):
         main(sys.argv[1:])

@@ -55,14 +55,18 @@ class Pulse:
         log = trial_log.descriptor()
         if log is None or STACKS_SIGNAL is None or not Path("/proc/self/stat").exists():
             return self  # nowhere to say it, or no Linux: the half hour that torch waits in a collective has to do
-        for name in (f"still-{self._rank}", f"told-{self._rank}", *([HUNG] if self._rank == 0 else [])):
-            (self._folder / name).unlink(missing_ok=True)
-        faulthandler.register(STACKS_SIGNAL, file=log, all_threads=True)
         settings: list[Any] = [os.getpid(), self._folder, self._rank, self._world_size, self._limit_s]
         settings += [int(self._compiles), trial_log.path_of(self._folder, self._rank), int(STACKS_SIGNAL)]
-        self._watcher = subprocess.Popen(  # -I and -S: nothing but the standard library, so 5 MB and 20 ms
-            [sys.executable, "-I", "-S", str(WATCHER), *map(str, settings)], stdin=subprocess.PIPE
-        )
+        try:
+            for name in (f"still-{self._rank}", f"told-{self._rank}", *([HUNG] if self._rank == 0 else [])):
+                (self._folder / name).unlink(missing_ok=True)
+            self._watcher = subprocess.Popen(  # -I and -S: nothing but the standard library, so 5 MB and 20 ms
+                [sys.executable, "-I", "-S", str(WATCHER), *map(str, settings)], stdin=subprocess.PIPE
+            )
+        except OSError as error:  # no memory, no storage: the trial has more to say of that
+            trial_log.note(f"not watched for hanging: {error}")
+            return self
+        faulthandler.register(STACKS_SIGNAL, file=log, all_threads=True)
         assert self._watcher.stdin
         os.set_blocking(self._watcher.stdin.fileno(), False)
         _active.append(self)
