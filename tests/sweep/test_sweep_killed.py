@@ -84,7 +84,7 @@ def go_through(file: Path, out: Path, seed: int, home: Path, blows: Sequence[int
         if number == 0:
             _ended(home)
     last = done("resume", out)
-    assert last.stdout.strip() == str(out / "report.html")
+    assert last.stdout.strip() == str(out / "report" / "report.html")
     assert "Traceback" not in last.stderr
 
 
