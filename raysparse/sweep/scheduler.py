@@ -151,6 +151,8 @@ def lost_because(trial: Trial) -> str:
 
 def exit_detail(error: str) -> str:
     """Of Ray's error about a process that ended: the part that says how."""
+    if "Worker exit detail:" not in error and "is unavailable" in error:
+        return "neither it nor its node answers"  # Ray says it in 400 letters of RPC
     return last_line(error.rpartition("Worker exit detail:")[2].partition(" Some common causes")[0]).rstrip(".")
 
 

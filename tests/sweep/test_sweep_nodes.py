@@ -93,7 +93,8 @@ def test_a_trial_goes_on_elsewhere_when_its_node_is_lost_or_drained(
     ]
     notes = {item.trial_id: str(item.reason) for item in read(out / "journal.jsonl") if item.kind == "note"}
     assert went_on(out, dense) == [EVERY]
-    assert "its process was lost: " in notes[dense]
+    assert notes[dense].startswith("its process was lost: ")
+    assert len(notes[dense]) < 200, "no RPC codes"
     (step,) = went_on(out, rigl)
     assert step % EVERY, "saved just in time, between two reports"
     assert notes[rigl] == f"its node is being taken away; saved at step {step}; started again"
