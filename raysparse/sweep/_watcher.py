@@ -9,8 +9,10 @@ A rank votes that it hangs when it has not got on for a while, and what a while 
 - else (compiling, a long part of an evaluation, waiting for storage or other ranks, a disk that does not answer): for
   half an hour, as long as torch waits in a collective; never while a lone rank waits for the sweep's driver.
 
-Only when all ranks vote is the trial hung: one that works or waits by right is what the others wait for. Seconds in
-which this process itself did not run (a suspended machine, a starved one) are not counted.
+Only when all ranks vote is the trial hung: one that works or waits by right is what the others wait for. The first
+watcher that sees all votes writes it down, and all act on that: a stopped process goes on for a moment to write its
+stacks, and what waited for it would no longer look hung. Seconds in which this process itself did not run (a suspended
+machine, a starved one) are not counted.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ POLL_S = 1.0
 LONG_S = 1800.0
 PATIENCE, STEPS_PATIENCE, KNOWN_STEPS = 5, 50, 10
 ASLEEP = 0.05  # of a core
-TOLD_S = 5.0  # so long the ranks wait for each other's stacks, which are gone as soon as one has ended
+TOLD_S = 4.0  # so long the ranks wait for each other's stacks, which are gone as soon as one has ended
 TICKS = os.sysconf("SC_CLK_TCK")
 CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children").exists()  # else what a compiler's processes do is not seen
 
@@ -36,8 +38,8 @@ CHILDREN = Path(f"/proc/self/task/{os.getpid()}/children").exists()  # else what
 class Watch:
     """What is known of the rank; `listen` and `look` take turns."""
 
-    def __init__(self, process: int, folder: Path, rank: int, limit_s: float, compiles: bool) -> None:
-        self.process, self.vote = process, folder / f"still-{rank}"
+    def __init__(self, process: int, votes: Path, rank: int, limit_s: float, compiles: bool) -> None:
+        self.process, self.vote = process, votes / f"still-{rank}"
         self.limit_s, self.compiles = limit_s, compiles
         self.doing, self.words, self.step = "wait", "", "0"
         self.longest: dict[str, float] = {}  # seconds that the same work took
@@ -102,22 +104,25 @@ class Watch:
             return self.quiet_s >= STEPS_PATIENCE * longest
         return self.quiet_s >= LONG_S
 
+    @property
+    def stopped(self) -> bool:
+        return "T" in thread_states(self.process)
+
     def describe(self) -> str:
-        """`asleep at step 12`."""
-        stopped = "T" in thread_states(self.process)
-        how = "stopped" if stopped else "asleep" if self.asleep else "busy"
-        return f"{how} at step {self.step}" + (f", waiting {self.words}" if self.doing == "wait" else "")
+        """`asleep at step 12 for 41 s`."""
+        how = "stopped" if self.stopped else "asleep" if self.asleep else "busy"
+        waiting = f", waiting {self.words}" if self.doing == "wait" else ""
+        return f"{how} at step {self.step} for {self.quiet_s:.0f} s{waiting}"
 
 
 def main(words: list[str]) -> None:
-    process, rank, world_size, number = int(words[0]), int(words[2]), int(words[3]), int(words[7])
-    folder, log = Path(words[1]), Path(words[6])
-    watch = Watch(process, folder, rank, float(words[4]), words[5] == "1")
+    process, votes, rank, ranks = int(words[0]), Path(words[1]), int(words[2]), int(words[3])
+    watch = Watch(process, votes, rank, float(words[4]), words[5] == "1")
+    verdict = votes / "hangs"
     rest = b""
     while True:
         began = time.monotonic()
-        ready = select.select([0], [], [], POLL_S)[0]
-        if ready:
+        if select.select([0], [], [], POLL_S)[0]:
             data = os.read(0, 65536)
             if not data:  # the rank has ended, or is done
                 watch.vote.unlink(missing_ok=True)
@@ -125,40 +130,49 @@ def main(words: list[str]) -> None:
             *lines, rest = (rest + data).split(b"\n")
             for line in lines:
                 watch.heard(line.decode(errors="replace"))
-            continue
-        watch.look(min(time.monotonic() - began, 2 * POLL_S))
-        if not watch.hangs:
-            watch.vote.unlink(missing_ok=True)
-            continue
-        if not watch.vote.exists():
-            write(watch.vote, f"{watch.describe()} for {watch.quiet_s:.0f} s")
-        if all((folder / f"still-{each}").exists() for each in range(world_size)):
-            end(watch, folder, log, rank, world_size, number)
+        else:
+            watch.look(min(time.monotonic() - began, 2 * POLL_S))
+            if not watch.hangs:
+                watch.vote.unlink(missing_ok=True)
+            elif not watch.vote.exists():
+                votes.mkdir(exist_ok=True)
+                watch.vote.touch()
+            elif all((votes / f"still-{each}").exists() for each in range(ranks)):
+                verdict.touch()
+        if verdict.exists():
+            end(watch, votes, rank, ranks, log=Path(words[6]), number=int(words[7]))
             return
 
 
-def end(watch: Watch, folder: Path, log: Path, rank: int, world_size: int, number: int) -> None:
+def end(watch: Watch, votes: Path, rank: int, ranks: int, log: Path, number: int) -> None:
     """Write the rank's stacks and where it stands; when all ranks have, end it."""
-    stood = watch.vote.read_text()
+    stood, told = watch.describe(), [votes / f"told-{each}" for each in range(ranks)]
+    others = told[:rank] + told[rank + 1 :]
+    if watch.stopped:
+        await_all(others)  # before it goes on, which it has to for its stacks
     before = size(log)
     append(log, f"rank {rank} hangs: {stood}. The stacks of its threads:\n")
     os.kill(watch.process, number)
-    os.kill(watch.process, signal.SIGCONT)  # of a stopped process; the signal before is waiting for it
+    os.kill(watch.process, signal.SIGCONT)
     deadline = time.monotonic() + TOLD_S
     while not ENDED.search(since(log, before)) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    time.sleep(0.1)  # the rest of what is being written
+        time.sleep(0.002)
+    time.sleep(0.05)  # the rest of what is being written
     place = innermost(since(log, before))
-    write(folder / f"told-{rank}", f"rank {rank} {stood}" + (f" in {place}" if place else ""))
-    told = [folder / f"told-{each}" for each in range(world_size)]
-    deadline = time.monotonic() + TOLD_S
-    while not all(path.exists() for path in told) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    write(told[rank], f"rank {rank} {stood}" + (f" in {place}" if place else ""))
+    await_all(others)
     said = "; ".join(path.read_text() for path in told if path.exists())
-    logs = ", ".join("log.txt" if each == 0 else f"log-{each}.txt" for each in range(world_size))
-    write(folder / "hung.txt", f"it hung: {said}; the stacks of all threads are in {folder}: {logs}\n")
+    logs = ", ".join("log.txt" if each == 0 else f"log-{each}.txt" for each in range(ranks))
+    write(log.parent / "hung.txt", f"it hung: {said}; the stacks of all threads are in {log.parent}: {logs}\n")
     with contextlib.suppress(ProcessLookupError):
         os.kill(watch.process, signal.SIGKILL)
+
+
+def await_all(paths: list[Path]) -> None:
+    """Until they are there, or TOLD_S."""
+    deadline = time.monotonic() + TOLD_S
+    while not all(path.exists() for path in paths) and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 ENDED = re.compile(r"^(Current thread|Thread) .*\n(  File .*\n)+", re.MULTILINE)

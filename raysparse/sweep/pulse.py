@@ -6,9 +6,8 @@ evaluation, and of what it waits for by right (a report to be taken, storage, an
 the loss of a process like any other: the trial starts again from its checkpoint, and three deaths at one place fail it.
 
     trials/<id>/log.txt, log-<rank>.txt   the stacks of all threads of a rank
-                still-<rank>              its watcher's vote; told-<rank>: its stacks are written
-                hung.txt                  where each rank stood, in a line
-The last three are of the trial's latest start.
+                hung.txt                  where each rank stood in a start that hung, in a line; until the next start
+                hang-<attempt>/           the watchers' votes and what they told; of the latest start
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,11 +39,15 @@ _active: list[Pulse] = []  # at most one; a process trains one trial at a time
 class Pulse:
     """The rank's side. Used as a context; all calls are cheap, and none fails where the watcher is gone.
 
-    limit_s: of no progress, `Resources.hung_after_s`. compiles: a step may take minutes on all cores.
+    limit_s: of no progress, `Resources.hung_after_s`. compiles: a step may take minutes on all cores. attempt: a name
+    that all ranks of this start of the trial share, and no other start has.
     """
 
-    def __init__(self, folder: Path, rank: int, world_size: int, limit_s: float, *, compiles: bool = False) -> None:
+    def __init__(
+        self, folder: Path, rank: int, world_size: int, limit_s: float, attempt: str, *, compiles: bool = False
+    ) -> None:
         self._folder, self._rank, self._world_size = folder, rank, world_size
+        self._votes = folder / f"hang-{attempt}"
         self._limit_s, self._compiles = limit_s, compiles
         self._said, self._doing = 0.0, ""
         self._watcher: subprocess.Popen[bytes] | None = None
@@ -55,11 +59,11 @@ class Pulse:
         log = trial_log.descriptor()
         if log is None or STACKS_SIGNAL is None or not Path("/proc/self/stat").exists():
             return self  # nowhere to say it, or no Linux: the half hour that torch waits in a collective has to do
-        settings: list[Any] = [os.getpid(), self._folder, self._rank, self._world_size, self._limit_s]
+        settings: list[Any] = [os.getpid(), self._votes, self._rank, self._world_size, self._limit_s]
         settings += [int(self._compiles), trial_log.path_of(self._folder, self._rank), int(STACKS_SIGNAL)]
         try:
-            for name in (f"still-{self._rank}", f"told-{self._rank}", *([HUNG] if self._rank == 0 else [])):
-                (self._folder / name).unlink(missing_ok=True)
+            if self._rank == 0:
+                self._forget_earlier()
             self._watcher = subprocess.Popen(  # -I and -S: nothing but the standard library, so 5 MB and 20 ms
                 [sys.executable, "-I", "-S", str(WATCHER), *map(str, settings)], stdin=subprocess.PIPE
             )
@@ -106,6 +110,12 @@ class Pulse:
             yield
         finally:
             self._tell("begin", str(self._step))  # a first step may be one that is compiled
+
+    def _forget_earlier(self) -> None:
+        (self._folder / HUNG).unlink(missing_ok=True)
+        for left in self._folder.glob("hang-*"):
+            if left != self._votes:
+                shutil.rmtree(left, ignore_errors=True)
 
     def _tell(self, doing: str, words: str) -> None:
         self._said, self._doing = time.monotonic(), doing

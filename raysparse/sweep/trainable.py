@@ -87,7 +87,8 @@ def _metrics(config: dict[str, Any], folder: Path, rank: int, world_size: int, d
     trial = settings.parse(json.loads((folder / "trial.json").read_text(encoding="utf-8")), config["trial_id"])
     hung = pulse.hung(folder)
     limit_s = config.get("hung_after_s", Resources().hung_after_s)
-    with pulse.Pulse(folder, rank, world_size, limit_s, compiles=trial.train.compile) as alive:
+    attempt = str(config.get("attempt", os.getpid()))
+    with pulse.Pulse(folder, rank, world_size, limit_s, attempt, compiles=trial.train.compile) as alive:
         yield from _trained(trial, Path(config["results"]), folder, rank, world_size, device, alive, hung)
 
 

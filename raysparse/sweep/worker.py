@@ -18,6 +18,7 @@ from raysparse.sweep.trainable import failure, train_rank
 DRIVER = {"memory": 256 * 2**20}  # bytes; Tune refuses a bundle of nothing
 # What a rank's collective says when another rank is gone. A trial's own error that has one of these words is tried a
 # few times more before it is told.
+OTHERS_LOST = "a rank was lost: the others found its connection closed"
 BROKEN = ("closed by peer", "reset by peer", "broken pipe", "refused", "nccl", "gloo", "timed out", "timeout", "socket")
 
 
@@ -32,16 +33,17 @@ def train(config: dict[str, Any]) -> None:
     folder = Path(config["results"]) / "trials" / config["trial_id"]
     gpus, lost, furthest = config["gpus_per_worker"], 0, _saved(config)
     while True:
+        attempt = time.time_ns()
         trainer = TorchTrainer(
             train_loop,
-            train_loop_config=config,
+            train_loop_config=config | {"attempt": attempt},
             scaling_config=ScalingConfig(
                 num_workers=config["workers"],
                 use_gpu=gpus > 0,
                 resources_per_worker={"CPU": config["cpus_per_worker"], **({"GPU": gpus} if gpus else {})},
             ),
             run_config=RunConfig(
-                name=f"train-{config['trial_id']}-{time.time_ns()}",
+                name=f"train-{config['trial_id']}-{attempt}",
                 storage_path=str(Path(config["results"]) / "train"),
                 callbacks=[TuneReportCallback()],
                 failure_config=FailureConfig(max_failures=0),  # here: only a lost worker is worth another start
@@ -72,7 +74,7 @@ def _lost_because(error: BaseException) -> str:
         if isinstance(cause, NodeGoes):
             return str(cause)
     gone = {rank: exit_detail(str(cause)) for rank, cause in causes.items() if isinstance(cause, RayActorError)}
-    return "; ".join(f"rank {rank} was lost: {how}" for rank, how in gone.items()) or "a rank was lost"
+    return "; ".join(f"rank {rank} was lost: {how}" for rank, how in gone.items()) or OTHERS_LOST
 
 
 def _saved(config: dict[str, Any]) -> str:

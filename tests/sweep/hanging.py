@@ -92,6 +92,7 @@ def main(results: str, trial_id: str, rank: int, ranks: int, how: str) -> None:
 
     out = sys.__stdout__ = os.fdopen(os.dup(1), "w")  # the trial's log takes the other one
     told = {"trial_id": trial_id, "results": results, "hung_after_s": LIMIT_S}
+    told |= {"attempt": "1"} if ranks > 1 else {}
     train_rank(told, say, rank=rank, world_size=ranks)
     out.flush()
     distributed.end_process()

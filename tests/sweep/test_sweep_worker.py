@@ -18,7 +18,7 @@ from raysparse.sweep import trial_log, tuner
 from raysparse.sweep.board import Board
 from raysparse.sweep.journal import Event, read
 from raysparse.sweep.leaving import NodeGoes
-from raysparse.sweep.worker import _lost_because, _raised
+from raysparse.sweep.worker import OTHERS_LOST, _lost_because, _raised
 from raysparse.train import run, state
 
 STEPS, EVERY = 60, 20
@@ -64,10 +64,10 @@ def test_two_workers_train_past_the_loss_and_the_hang_of_one_and_an_error_is_not
     assert states == {dense: ("COMPLETED", STEPS), static: ("FAILED", 0), rigl: ("COMPLETED", STEPS)}
     assert str(summary.board.rows[static].reason).startswith(("FileExistsError", "NotADirectoryError"))
     notes = {item.trial_id: str(item.reason) for item in events if item.kind == "note"}
-    assert "rank 1 was lost: " in notes[dense]
-    assert notes[dense].endswith("; started again")
+    # Whether Ray hears of the loss first, or of what it did to the other rank.
+    assert re.match(r"(rank 1 was lost: .*|a rank was lost: the others .*); started again$", notes[dense])
     assert re.match(r"it hung: rank 0 asleep at step \d+ .*; rank 1 stopped at step \d+ for ", notes[rigl])
-    assert "_train_to\n" in trial_log.path_of(out / "trials" / rigl, 1).read_text(), "the stacks"
+    assert " in train_rank\n" in trial_log.path_of(out / "trials" / rigl, 1).read_text(), "the stacks"
 
     check_records(out, summary.board)
     for trial in (trials[0], trials[2]):
@@ -125,7 +125,7 @@ def test_what_a_worker_raises_is_told_from_a_worker_that_is_lost() -> None:
     assert _raised(WorkerGroupError("", {0: broken, 1: ActorDiedError()})) is None
     gone = WorkerGroupError("", {0: broken, 1: RayActorError(error_msg="Worker exit detail: out of memory.")})
     assert _lost_because(gone) == "rank 1 was lost: out of memory"
-    assert _lost_because(WorkerGroupError("", {0: broken})) == "a rank was lost"
+    assert _lost_because(WorkerGroupError("", {0: broken})) == OTHERS_LOST
     leaves = NodeGoes("its node is being taken away; saved at step 7")
     assert _lost_because(WorkerGroupError("", {0: leaves, 1: broken})) == str(leaves)
     assert _raised(WorkerGroupError("", {0: leaves})) is None
