@@ -16,9 +16,9 @@ from raysparse.sweep.scheduler import exit_detail
 from raysparse.sweep.trainable import failure, train_rank
 
 DRIVER = {"memory": 256 * 2**20}  # bytes; Tune refuses a bundle of nothing
+OTHERS_LOST = "a rank was lost: the others found its connection closed"
 # What a rank's collective says when another rank is gone. A trial's own error that has one of these words is tried a
 # few times more before it is told.
-OTHERS_LOST = "a rank was lost: the others found its connection closed"
 BROKEN = ("closed by peer", "reset by peer", "broken pipe", "refused", "nccl", "gloo", "timed out", "timeout", "socket")
 
 
