@@ -105,7 +105,8 @@ def print_trial(page: Facts) -> None:
     if page["reports"]:
         console.print(_course(page))
     for item in page["events"]:
-        step = f" at step {item['step']}" if item["step"] else ""
+        where = "after the report of" if item["kind"] == "started" else "at"  # it goes on there or a little later
+        step = f" {where} step {item['step']}" if item["step"] else ""
         print_lines(
             console, f"{_local(item['time'])}  {item['kind']}{step}" + (f": {item['reason']}" * bool(item["reason"]))
         )

@@ -178,7 +178,7 @@ def event_line(item: Event, board: Board) -> str | None:
         case "stage":
             return f"== {item.stage}" + (f": {item.reason}" if item.reason else "")
         case "started":
-            return f"started    {name}" + (f" from step {item.step}" if item.step else "")
+            return f"started    {name}" + (f" after the report of step {item.step}" if item.step else "")
         case "report":
             return f"report     {name}: step {item.step}/{row.total_steps if row else '?'}{fid}"
         case "stopped":

@@ -127,6 +127,9 @@ class Resources(Section):
     cpus_per_worker: float = Field(1, gt=0)
     gpus_per_worker: float = Field(0, ge=0)
     max_concurrent: int | None = Field(None, ge=1)  # None: as many as fit
+    # So long a trial may stand still, asleep and waiting for nothing: then it is started again. 40 s leave time to
+    # write its stacks and to say why within a minute. What works, compiles, or waits for storage has half an hour.
+    hung_after_s: float = Field(40, ge=1)
 
 
 class Storage(Section):
@@ -191,7 +194,7 @@ class Sweep(Section):
     @property
     def digest(self) -> str:
         """Of everything that the sweep computes: two files with the same digest are the same sweep."""
-        content = self.model_dump(mode="json", exclude={"storage"})  # decides no result
+        content = self.model_dump(mode="json", exclude={"storage": True, "resources": {"hung_after_s"}})
         for section, name, default in ADDED:
             if content[section] and content[section][name] == default:
                 del content[section][name]

@@ -204,11 +204,16 @@ class SparseEngine:
         Load the model and the optimizer first. UsageError, with nothing changed: other method or seed, other layers or
         shapes, or other counts of active weights than this engine's settings give.
         """
-        masks = _checked_masks(self, state, self._counts)
-        masks = {name: torch.empty_like(self._masks[name]).copy_(mask) for name, mask in masks.items()}
+        masks = {
+            name: torch.empty_like(self._masks[name]).copy_(mask) for name, mask in self.check_state(state).items()
+        }
         self._gradients, self._masked = {}, False
         self._impose(masks)
         self.step, self.updates, self.replaced = state["step"], state["updates"], state["replaced"]
+
+    def check_state(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The masks of a state that `load_state_dict` would take. UsageError as there; changes nothing."""
+        return _checked_masks(self, state, self._counts)
 
     def _first_mask(self, name: str) -> Tensor:
         weight = self._weights[name]
@@ -313,18 +318,23 @@ def _weights_of(model: nn.Module, optimizer: optim.Optimizer, keep_dense: Iterab
 
 def _checked_masks(engine: SparseEngine, state: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, Tensor]:
     for key in ("method", "seed", "step", "updates", "replaced", "masks"):
-        if key not in state:
+        if not isinstance(state, Mapping) or key not in state:
             raise UsageError(f"the engine state has no {key!r}: it is not one of SparseEngine.state_dict().")
     for key in ("method", "seed"):
         if state[key] != getattr(engine, key):
             raise UsageError(f"the engine state has {key} {state[key]!r}, this engine {getattr(engine, key)!r}.")
     masks: dict[str, Tensor] = state["masks"]
+    counters = [state[key] for key in ("step", "updates", "replaced")]
+    if not all(type(counter) is int and counter >= 0 for counter in counters) or not isinstance(masks, Mapping):
+        raise UsageError("the engine state has a counter that is no count, or masks that are no tensors by name.")
     if missing := sorted(set(counts) - set(masks)):
         raise UsageError(f"the engine state lacks masks of this model: {', '.join(missing)}.")
     if extra := sorted(set(masks) - set(counts)):
         raise UsageError(f"the engine state has masks that this model does not: {', '.join(extra)}.")
     for name, mask in masks.items():
         shape = tuple(engine.masks[name].shape)
+        if not isinstance(mask, Tensor):
+            raise UsageError(f"the saved mask of {name!r} is {type(mask)}, not a tensor.")
         if tuple(mask.shape) != shape or mask.dtype != torch.bool:
             raise UsageError(f"the saved mask of {name!r} is {mask.dtype} {tuple(mask.shape)}, not torch.bool {shape}.")
         if (active := int(mask.count_nonzero())) != counts[name]:

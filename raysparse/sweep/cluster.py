@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from raysparse.errors import UsageError
 from raysparse.space import Resources
 
 WAIT_S = 45.0  # so long a cluster that may grow gets to show enough resources
+SHORT_S = 20.0  # and one that has lost its nodes, before it is said: a spot machine is often followed by another
 
 # Read by Ray when it is imported or started; a value that the user has set stays.
 ENVIRONMENT = {
@@ -97,14 +98,12 @@ def concurrency(resources: Resources) -> int:
     On a cluster that an autoscaler makes larger, what it may still start counts. Another one may be about to be
     joined by its nodes, so one that is too small is asked again for 45 s.
     """
-    import ray
-
     from raysparse.sweep import autoscaling
 
     growing = autoscaling.nodes_at_most() if _can_grow() else None
     deadline = time.monotonic() + (WAIT_S if _can_grow() and growing is None else 0)
     while True:
-        nodes = growing or [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = growing or _alive()
         where = f"the cluster of {len(nodes)} nodes" if len(nodes) > 1 else "this machine"
         try:
             fit = _check_fits(nodes, resources, where)
@@ -132,10 +131,48 @@ def _check_fits(nodes: list[dict[str, float]], resources: Resources, where: str)
         need += f" and {resources.gpus_per_worker:g} GPUs"
         gpus = sum(node.get("GPU", 0) for node in nodes)
         have += f" and {gpus:g} GPUs" if math.isfinite(gpus) else ""
-    raise UsageError(
-        f"one trial needs {need}, but {where} has {have}, room for {slots} such worker{'s' * (slots != 1)}; "
-        "change `resources:` in the sweep file or give a larger cluster"
+    raise NoRoom(
+        f"one trial needs {need}, but {where} has {have}, room for {slots} such worker{'s' * (slots != 1)}",
+        "change `resources:` in the sweep file or give a larger cluster",
     )
+
+
+class NoRoom(UsageError):
+    """Not one trial fits. found: what is needed and what is there."""
+
+    def __init__(self, found: str, todo: str) -> None:
+        super().__init__(f"{found}; {todo}")
+        self.found = found
+
+
+class Shortage:
+    """Said by a sweep that runs: the nodes that are left have room for no trial, and when they have again."""
+
+    def __init__(self, resources: Resources, nodes: Callable[[], list[dict[str, float]]] | None = None) -> None:
+        """nodes: the resources of each node that is alive; None: Ray is asked."""
+        self._resources, self._nodes = resources, nodes or _alive
+        self._since: float | None = None
+        self._said = False
+
+    def __call__(self) -> str | None:
+        """What there is to say now; a shortage that lasts is said once."""
+        nodes = self._nodes()
+        try:
+            _check_fits(nodes, self._resources, f"the cluster of {len(nodes)} node{'s' * (len(nodes) != 1)}")
+        except NoRoom as lack:
+            self._since = time.monotonic() if self._since is None else self._since
+            if self._said or time.monotonic() - self._since < SHORT_S:
+                return None
+            self._said = True
+            return f"no trial can run: {lack.found}; waiting for nodes to join (`ray status` shows what is asked for)"
+        said, self._said, self._since = self._said, False, None
+        return "there is room for trials again" if said else None
+
+
+def _alive() -> list[dict[str, float]]:
+    import ray
+
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _can_grow() -> bool:

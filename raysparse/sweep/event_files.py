@@ -17,6 +17,7 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
+from raysparse.errors import UsageError
 from raysparse.results import Report, report_from
 from raysparse.sweep.board import Ledger, Row
 from raysparse.sweep.trainable import read_reports, with_samples
@@ -39,7 +40,7 @@ class EventFiles(Callback):  # type: ignore[misc]
         try:
             for report in self._unwritten(row, result):
                 self._write(row, report)
-        except OSError:
+        except (OSError, UsageError):  # a full disk, damaged reports: they show elsewhere
             self._close(row.trial_id)
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **info: Any) -> None:

@@ -4,7 +4,7 @@ sweep.json        the sweep file's whole content, its digest, versions, the comm
 journal.jsonl     every event (journal.py)
 lock              held by the driver that works here
 records/          one Parquet file per trial (raysparse.results)
-trials/<id>/      trial.json, reports.jsonl, samples/ (trainable.py), log.txt (trial_log.py)
+trials/<id>/      trial.json, reports.jsonl, samples/ (trainable.py), log.txt (trial_log.py), hung.txt (pulse.py)
 requests/         what a person asks of a driver that runs (control.py)
 tensorboard/<id>/ event files over optimizer steps (event_files.py)
 metrics/          where Prometheus finds the sweep's nodes (gauges.py)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,13 +108,17 @@ class Reader:
                 self._bytes, self._lines = self._bytes + len(line), self._lines + 1
                 try:
                     data = json.loads(line)
-                    yield Event(**{name: value for name, value in data.items() if name in _FIELDS})
+                    item = Event(**{name: value for name, value in data.items() if name in _FIELDS})
+                    if item.trial_id is not None and not _TRIAL_ID.fullmatch(item.trial_id):
+                        raise ValueError(f"{item.trial_id!r} is no trial's id")  # it names folders: no way out of ours
+                    yield item
                 except (ValueError, TypeError, AttributeError) as error:
                     raise UsageError(
                         f"{self.path}, line {self._lines} is damaged: restore the file from a copy ({error})"
                     ) from error
 
 
+_TRIAL_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _FIELDS = {field.name for field in dataclasses.fields(Event)}
 
 

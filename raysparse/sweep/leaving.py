@@ -87,8 +87,10 @@ def clean_start(folder: Path) -> None:
     (folder / STARTS).unlink(missing_ok=True)
 
 
-def count_start(folder: Path, step: int) -> str | None:
+def count_start(folder: Path, step: int, hung: str | None = None) -> str | None:
     """Note a start from `step`; the reason to give up where STARTS_LIMIT starts from there have ended in a death.
+
+    hung: where the start before this one hung, if it did.
 
     Machines may be lost without end in a sweep of a week; a trial that gets further in between has no part in it.
     """
@@ -100,9 +102,12 @@ def count_start(folder: Path, step: int) -> str | None:
         before = 0
     if before >= STARTS_LIMIT:
         path.unlink()  # an answer to a person's `retry`: it gets as many starts again
+        times = f"its process ended {before} times at or after step {step}"
+        if hung:
+            return f"{times} without getting further; the last time {hung}"
         return (
-            f"its process ended {before} times at or after step {step} without a word and without getting further; "
-            f"out of memory is the usual reason, see {folder / 'log.txt'}"
+            f"{times} without a word and without getting further; out of memory is the usual reason, "
+            f"see {folder / 'log.txt'}"
         )
     write_text(path, json.dumps({"step": step, "starts": before + 1}))
     return None
@@ -114,9 +119,15 @@ class Pause:
     The first call after an interrupt asks the trials; true when all that run have answered, or after ANSWER_S.
     """
 
-    def __init__(self, results: Path, interrupted: Callable[[], bool], running: Callable[[], Iterable[str]]) -> None:
-        """running: the ids of the trials that run now."""
-        self._results, self._interrupted, self._running = results, interrupted, running
+    def __init__(
+        self,
+        results: Path,
+        interrupted: Callable[[], bool],
+        running: Callable[[], Iterable[str]],
+        asked: Callable[[], None] = lambda: None,
+    ) -> None:
+        """running: the ids of the trials that run now. asked: called once, when they are told to save themselves."""
+        self._results, self._interrupted, self._running, self._asked = results, interrupted, running, asked
         self._deadline: float | None = None
 
     def __call__(self) -> bool:
@@ -127,6 +138,7 @@ class Pause:
             for left in (self._results / "trials").glob(f"*/{PAUSED}"):
                 left.unlink(missing_ok=True)
             write_text(self._results / PAUSE, "interrupted\n")
+            self._asked()
         answered = all((self._results / "trials" / name / PAUSED).exists() for name in self._running())
         return answered or time.monotonic() > self._deadline
 

@@ -18,32 +18,38 @@ PASSING = {
 }  # fmt: skip
 
 
-def patiently(work: Callable[[], object], what: str, *, needed: bool) -> bool:
+def patiently(work: Callable[[], object], what: str, *, needed: bool, done: str = "written") -> bool:
     """Do `work`, again after each of DELAYS_S where storage fails. -> whether it was done in the end.
 
     what: `checkpoint of step 40`, for the one message that is said. needed: raise the last error instead of False.
+    done: or read.
     """
     for delay_s in (*DELAYS_S, None):
         try:
             work()
         # safetensors says I/O errors as its own class
         except (OSError, safetensors.SafetensorError) as error:
-            if isinstance(error, OSError) and error.errno not in PASSING:
+            if isinstance(error, OSError) and not passing(error):
                 raise  # a mistake, such as a file where a folder should be: it will not pass
             if delay_s is None:
                 if needed:
                     raise
-                _say(f"{what} could not be written ({_reason(error)}); the trial goes on without it")
+                _say(f"{what} could not be {done} ({_reason(error)}); the trial goes on without it")
                 return False
             if delay_s == DELAYS_S[0]:
                 _say(
-                    f"{what} could not be written ({_reason(error)}); trying again for {sum(DELAYS_S):.0f} s: free "
+                    f"{what} could not be {done} ({_reason(error)}); trying again for {sum(DELAYS_S):.0f} s: free "
                     "some space or bring the storage back"
                 )
             time.sleep(delay_s)
         else:
             return True
     raise AssertionError
+
+
+def passing(error: BaseException | None) -> bool:
+    """Whether it is storage that may come back."""
+    return isinstance(error, OSError) and error.errno in PASSING
 
 
 def _reason(error: Exception) -> str:

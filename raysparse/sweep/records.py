@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from raysparse import results as records
+from raysparse.errors import UsageError
 from raysparse.results import Facts, Report
 from raysparse.sweep import control
 from raysparse.sweep.board import Ledger, Row
@@ -23,8 +25,17 @@ FactsOf = Callable[[Row], Facts]
 class Records(Callback):  # type: ignore[misc]
     """Writes what the ledger says; `interrupted` is asked between two steps of Tune's loop and ends it."""
 
-    def __init__(self, ledger: Ledger, results: Path, facts_of: FactsOf, interrupted: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        ledger: Ledger,
+        results: Path,
+        facts_of: FactsOf,
+        interrupted: Callable[[], bool],
+        shortage: Callable[[], str | None] = lambda: None,
+    ) -> None:
+        """shortage: asked with each sign of life; what it says is noted in the journal."""
         self._ledger, self._results, self._facts_of, self._interrupted = ledger, results, facts_of, interrupted
+        self._shortage = shortage
         self._beat = 0.0  # when the next sign of life is due
         self._reports: dict[str, dict[int, Report]] = {}  # of open trials
 
@@ -54,6 +65,8 @@ class Records(Callback):  # type: ignore[misc]
         if time.monotonic() > self._beat:
             self._beat = time.monotonic() + control.HEARTBEAT_S
             control.beat(self._results)
+            if said := self._shortage():
+                self._ledger.add(event("note", reason=said))
         if self._interrupted():
             raise KeyboardInterrupt
 
@@ -85,7 +98,8 @@ class Records(Callback):  # type: ignore[misc]
         if row.trial_id not in self._reports:
             path = self._results / "records" / f"{row.trial_id}.parquet"
             found = records.reports_of(records.read_trial(path)) if path.is_file() else []
-            found += read_reports(self._results / "trials" / row.trial_id)
+            with contextlib.suppress(UsageError):  # damaged: the trial itself fails with it
+                found += read_reports(self._results / "trials" / row.trial_id)
             self._reports[row.trial_id] = {report.step: report for report in found if report.step in row.fids}
         return self._reports[row.trial_id]
 

@@ -16,6 +16,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
 from raysparse.space import Asha
+from raysparse.sweep import pulse
 from raysparse.sweep.board import Ledger, Row
 from raysparse.sweep.journal import event
 
@@ -94,6 +95,9 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
         row = self._row(trial)
         if not row.open:  # a worker that was restarted after the decision
             return str(TrialScheduler.STOP)
+        if result.get("note"):
+            self._add("note", row, reason=result["note"])
+            return str(TrialScheduler.CONTINUE)
         step = int(result["step"])
         if result.get("failed"):
             self._add("failed", row, step=step if result.get("diverged") else None, reason=result["failed"])
@@ -135,7 +139,9 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
         row = self._row(trial)
         if not row.open:
             return
-        reason = f"its process was lost: {lost_because(trial)}"
+        results = self._ledger.board.folder
+        hung = pulse.hung(results / "trials" / row.trial_id) if results else None
+        reason = hung or lost_because(trial)
         if trial.should_recover():
             self._add("note", row, reason=f"{reason}; started again")
         else:
@@ -166,12 +172,20 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
 
 
 def lost_because(trial: Trial) -> str:
-    """What Ray says of the process that a trial lost."""
+    """How a trial lost its process: in its own words, where it had the time for some, else in Ray's."""
     try:
         text = Path(trial.error_file).read_text(encoding="utf-8")
     except OSError:
-        return "Ray does not say why"
-    return last_line(text.rpartition("Worker exit detail:")[2].partition(" Some common causes")[0]).rstrip(".")
+        return "its process was lost: Ray does not say why"
+    left = last_line(text).partition("NodeGoes: ")[2]
+    return left or f"its process was lost: {exit_detail(text)}"
+
+
+def exit_detail(error: str) -> str:
+    """Of Ray's error about a process that ended: the part that says how."""
+    if "Worker exit detail:" not in error and "is unavailable" in error:
+        return "neither it nor its node answers"  # Ray says it in 400 letters of RPC
+    return last_line(error.rpartition("Worker exit detail:")[2].partition(" Some common causes")[0]).rstrip(".")
 
 
 def last_line(error: BaseException | str) -> str:

@@ -34,8 +34,9 @@ from raysparse import config as settings
 from raysparse.errors import UsageError
 from raysparse.files import atomic_path
 from raysparse.results import Report
-from raysparse.sweep import leaving, trial_log
-from raysparse.sweep.patience import patiently
+from raysparse.space import Resources
+from raysparse.sweep import leaving, pulse, trial_log
+from raysparse.sweep.patience import passing, patiently
 from raysparse.sweep.scheduler import last_line
 
 KEEP_CHECKPOINTS = 2  # the last, and the one before in case the last is damaged
@@ -83,35 +84,63 @@ def failure(folder: Path, error: BaseException) -> Metrics:
 
 
 def _metrics(config: dict[str, Any], folder: Path, rank: int, world_size: int, device: str) -> Iterator[Metrics]:
+    trial = settings.parse(json.loads((folder / "trial.json").read_text(encoding="utf-8")), config["trial_id"])
+    hung = pulse.hung(folder)
+    limit_s = config.get("hung_after_s", Resources().hung_after_s)
+    attempt = str(config.get("attempt", os.getpid()))
+    with pulse.Pulse(folder, rank, world_size, limit_s, attempt, compiles=trial.train.compile) as alive:
+        yield from _trained(trial, Path(config["results"]), folder, rank, world_size, device, alive, hung)
+
+
+def _trained(
+    trial: settings.TrialConfig,
+    results: Path,
+    folder: Path,
+    rank: int,
+    world_size: int,
+    device: str,
+    alive: pulse.Pulse,
+    hung: str | None,
+) -> Iterator[Metrics]:
     from raysparse.train import setup, state
 
-    trial = settings.parse(json.loads((folder / "trial.json").read_text(encoding="utf-8")), config["trial_id"])
     trainer = setup.build(trial, device=device, rank=rank, world_size=world_size)
-    results = Path(config["results"])
     checkpoints = results / "checkpoints" / trial.trial_id
     load_latest(trainer, checkpoints, removes=rank == 0)
-    if rank == 0 and (reason := leaving.count_start(folder, trainer.step)):
+    if trainer.step:
+        trial_log.note(f"goes on from step {trainer.step}")
+    if rank == 0 and (reason := leaving.count_start(folder, trainer.step, hung)):
         raise UsageError(reason)
     trainer.should_stop = leaving.Wish(results)
+    trainer.on_progress = alive.beat
 
     def save() -> None:
         if rank == 0:
-            place = state.at_step(checkpoints, trainer.step)
-            if patiently(lambda: state.save(trainer, place), f"checkpoint of step {trainer.step}", needed=False):
-                state.keep_latest(checkpoints, KEEP_CHECKPOINTS)
+            place, what = state.at_step(checkpoints, trainer.step), f"checkpoint of step {trainer.step}"
+            with alive.waits(f"for the {what}"):
+                if patiently(lambda: state.save(trainer, place), what, needed=False):
+                    state.keep_latest(checkpoints, KEEP_CHECKPOINTS)
+
+    def said(report: Report) -> Iterator[Metrics]:
+        # One that ASHA stops stays here for good: its process trains another trial, or ends.
+        with alive.waits("for the sweep's driver or another rank", without_end=world_size == 1):
+            yield metrics_of(report)
 
     for report in read_reports(folder):
         if report.step <= trainer.step:
-            yield metrics_of(report)
+            yield from said(report)
     for report in trainer.run():
         if rank == 0:
-            patiently(functools.partial(write_report, folder, report), f"report of step {report.step}", needed=True)
+            what = f"report of step {report.step}"
+            with alive.waits(f"for the {what}"):
+                patiently(functools.partial(write_report, folder, report), what, needed=True)
         if not report.diverged:
             save()
-        yield metrics_of(report)
+        yield from said(report)
     if trainer.totals.reason is None and trainer.totals.reported < trial.train.steps:  # it was asked to stop
         save()
-        leaving.leave(results, folder, trainer.step, answers=rank == 0)
+        with alive.waits("for the sweep's driver"):
+            leaving.leave(results, folder, trainer.step, answers=rank == 0)
     elif rank == 0:
         leaving.clean_start(folder)
 
@@ -119,18 +148,34 @@ def _metrics(config: dict[str, Any], folder: Path, rank: int, world_size: int, d
 def load_latest(trainer: Any, checkpoints: Path, *, removes: bool) -> None:
     """Put the trainer where its last whole checkpoint is, or leave it at step 0.
 
-    removes: rank 0 also removes what is damaged or half written.
+    removes: rank 0 also removes what is damaged or half written. OSError: storage that failed for minutes; what cannot
+    be read now is no reason to remove it, nor to go back further than the other ranks.
     """
     from raysparse.train import state
 
+    if removes:
+        state.remove_leftovers(checkpoints)
     found = sorted(path for path in checkpoints.glob("step-*") if path.is_dir())
     for path in reversed(found):
         try:
-            state.load(trainer, path)
+            patiently(functools.partial(_load, trainer, path), f"{path}", needed=True, done="read")
             return
-        except UsageError:
+        except UsageError as error:
+            trial_log.note(f"{error}; going back to the checkpoint before it")
             if removes:
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _load(trainer: Any, path: Path) -> None:
+    """UsageError where the checkpoint is damaged, OSError where its storage fails."""
+    from raysparse.train import state
+
+    try:
+        state.load(trainer, path)
+    except UsageError as error:
+        if isinstance(error.__cause__, OSError) and passing(error.__cause__):
+            raise error.__cause__ from None
+        raise
 
 
 def metrics_of(report: Report) -> Metrics:
@@ -159,11 +204,19 @@ def write_report(folder: Path, report: Report) -> None:
 
 
 def read_reports(folder: Path, *, samples: bool = True) -> list[Report]:
-    """The reports that a trial has kept, by step."""
+    """The reports that a trial has kept, by step. UsageError naming the line that is damaged."""
     path = folder / "reports.jsonl"
     if not path.is_file():
         return []
-    reports = [Report(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    reports = []
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        try:
+            reports.append(Report(**json.loads(line)))
+        except (ValueError, TypeError, RecursionError) as error:
+            raise UsageError(
+                f"{path}, line {number} is damaged ({last_line(error)}): restore it from a copy; or remove it and the "
+                f"trial's folder in checkpoints, and the trial begins anew"
+            ) from None
     return [with_samples(folder, report) for report in reports] if samples else reports
 
 

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from raysparse.sweep import leaving
+
 Train = TypeVar("Train", bound=Callable[..., None])
 
 LIMIT_BYTES = 256 * 2**10  # then the older half goes
@@ -44,6 +46,9 @@ def kept(train_rank: Train) -> Train:
             note(f"process {os.getpid()} on {platform.node()} begins, rank {rank}")
             try:
                 train_rank(config, noted, rank=rank, **more)
+            except leaving.NodeGoes as gone:
+                note(str(gone))
+                raise
             except Exception:
                 note(traceback.format_exc())
                 raise
@@ -70,6 +75,11 @@ def note(text: str) -> None:
     if _active:
         with contextlib.suppress(OSError):
             os.write(_active[0].log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n".encode(errors="replace"))
+
+
+def descriptor() -> int | None:
+    """Of the log that is open, for what writes there from a signal's handler; None where there is none."""
+    return _active[0].log if _active else None
 
 
 @contextlib.contextmanager

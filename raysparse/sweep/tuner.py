@@ -191,6 +191,7 @@ def _stage(
     guard: Guard,
 ) -> None:
     """One stage to its end, or until interrupted."""
+    from raysparse.sweep.cluster import Shortage
     from raysparse.sweep.event_files import EventFiles
     from raysparse.sweep.gauges import Gauges
     from raysparse.sweep.records import Records
@@ -198,8 +199,14 @@ def _stage(
 
     _plan(stage, sweep, ledger)
     facts = functools.cache(functools.partial(_facts, sweep, command, ledger))
-    pause = Pause(results, interrupted, lambda: _running(ledger))
-    callback = Records(ledger, results, lambda row: facts(row.trial_id), pause)
+
+    def asked() -> None:
+        why = guard.reached() or "interrupted"
+        reason = f"{why}: the trials that run save themselves, for a minute at most; Ctrl-C ends without that"
+        ledger.add(event("note", stage=stage, reason=reason))
+
+    pause = Pause(results, interrupted, lambda: _running(ledger), asked)
+    callback = Records(ledger, results, lambda row: facts(row.trial_id), pause, Shortage(sweep.resources))
     callback.repair()
     if stage == "confirm" and not any(row.open for row in ledger.board.of_stage(stage)):
         return
@@ -269,6 +276,7 @@ def _tune_config(sweep: Sweep, results: Path, row: Row) -> dict[str, Any]:
         "workers": resources.workers,
         "cpus_per_worker": resources.cpus_per_worker,
         "gpus_per_worker": resources.gpus_per_worker,
+        "hung_after_s": resources.hung_after_s,
         **row.point,
     }
 

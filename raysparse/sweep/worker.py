@@ -10,10 +10,13 @@ import time
 from pathlib import Path
 from typing import Any
 
+from raysparse.sweep import pulse
 from raysparse.sweep.leaving import STARTS_LIMIT, NodeGoes
+from raysparse.sweep.scheduler import exit_detail
 from raysparse.sweep.trainable import failure, train_rank
 
 DRIVER = {"memory": 256 * 2**20}  # bytes; Tune refuses a bundle of nothing
+OTHERS_LOST = "a rank was lost: the others found its connection closed"
 # What a rank's collective says when another rank is gone. A trial's own error that has one of these words is tried a
 # few times more before it is told.
 BROKEN = ("closed by peer", "reset by peer", "broken pipe", "refused", "nccl", "gloo", "timed out", "timeout", "socket")
@@ -27,18 +30,20 @@ def train(config: dict[str, Any]) -> None:
     from ray.train.v2.api.exceptions import TrainingFailedError
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    folder = Path(config["results"]) / "trials" / config["trial_id"]
     gpus, lost, furthest = config["gpus_per_worker"], 0, _saved(config)
     while True:
+        attempt = time.time_ns()
         trainer = TorchTrainer(
             train_loop,
-            train_loop_config=config,
+            train_loop_config=config | {"attempt": attempt},
             scaling_config=ScalingConfig(
                 num_workers=config["workers"],
                 use_gpu=gpus > 0,
                 resources_per_worker={"CPU": config["cpus_per_worker"], **({"GPU": gpus} if gpus else {})},
             ),
             run_config=RunConfig(
-                name=f"train-{config['trial_id']}-{time.time_ns()}",
+                name=f"train-{config['trial_id']}-{attempt}",
                 storage_path=str(Path(config["results"]) / "train"),
                 callbacks=[TuneReportCallback()],
                 failure_config=FailureConfig(max_failures=0),  # here: only a lost worker is worth another start
@@ -50,12 +55,26 @@ def train(config: dict[str, Any]) -> None:
         except TrainingFailedError as error:
             raised = _raised(error)
             if raised is not None:
-                tune.report(failure(Path(config["results"]) / "trials" / config["trial_id"], raised))
+                tune.report(failure(folder, raised))
                 return
             # Lost workers start again, without end as long as the trial gets further in between.
             lost, furthest = (1, _saved(config)) if _saved(config) > furthest else (lost + 1, furthest)
             if lost > STARTS_LIMIT:
                 raise
+            reason = pulse.hung(folder) or _lost_because(error)
+            tune.report({"step": 0, "fid": None, "note": f"{reason}; started again"})
+
+
+def _lost_because(error: BaseException) -> str:
+    """Which ranks were lost, and how, as Ray says it."""
+    from ray.exceptions import RayActorError
+
+    causes = _causes(error)
+    for cause in causes.values():
+        if isinstance(cause, NodeGoes):
+            return str(cause)
+    gone = {rank: exit_detail(str(cause)) for rank, cause in causes.items() if isinstance(cause, RayActorError)}
+    return "; ".join(f"rank {rank} was lost: {how}" for rank, how in gone.items()) or OTHERS_LOST
 
 
 def _saved(config: dict[str, Any]) -> str:
@@ -89,11 +108,16 @@ def _raised(error: BaseException) -> BaseException | None:
     from ray.exceptions import RayActorError
     from ray.train.v2._internal.exceptions import RayTrainError  # its public names are subclasses
 
-    failures = list(getattr(error, "worker_failures", {}).values())
-    causes = [getattr(failed, "cause", None) or failed.__cause__ or failed for failed in failures]
+    causes = list(_causes(error).values())
     for cause in causes:
         if isinstance(cause, RayActorError | RayTrainError | NodeGoes):
             return None
         if any(words in str(cause).lower() for words in BROKEN):
             return None
     return causes[0] if causes else None
+
+
+def _causes(error: BaseException) -> dict[int, BaseException]:
+    """Rank -> what ended it."""
+    failures: dict[int, BaseException] = getattr(error, "worker_failures", {})
+    return {rank: getattr(one, "cause", None) or one.__cause__ or one for rank, one in failures.items()}

@@ -91,6 +91,8 @@ class Trainer:
         self.ema = Ema(model, config.train.ema_decay)
         self.masks_reported = engine.masks
         self.should_stop: Callable[[], bool] = lambda: False  # asked between steps; any rank's yes ends `run` early
+        # Told what the rank does, step or evaluation, and at which step, whenever it got on with it.
+        self.on_progress: Callable[[str, int], None] = lambda doing, step: None
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._network: nn.Module = model
         if config.train.compile:
@@ -133,6 +135,7 @@ class Trainer:
         while self.step < target and not self._lost():
             start = time.perf_counter()
             self._recent.append(self._train_step())
+            self.on_progress("step", self.step)
             stop = False
             if self.step % self._look_steps == 0 or self.step == target:
                 stop = self._look()
@@ -239,7 +242,7 @@ class Trainer:
         found: Evaluation | None = None
         if totals.reason is None:
             start = time.perf_counter()
-            found = self.evaluator.evaluate(self.ema.evaluation_model(), self.should_stop)
+            found = self.evaluator.evaluate(self.ema.evaluation_model(), self._asked_in_evaluation)
             if found is None:
                 return None
             found = distributed.from_rank_0(found, self.world_size)
@@ -276,6 +279,10 @@ class Trainer:
         totals.loss_sum, totals.loss_steps, totals.reported = 0.0, 0, self.step
         self.masks_reported = self.engine.masks
         return distributed.from_rank_0(report, self.world_size)
+
+    def _asked_in_evaluation(self) -> bool:
+        self.on_progress("evaluation", self.step)
+        return self.should_stop()
 
     def _changed(self) -> float:
         """Share of the active connections that were not active at the last report."""

@@ -18,11 +18,10 @@ from raysparse import config as configs
 from raysparse import plugins
 from raysparse.config import TrialConfig
 from raysparse.errors import UsageError
-from raysparse.train import checks, state
+from raysparse.train import checks, fits, state
 
 EXPORTED = "raysparse.json"  # what an exported folder has and a checkpoint has not
 FIRST_STAGE = "first_stage"  # an imported folder brings its own, as diffusers has it
-_NAMED = 3  # so many names in a message are enough
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ def latest(path: Path) -> Path:
     """The checkpoint that a user means by `path`. UsageError where there is not exactly one trial."""
     found = find(path)
     if len(found) > 1:
-        some = ", ".join(str(folder.parent) for folder in found[:_NAMED])
+        some = ", ".join(str(folder.parent) for folder in found[: fits.NAMED])
         raise UsageError(f"{path} holds {len(found)} trials; give the folder of one, such as {some}")
     return found[0]
 
@@ -110,7 +109,7 @@ def model_of(trial: TrialConfig, weights: Mapping[str, Tensor], masks: Mapping[s
     module, options = plugins.load("models", trial.model.name), checks.model_options(trial)
     with torch.device("meta"):  # what does not fit is found before memory is taken for it
         outline: nn.Module = module.build(options, seed=trial.seed)
-    _check_state(outline.state_dict(), weights, f"{where}: these are no weights of model {trial.model.name!r}")
+    fits.check_state(outline.state_dict(), weights, f"{where}: these are no weights of model {trial.model.name!r}")
     _check_masks(dict(outline.named_parameters()), weights, masks, where)
     model: nn.Module = module.build(options, seed=trial.seed)
     model.load_state_dict(dict(weights))
@@ -123,36 +122,18 @@ def _with_own_first_stage(config: Mapping[str, Any], place: Path) -> Mapping[str
     return configs.with_value(config, "first_stage.weights", str(own)) if own.is_dir() else config
 
 
-def _check_state(expected: Mapping[str, Tensor], got: Mapping[str, Tensor], what: str) -> None:
-    for problem, names in (("missing", expected.keys() - got.keys()), ("unknown", got.keys() - expected.keys())):
-        if names:
-            raise UsageError(f"{what}: {problem} {_some(names)}; the settings beside them must be those they had")
-    for name, tensor in expected.items():
-        mine, theirs = _kind(tensor), _kind(got[name])
-        if mine != theirs:
-            raise UsageError(f"{what}: {name!r} is {theirs}, the model's is {mine}")
-
-
 def _check_masks(
     parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], where: str
 ) -> None:
     if unknown := masks.keys() - parameters.keys():
-        raise UsageError(f"{where}: masks of weights that the model does not have: {_some(unknown)}")
+        raise UsageError(f"{where}: masks of weights that the model does not have: {fits.some(unknown)}")
     for name, mask in masks.items():
         if mask.shape != weights[name].shape or mask.dtype != torch.bool:
-            raise UsageError(f"{where}: the mask of {name!r} is {_kind(mask)}, its weight {_kind(weights[name])}")
+            raise UsageError(
+                f"{where}: the mask of {name!r} is {fits.kind(mask)}, its weight {fits.kind(weights[name])}"
+            )
         if bool(weights[name][~mask].count_nonzero()):
             raise UsageError(f"{where}: {name!r} is not 0 outside its mask: they are masks of other weights")
-
-
-def _kind(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _some(names: Any) -> str:
-    ordered = sorted(names)
-    more = f" and {len(ordered) - _NAMED} more" if len(ordered) > _NAMED else ""
-    return ", ".join(map(repr, ordered[:_NAMED])) + more
 
 
 def _steps(trial: Path) -> list[Path]:

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from raysparse.errors import UsageError
 from raysparse.files import TEMPORARY, remove_folder, set_aside
+from raysparse.train import fits
 
 if TYPE_CHECKING:
     from raysparse.train.loop import Trainer
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 FORMAT = 1
 MANIFEST = "manifest.json"
 PARTS = ("weights", "ema", "engine", "optimizer")
+CONTENT = {"trial_id": str, "config": dict, "step": int, "trees": dict, "sha256": dict}  # of every manifest
 
 
 def save(trainer: Trainer, folder: Path) -> Path:
@@ -106,6 +108,7 @@ def load(trainer: Trainer, folder: Path) -> None:
             "trained on; train from a checkpoint of `raysparse train`"
         )
     parts = {part: read(folder, part, content) for part in PARTS}
+    _check_fits(trainer, parts, content, folder)
     trainer.model.load_state_dict(parts["weights"])
     trainer.ema.model.load_state_dict(parts["ema"])
     trainer.optimizer.load_state_dict(parts["optimizer"])
@@ -114,6 +117,21 @@ def load(trainer: Trainer, folder: Path) -> None:
     trainer.masks_reported = {name: mask.to(trainer.device) for name, mask in parts["engine"]["reported"].items()}
     trainer.totals = type(trainer.totals)(**content["totals"])
     trainer.step = content["step"]
+
+
+def _check_fits(trainer: Trainer, parts: Mapping[str, Any], content: Mapping[str, Any], folder: Path) -> None:
+    """Whole files may still be of something else, or made to do harm. UsageError, before anything is loaded."""
+    fits.check_state(trainer.model.state_dict(), parts["weights"], f"{folder}: these are not this model's weights")
+    fits.check_state(trainer.ema.model.state_dict(), parts["ema"], f"{folder}: these are not this model's averages")
+    fits.check_optimizer(trainer.optimizer, parts["optimizer"], f"{folder}: optimizer")
+    engine = parts["engine"]
+    if not isinstance(engine, dict) or engine.keys() != {"engine", "reported"}:
+        raise UsageError(f"{folder}: the part engine is of something else")
+    fits.check_state(trainer.engine.masks, engine["reported"], f"{folder}: these are not this model's masks")
+    trainer.engine.check_state(engine["engine"])
+    fits.check_fields(type(trainer.totals), content.get("totals"), f"{folder}: totals")
+    if not 0 <= content["step"] <= trainer.config.train.steps:
+        raise UsageError(f"{folder}: step {content['step']} is not one of the trial's {trainer.config.train.steps}")
 
 
 def manifest(folder: Path) -> dict[str, Any]:
@@ -126,21 +144,34 @@ def manifest(folder: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError):
         raise UsageError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
     except (KeyError, TypeError):
-        raise UsageError(f"{folder} is no checkpoint: its {MANIFEST} is of something else") from None
-    except (OSError, ValueError) as error:
+        raise _of_something_else(folder) from None
+    except (OSError, ValueError, RecursionError) as error:
         raise _damaged(path, str(error)) from error
     if not intact:
         raise _damaged(path, "its sha256 does not match")
+    if not isinstance(content, dict) or "format" not in content:
+        raise _of_something_else(folder)
     if content["format"] != FORMAT:
         raise UsageError(
             f"{path} has format {content['format']}, this raysparse reads {FORMAT}; use the one that wrote it"
         )
+    if not all(type(content.get(name)) is kind for name, kind in CONTENT.items()):
+        raise _of_something_else(folder)
     return content
 
 
+def _of_something_else(folder: Path) -> UsageError:
+    return UsageError(f"{folder} is no checkpoint: its {MANIFEST} is of something else")
+
+
 def read(folder: Path, part: str, content: Mapping[str, Any]) -> Any:
-    """One part of a checkpoint, as it was written. content: its manifest. UsageError where the file is damaged."""
-    return _unpack(content["trees"][part], _tensors(folder, part, content["sha256"]))
+    """One part of a checkpoint, as it was written. content: its manifest. UsageError where the file is damaged, or the
+    manifest tells of it what cannot be."""
+    tensors = _tensors(folder, part, content["sha256"])
+    try:
+        return _unpack(content["trees"][part], tensors)
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise UsageError(f"{folder / MANIFEST} does not describe {part}.safetensors: {error!r}") from None
 
 
 def at_step(parent: Path, step: int) -> Path:
@@ -153,12 +184,15 @@ def latest(parent: Path) -> Path | None:
 
     Removes what an interrupted `save` left behind; only for the one process that writes there.
     """
-    if not parent.is_dir():
-        return None
-    for leftover in parent.glob(f"{TEMPORARY}*"):
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(parent)
     found = sorted(path for path in parent.glob("step-*") if path.is_dir())
     return found[-1] if found else None
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Remove what an interrupted `save` left in a trial's folder; only for the one process that writes there."""
+    for leftover in parent.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def keep_latest(parent: Path, count: int) -> None:
@@ -223,9 +257,12 @@ def _tensors(folder: Path, part: str, hashes: dict[str, str]) -> dict[str, Tenso
         data = path.read_bytes()
     except OSError as error:
         raise _damaged(path, error.strerror or str(error)) from error
-    if _sha256(data) != hashes[path.name]:
+    if _sha256(data) != hashes.get(path.name):
         raise _damaged(path, f"{len(data)} bytes whose sha256 does not match the manifest")
-    tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    try:
+        tensors: dict[str, Tensor] = safetensors.torch.load(data)
+    except Exception as error:  # SafetensorError, and what torch says of a type or shape that it does not have
+        raise _damaged(path, str(error)) from None
     return tensors
 
 

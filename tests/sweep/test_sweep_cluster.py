@@ -6,7 +6,8 @@ import pytest
 
 from raysparse.errors import UsageError
 from raysparse.space import Resources
-from raysparse.sweep.cluster import _check_fits
+from raysparse.sweep import cluster
+from raysparse.sweep.cluster import Shortage, _check_fits
 
 
 @pytest.mark.parametrize(
@@ -31,3 +32,23 @@ def test_what_is_missing_is_said() -> None:
         _check_fits([{"CPU": 2}], Resources(workers=4), "this machine")
     with pytest.raises(UsageError, match=r"1 worker x 1 CPUs and 1 GPUs, but the cluster has 8 CPUs and 0 GPUs"):
         _check_fits([{"CPU": 8}], Resources(gpus_per_worker=1), "the cluster")
+
+
+def test_a_cluster_that_lost_its_nodes_is_said_once_and_so_is_the_end_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes, now = [{"CPU": 0.0}, {"CPU": 1.0}], [0.0]
+    monkeypatch.setattr(cluster.time, "monotonic", lambda: now[0])
+    shortage = Shortage(Resources(), lambda: list(nodes))
+    assert shortage() is None
+    lost = nodes.pop()
+    said = []
+    for now[0] in range(0, 100, 10):
+        said.append(shortage())
+    assert said[:2] == [None, None]  # another machine may be on its way
+    assert said[2] == (
+        "no trial can run: one trial needs 1 worker x 1 CPUs, but the cluster of 1 node has 0 CPUs, room for 0 such "
+        "workers; waiting for nodes to join (`ray status` shows what is asked for)"
+    )
+    assert not any(said[3:])
+    nodes.append(lost)
+    assert shortage() == "there is room for trials again"
+    assert shortage() is None

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -123,3 +125,11 @@ def test_a_reader_goes_on_where_it_was_and_never_sees_half_a_line(tmp_path: Path
     path.write_bytes(data)
     kinds += [item.kind for item in reader.fresh()]
     assert kinds == [item.kind for item in events()]
+
+
+@pytest.mark.parametrize("trial_id", ["../../outside", "/tmp/outside", "..", "a/b", "", ["a"], 7])
+def test_a_trials_id_leads_to_no_folder_outside(tmp_path: Path, trial_id: Any) -> None:
+    line = {"kind": "started", "time": 1.0, "trial_id": trial_id}
+    (tmp_path / "journal.jsonl").write_text(json.dumps(line) + "\n")
+    with pytest.raises(UsageError, match=r"journal\.jsonl, line 1 is damaged"):
+        list(read(tmp_path / "journal.jsonl"))

@@ -133,7 +133,8 @@ def test_a_wish_is_looked_for_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_driver_waits_for_the_answers_of_those_that_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted: list[bool] = []
-    pause = leaving.Pause(tmp_path, lambda: bool(interrupted), lambda: ["a", "b"])
+    asked: list[int] = []
+    pause = leaving.Pause(tmp_path, lambda: bool(interrupted), lambda: ["a", "b"], lambda: asked.append(1))
     for name in ("a", "b"):
         (tmp_path / "trials" / name).mkdir(parents=True)
         (tmp_path / "trials" / name / leaving.PAUSED).write_text("7\n")  # of an earlier pause
@@ -145,6 +146,7 @@ def test_a_driver_waits_for_the_answers_of_those_that_run(tmp_path: Path, monkey
     for name, over in (("a", False), ("b", True)):
         (tmp_path / "trials" / name / leaving.PAUSED).write_text("9\n")
         assert pause() is over
+    assert asked == [1]
 
     monkeypatch.setattr(leaving, "ANSWER_S", -1.0)
     late = leaving.Pause(tmp_path, lambda: True, lambda: ["a"])

@@ -83,6 +83,6 @@ def test_a_trial_survives_a_disk_that_fails_three_times(
             train_rank(told, lambda metrics, steps=steps: steps.append((metrics["step"], metrics["fid"])))
     assert said["failing"] == said["sound"]
     assert [step for step, _ in said["failing"]] == [2, 4, 6, 8]
-    assert waited[:3] == list(patience.DELAYS_S[:3])
+    assert [seconds for seconds in waited if seconds >= 1] == list(patience.DELAYS_S[:3])
     saved = sorted(path.name for path in (tmp_path / "failing" / "checkpoints" / trial.trial_id).iterdir())
     assert saved == ["step-000000006", "step-000000008"]

@@ -17,7 +17,7 @@ from ray.tune.schedulers.async_hyperband import _Bracket
 from raysparse.space import Asha
 from raysparse.sweep.board import Ledger
 from raysparse.sweep.journal import event
-from raysparse.sweep.scheduler import Rung, Rungs, last_line
+from raysparse.sweep.scheduler import Rung, Rungs, exit_detail, last_line
 
 ASHA = Asha(grace_steps=2, reduction_factor=2)
 
@@ -163,6 +163,14 @@ def test_a_driver_killed_after_any_report_decides_as_if_it_never_was(tmp_path: P
     undisturbed = decisions(tmp_path / "whole", kill=False)
     assert any(said.endswith("STOP") and " 16 " not in said for said in undisturbed)
     assert decisions(tmp_path / "killed", kill=True) == undisturbed
+
+
+def test_how_a_process_ended_in_few_words() -> None:
+    assert exit_detail("The actor died.\n\tWorker exit detail: out of memory. Some common causes: x") == "out of memory"
+    gone = (
+        "The actor 548d is unavailable: RpcError: RPC error: failed to connect to all addresses; rpc_code: 14. The task"
+    )
+    assert exit_detail(gone) == "neither it nor its node answers"
 
 
 def test_the_last_line_that_says_something() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -11,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from raysparse import space
+from raysparse.diffusion import losses
+from raysparse.metrics import fidelity
 from raysparse.space import Sweep
+from raysparse.sweep import patience
 from raysparse.sweep.trainable import claimed, read_reports, train_rank
+from raysparse.train import state
 
 POINT = {"method": "rigl", "sparsity": 0.5, "prune_ratio": 0.5, "update_interval": 2}
 
@@ -79,9 +85,30 @@ def test_a_report_without_its_checkpoint_is_made_again(told: dict[str, Any], tmp
     assert [path.name for path in sorted(checkpoints.iterdir())] == ["step-000000002", "step-000000004"]
     damaged = checkpoints / "step-000000004" / "weights.safetensors"
     damaged.write_bytes(damaged.read_bytes()[:-8])
+    (checkpoints / f"{state.TEMPORARY}x7").mkdir()  # of a process that was killed while it wrote
     again = run(told)
+    assert [path.name for path in sorted(checkpoints.iterdir())] == ["step-000000006", "step-000000008"]
     assert [metrics["step"] for metrics in again] == [2, 4, 6, 8]
     assert fids(again)[:2] == fids(first)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_kept_and_waited_for(
+    told: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(told, kill_at=4)
+    monkeypatch.setattr(patience, "DELAYS_S", (0.0, 0.0))
+    read_bytes, failures = Path.read_bytes, [5, 5]
+
+    def fails_twice(path: Path) -> bytes:
+        if path.name == "ema.safetensors" and failures:
+            raise OSError(failures.pop(), "Input/output error")
+        return read_bytes(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fails_twice)
+    run(told)
+    log = (tmp_path / "trials" / told["trial_id"] / "log.txt").read_text()
+    assert "step-000000004 could not be read (Input/output error); trying again" in log
+    assert log.count("goes on from step 4\n") == 1
 
 
 def test_what_a_trial_raises_is_its_last_report(told: dict[str, Any], tmp_path: Path) -> None:
@@ -91,6 +118,30 @@ def test_what_a_trial_raises_is_its_last_report(told: dict[str, Any], tmp_path: 
     assert last["failed"].startswith(("FileExistsError", "NotADirectoryError"))
     assert last["fid"] is None
     assert "Traceback" in (folder / "error.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("place", "name", "value", "reason"),
+    [
+        (fidelity, "fid", math.nan, "FID became nan at step 2"),
+        (fidelity, "fid", math.inf, "FID became inf at step 2"),
+        (losses, "eps_mse", torch.tensor(math.nan, requires_grad=True), "loss became nan at step 1"),
+    ],
+)
+def test_a_number_that_is_none_ends_the_trial_with_its_reason_and_no_fid(
+    told: dict[str, Any], monkeypatch: pytest.MonkeyPatch, place: Any, name: str, value: Any, reason: str
+) -> None:
+    monkeypatch.setattr(place, name, lambda *words: value * 1)
+    (last,) = run(told)
+    assert (last["failed"], last["diverged"], last["fid"]) == (reason, True, None)
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"step": 2}', '{"step": "__import__"}', "\udcff", "[" * 10**5])
+def test_damaged_reports_fail_the_trial_by_name(told: dict[str, Any], tmp_path: Path, line: str) -> None:
+    path = tmp_path / "trials" / told["trial_id"] / "reports.jsonl"
+    path.write_bytes(line.encode(errors="surrogateescape") + b"\n")
+    (last,) = run(told)
+    assert f"{path}, line 1 is damaged" in last["failed"]
 
 
 def test_a_settings_file_that_is_no_trial_is_said_without_a_class_name(told: dict[str, Any], tmp_path: Path) -> None:

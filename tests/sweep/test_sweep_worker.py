@@ -3,56 +3,118 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from driven import check_records, driver, files, no_step_back, processes, wait_for
 
-from raysparse import results as records
 from raysparse import space
 from raysparse.space import Sweep
-from raysparse.sweep import tuner
+from raysparse.sweep import trial_log, tuner
+from raysparse.sweep.board import Board
 from raysparse.sweep.journal import Event, read
-from raysparse.sweep.worker import _raised
+from raysparse.sweep.leaving import NodeGoes
+from raysparse.sweep.worker import OTHERS_LOST, _lost_because, _raised
+from raysparse.train import run, state
+
+STEPS, EVERY = 60, 20
+
+
+def process_of(out: Path, trial_id: str, rank: int) -> int:
+    """Of a trial's rank, as its log has it."""
+    log = trial_log.path_of(out / "trials" / trial_id, rank).read_text()
+    return int(re.findall(rf" process (\d+) on .* begins, rank {rank}", log)[-1])
 
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_two_workers_train_a_trial_past_the_loss_of_one_and_an_error_is_not_tried_again(
+@pytest.mark.timeout(600)
+def test_two_workers_train_past_the_loss_and_the_hang_of_one_and_an_error_is_not_tried_again(
     tmp_path: Path, sweep_of: Callable[..., Sweep], ray_home: Path
 ) -> None:
-    sweep = sweep_of(search=None, grid={"rigl": {"sparsity": [0.5], "update_interval": [2]}}, confirm=None)
-    sweep = sweep.model_copy(update={"resources": sweep.resources.model_copy(update={"workers": 2})})
+    grid = {"static": {"sparsity": [0.5]}, "rigl": {"sparsity": [0.5], "update_interval": [7]}}
+    base: dict[str, Any] = sweep_of().base
+    base |= {"train": {"steps": STEPS, "batch_size": 8}, "evaluate": base["evaluate"] | {"every_steps": EVERY}}
+    resources = {"workers": 2, "hung_after_s": 3}
+    sweep = sweep_of(base=base, search=None, grid=grid, asha=None, confirm=None, resources=resources)
     out = tmp_path / "out"
-    rigl = space.trial(sweep, space.grid_points(sweep)[1]).trial_id
-
-    killed = []
+    trials = [space.trial(tuner.with_whole_paths(sweep), point) for point in space.grid_points(sweep)]
+    dense, static, rigl = (trial.trial_id for trial in trials)
+    struck: list[str] = []
 
     def on_event(item: Event) -> None:
-        if item.kind == "report" and item.trial_id != rigl and not killed:  # rank 0 of the first trial is lost once
-            killed.append(int((out / "trials" / str(item.trial_id) / "lock").read_text().split()[0]))
-            os.kill(killed[0], signal.SIGKILL)
-        # The second trial's rank 0 finds a file where it wants a folder.
-        if item.kind == "planned" and item.trial_id == rigl:
-            (out / "trials" / rigl).mkdir(parents=True)
-            (out / "trials" / rigl / "samples").touch()
+        trial_id = str(item.trial_id)
+        if item.kind == "planned" and trial_id == static:  # rank 0 finds a file where it wants a folder
+            (out / "trials" / static).mkdir(parents=True)
+            (out / "trials" / static / "samples").touch()
+        if item.kind == "report" and item.step == EVERY and trial_id not in struck:
+            struck.append(trial_id)  # in its next step, rank 1 is gone, or stands still
+            how = {dense: signal.SIGKILL, rigl: signal.SIGSTOP}[trial_id]
+            os.kill(process_of(out, trial_id, 1), how)
 
     summary = tuner.run(sweep, out, command="", on_event=on_event, num_cpus=2, temp_dir=ray_home)
-    assert killed
-    steps = [item.step for item in read(out / "journal.jsonl") if item.fid is not None]
-    assert steps == sorted(set(steps)), "no step twice and none back"
-    dense, failed = summary.board.rows.values()
-    assert (dense.state, dense.step) == ("COMPLETED", 8), dense.reason
-    rows = records.read_trial(out / "records" / f"{dense.trial_id}.parquet").to_pylist()
-    assert [row["step"] for row in rows] == [2, 4, 6, 8]
-    assert {row["world_size"] for row in rows} == {2}
-    assert (failed.state, failed.step) == ("FAILED", 0)
-    assert str(failed.reason).startswith(("FileExistsError", "NotADirectoryError"))
+    assert struck == [dense, rigl]
+    events = list(read(out / "journal.jsonl"))
+    no_step_back(events)
+    states = {row.trial_id: (row.state, row.step) for row in summary.board.rows.values()}
+    assert states == {dense: ("COMPLETED", STEPS), static: ("FAILED", 0), rigl: ("COMPLETED", STEPS)}
+    assert str(summary.board.rows[static].reason).startswith(("FileExistsError", "NotADirectoryError"))
+    notes = {item.trial_id: str(item.reason) for item in events if item.kind == "note"}
+    # Whether Ray hears of the loss first, or of what it did to the other rank.
+    assert re.match(r"(rank 1 was lost: .*|a rank was lost: the others .*); started again$", notes[dense])
+    assert re.match(r"it hung: rank 0 asleep at step \d+ .*; rank 1 stopped at step \d+ for ", notes[rigl])
+    assert " in train_rank\n" in trial_log.path_of(out / "trials" / rigl, 1).read_text(), "the stacks"
+
+    check_records(out, summary.board)
+    for trial in (trials[0], trials[2]):
+        run.train(trial, tmp_path / "alone", workers=2, device="cpu")
+        found = [state.latest(place / "checkpoints" / trial.trial_id) for place in (out, tmp_path / "alone")]
+        assert files(found[0]) == files(found[1]), "weights, masks, EMA and moments, bit for bit"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_ctrl_c_saves_trials_of_two_workers_a_second_one_ends_at_once_and_both_go_on(
+    tmp_path: Path, sweep_of: Callable[..., Sweep], ray_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAYSPARSE_TEST", str(ray_home))
+    base: dict[str, Any] = sweep_of().base
+    base |= {"train": {"steps": 400, "batch_size": 8}, "evaluate": base["evaluate"] | {"every_steps": 50}}
+    grid: dict[str, Any] = {"dense": {}}
+    sweep = sweep_of(base=base, search=None, grid=grid, asha=None, confirm=None, resources={"workers": 2})
+    out = tmp_path / "out"
+    with driver("run", out, ray_home, sweep) as process:
+        wait_for(out, process, reports=2)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=90) == 130
+    assert not processes(ray_home)
+    (row,) = Board.load(out).rows.values()
+    saved = state.latest(out / "checkpoints" / row.trial_id)
+    assert saved is not None
+    assert state.manifest(saved)["step"] % 50, "between two reports"
+
+    with driver("resume", out, ray_home, sweep) as process:
+        wait_for(out, process, reports=len(row.fids) + 1)
+        began = process.pid
+        os.kill(began, signal.SIGINT)
+        os.kill(began, signal.SIGINT)
+        assert process.wait(timeout=20) == 130
+    summary = tuner.resume(out, num_cpus=2, temp_dir=ray_home)
+    for left in processes(ray_home):
+        os.kill(left, signal.SIGKILL)
+    (row,) = summary.board.rows.values()
+    assert (row.state, sorted(row.fids)) == ("COMPLETED", list(range(50, 401, 50)))
+    no_step_back(list(read(out / "journal.jsonl")))
+    check_records(out, summary.board)
 
 
 def test_what_a_worker_raises_is_told_from_a_worker_that_is_lost() -> None:
-    from ray.exceptions import ActorDiedError
+    from ray.exceptions import ActorDiedError, RayActorError
     from ray.train.v2.api.exceptions import WorkerGroupError
 
     mistake = ValueError("no such class")
@@ -61,3 +123,9 @@ def test_what_a_worker_raises_is_told_from_a_worker_that_is_lost() -> None:
     broken = RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:3")
     assert _raised(WorkerGroupError("", {0: broken})) is None
     assert _raised(WorkerGroupError("", {0: broken, 1: ActorDiedError()})) is None
+    gone = WorkerGroupError("", {0: broken, 1: RayActorError(error_msg="Worker exit detail: out of memory.")})
+    assert _lost_because(gone) == "rank 1 was lost: out of memory"
+    assert _lost_because(WorkerGroupError("", {0: broken})) == OTHERS_LOST
+    leaves = NodeGoes("its node is being taken away; saved at step 7")
+    assert _lost_because(WorkerGroupError("", {0: leaves, 1: broken})) == str(leaves)
+    assert _raised(WorkerGroupError("", {0: leaves})) is None

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import pickle
+import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,32 +17,157 @@ from raysparse.errors import UsageError
 from raysparse.train import setup, state
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Where the first test leaves the checkpoint that all begin with."""
+    return tmp_path_factory.mktemp("made") / "step-000000004"
+
+
 @pytest.fixture
-def checkpoint(tiny, rigl, tmp_path) -> Path:
-    trainer = setup.build(tiny(rigl))
-    next(trainer.run())
-    return state.save(trainer, tmp_path / "trial" / "step-000000004")
+def checkpoint(tiny, rigl, tmp_path, made) -> Path:
+    if not made.exists():
+        trainer = setup.build(tiny(rigl))
+        next(trainer.run())
+        state.save(trainer, made)
+    return shutil.copytree(made, tmp_path / "trial" / made.name)
 
 
 FILES = ["weights.safetensors", "ema.safetensors", "engine.safetensors", "optimizer.safetensors", "manifest.json"]
 
 
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("damage", ["truncated", "one bit", "empty", "absent"])
-def test_damage_is_refused_by_name(tiny, rigl, checkpoint, name, damage):
-    path = checkpoint / name
-    data = bytearray(path.read_bytes())
-    if damage == "absent":
-        path.unlink()
-    else:
-        data[len(data) * 2 // 3] ^= 1
-        path.write_bytes({"truncated": data[: len(data) // 2], "one bit": data, "empty": b""}[damage])
-    trainer = setup.build(tiny(rigl))
-    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
-    with pytest.raises(UsageError, match=name):
-        state.load(trainer, checkpoint)
+def everything(trainer) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = {}
+    state._pack([trainer.step, state._parts(trainer)], "all", tensors)
+    return tensors
+
+
+def assert_refused_unchanged(trainer, folder: Path, message: str) -> None:
+    before = everything(trainer)
+    with pytest.raises(UsageError, match=message):
+        state.load(trainer, folder)
+    after = everything(trainer)
     assert trainer.step == 0
-    assert all(torch.equal(before[key], value) for key, value in trainer.model.state_dict().items())
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_damage_is_refused_by_name(tiny, rigl, checkpoint, name):
+    path, trainer = checkpoint / name, setup.build(tiny(rigl))
+    whole = path.read_bytes()
+    for data in (whole[: len(whole) // 2], whole[:-1], whole + b"x", b"", None):
+        path.unlink(missing_ok=True)
+        if data is not None:
+            path.write_bytes(data)
+        assert_refused_unchanged(trainer, checkpoint, name.replace(".", r"\."))
+    draw = random.Random(0)
+    for _ in range(40):  # single bits, anywhere
+        data = bytearray(whole)
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        path.write_bytes(data)
+        with pytest.raises(UsageError, match=name.replace(".", r"\.")):
+            state.load(trainer, checkpoint)
+    path.write_bytes(whole)
+    state.load(trainer, checkpoint)
+    assert trainer.step == 4
+
+
+def seal(folder: Path, change) -> None:
+    """The manifest changed and its own hash made right, as somebody would who means harm."""
+    path = folder / "manifest.json"
+    content = json.loads(path.read_text())["content"]
+    changed = change(content)
+    content = content if changed is None else changed
+    text = json.dumps(content, sort_keys=True).encode()
+    path.write_text(json.dumps({"content": content, "sha256": state._sha256(text)}))
+
+
+def put(*path, value):
+    """A change of the manifest: this value there."""
+
+    def change(content):
+        place = content
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
+
+    return change
+
+
+def retensor(part, change):
+    """A change of one part's tensors, its hash made right."""
+
+    def changed(content, folder):
+        path = folder / f"{part}.safetensors"
+        tensors = safetensors.torch.load_file(path)
+        change(tensors, next(iter(sorted(tensors))))
+        safetensors.torch.save_file(tensors, path)
+        content["sha256"][path.name] = state._sha256(path.read_bytes())
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: [1], "of something else"),
+        (lambda c: {}, "of something else"),
+        (lambda c: c.pop("trees") and None, "of something else"),
+        (put("step", value="4"), "of something else"),
+        (put("step", value=-3), "step -3 is not one of"),
+        (put("step", value=10**9), "step 1000000000 is not one of"),
+        (put("sha256", value={}), r"weights\.safetensors is damaged"),
+        (put("trees", value={}), "has no weights"),
+        (put("trees", "weights", value={"tensor": "../../etc/passwd"}), r"does not describe weights"),
+        (put("trees", "weights", value={"a": 1, "b": 2}), r"does not describe weights"),
+        (put("trees", "weights", value={"dict": [[{"dict": []}, 1]]}), r"does not describe weights"),
+        (put("trees", "weights", value=[1]), "no tensors by name"),
+        (put("trees", "ema", value={"dict": []}), "averages: missing"),
+        (put("trees", "optimizer", value={"dict": []}), "no state of AdamW"),
+        (put("trees", "engine", value=None), "part engine is of something else"),
+        (put("totals", value={"__class__": "os.system"}), "totals: it has not the fields"),
+        (put("totals", "train_s", value="rm"), "train_s is 'rm', not float"),
+        (lambda c: c["totals"].update(extra=1), "totals: it has not the fields"),
+    ],
+)
+def test_a_hostile_manifest_that_is_whole_is_refused(tiny, rigl, checkpoint, change, message):
+    seal(checkpoint, change)
+    assert_refused_unchanged(setup.build(tiny(rigl)), checkpoint, message)
+
+
+def test_json_that_nests_without_end_is_refused(tiny, rigl, checkpoint):
+    (checkpoint / "manifest.json").write_text('{"content":' + "[" * 10**5)
+    assert_refused_unchanged(setup.build(tiny(rigl)), checkpoint, r"manifest\.json is damaged")
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("weights", lambda t, n: t.update({n: t[n].double()}), "weights: .* is float64"),
+        ("ema", lambda t, n: t.update({n: t[n][:1].contiguous()}), "averages: .* is float32"),
+        (
+            "optimizer",
+            lambda t, n: t.update({n: torch.zeros(2, 2, 2, 2)}),
+            r"of parameter \d+ is float32 \[2, 2, 2, 2\]",
+        ),
+        ("engine", lambda t, n: t.update({n: ~t[n]}), "active weights"),
+        ("engine", lambda t, n: t.update({n: t[n].float()}), "torch.float32"),
+    ],
+)
+def test_hostile_tensors_that_are_whole_are_refused(tiny, rigl, checkpoint, part, change, message):
+    seal(checkpoint, lambda content: retensor(part, change)(content, checkpoint))
+    assert_refused_unchanged(setup.build(tiny(rigl)), checkpoint, message)
+
+
+def test_a_pickle_under_a_checkpoints_name_is_not_run(tiny, rigl, checkpoint, tmp_path):
+    class Runs:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    for data in (pickle.dumps(Runs()), b"\xff" * 64, (2**63).to_bytes(8, "little") + b"{}"):
+        (checkpoint / "weights.safetensors").write_bytes(data)
+        seal(checkpoint, put("sha256", "weights.safetensors", value=state._sha256(data)))
+        assert_refused_unchanged(setup.build(tiny(rigl)), checkpoint, r"weights\.safetensors is damaged")
+    assert not (tmp_path / "ran").exists()
 
 
 def test_another_trial_is_refused_with_the_setting_that_differs(tiny, rigl, checkpoint):

@@ -1,0 +1,111 @@
+"""A cluster of three nodes that loses one, and one that is told that its machine is taken away."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from driven import files
+
+from raysparse import space
+from raysparse.space import Sweep
+from raysparse.sweep import tuner
+from raysparse.sweep.journal import Event, read
+from raysparse.train import run, state
+
+STEPS, EVERY = 1200, 300  # a trial looks for a notice every 5 s
+SMALL_MEMORY = 100_000_000  # bytes of object store per node
+
+
+class Nodes:
+    """A head without work and two workers, processes of this machine."""
+
+    def __init__(self) -> None:
+        from ray.cluster_utils import Cluster
+
+        small = {"object_store_memory": SMALL_MEMORY, "include_dashboard": False}
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+        for _ in range(2):
+            self.add()
+
+    def add(self) -> None:
+        self.cluster.add_node(num_cpus=1, object_store_memory=SMALL_MEMORY)
+
+    def of(self, process: int) -> Any:
+        """The node that a worker process lies on: its raylet is the parent."""
+        parent = int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
+        (found,) = [node for node in self.cluster.worker_nodes if raylet(node) == parent]
+        return found
+
+
+def raylet(node: Any) -> int:
+    (info,) = node.all_processes["raylet"]
+    return int(info.process.pid)
+
+
+@pytest.fixture
+def nodes(ray_home: Path) -> Iterator[Nodes]:
+    found = Nodes()
+    yield found
+    found.cluster.shutdown()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_trial_goes_on_elsewhere_when_its_node_is_lost_or_drained(
+    tmp_path: Path, sweep_of: Callable[..., Sweep], nodes: Nodes
+) -> None:
+    grid = {"rigl": {"sparsity": [0.5], "prune_ratio": [0.5], "update_interval": [100]}}
+    base: dict[str, Any] = sweep_of().base
+    base |= {"train": {"steps": STEPS, "batch_size": 8}, "evaluate": base["evaluate"] | {"every_steps": EVERY}}
+    sweep = sweep_of(base=base, search=None, grid=grid, asha=None, confirm=None, resources={"max_concurrent": 1})
+    out = tmp_path / "out"
+    dense, rigl = (space.trial(sweep, point).trial_id for point in space.grid_points(sweep))
+    struck: list[str] = []
+
+    def on_event(item: Event) -> None:
+        if item.kind != "report" or item.step != EVERY or item.trial_id in struck:
+            return
+        struck.append(str(item.trial_id))
+        process = int((out / "trials" / struck[-1] / "lock").read_text().split()[0])
+        node = nodes.of(process)
+        if item.trial_id == dense:  # the machine is gone, all at once
+            os.kill(raylet(node), signal.SIGKILL)
+            os.kill(process, signal.SIGKILL)
+            nodes.add()
+        else:  # a cloud's notice
+            drain = ["drain-node", "--address", nodes.cluster.address, "--node-id", node.node_id]
+            drain += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+            drain += ["--deadline-remaining-seconds", "60"]
+            subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *drain], check=True, capture_output=True)
+
+    summary = tuner.run(sweep, out, command="", on_event=on_event, address=nodes.cluster.address)
+    assert struck == [dense, rigl]
+    assert {row.state for row in summary.board.rows.values()} == {"COMPLETED"}, [
+        row.reason for row in summary.board.rows.values()
+    ]
+    notes = {item.trial_id: str(item.reason) for item in read(out / "journal.jsonl") if item.kind == "note"}
+    assert went_on(out, dense) == [EVERY]
+    assert notes[dense].startswith("its process was lost: ")
+    assert len(notes[dense]) < 200, "no RPC codes"
+    (step,) = went_on(out, rigl)
+    assert step % EVERY, "saved just in time, between two reports"
+    assert notes[rigl] == f"its node is being taken away; saved at step {step}; started again"
+
+    for trial in (space.trial(tuner.with_whole_paths(sweep), point) for point in space.grid_points(sweep)):
+        run.train(trial, tmp_path / "alone", device="cpu")
+        found = [state.latest(place / "checkpoints" / trial.trial_id) for place in (out, tmp_path / "alone")]
+        assert files(found[0]) == files(found[1]), "bit for bit what an undisturbed run makes"
+
+
+def went_on(out: Path, trial_id: str) -> list[int]:
+    """The steps from which the trial was started again."""
+    text = (out / "trials" / trial_id / "log.txt").read_text()
+    return [int(step) for step in re.findall(r"goes on from step (\d+)", text)]
