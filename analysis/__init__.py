@@ -11,7 +11,10 @@ Reads records only (neither torch nor ray), so it runs wherever the results fold
       by_sparsity, pareto, improvement, prune_ratio, sampling_steps, published_numbers (published/), dynamics, measured,
       layers, masks, importance, rungs, listing, absent; overall.py: across sections
     headline.py   the first paragraph, in plain words
-    report.py     the files: `report.write(results)`; page.py and web/: the page; vector.py: figures as SVG and PDF
+    report.py     the files: `report.write(results)`
+    page.py       the page (web/: its template, style and scripts); table_html, stamp, payload: its tables, the protocol
+                  and commands, the figures as data
+    vector.py     the figures as SVG and PDF, by matplotlib (vector_traces.py); drawing.py: in two processes
     compare.py    two sweeps: `python -m analysis compare A B`
 
 In a notebook:

@@ -54,6 +54,7 @@ class Report:
 
         Where matplotlib is not installed, the figures are in the page alone and `warnings` says so.
         """
+        output.mkdir(parents=True, exist_ok=True)  # a file in its place is found out before the work, not after
         if vector.missing():
             files, text = self._tables(), self.html()
         else:
