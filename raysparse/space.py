@@ -28,7 +28,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from raysparse import config
-from raysparse.config import METHOD_DEFAULTS, Section, TrialConfig
+from raysparse.config import Section, TrialConfig
 from raysparse.errors import UsageError, unknown, usage_error_from
 
 Point = dict[str, Any]  # {"method": "rigl", "sparsity": 0.9, "optimizer.lr": 1e-3, ...}
@@ -192,18 +192,19 @@ def parsed_base(sweep: Sweep) -> TrialConfig:
     shared = sweep.base.get("sparse", {})
     if not isinstance(shared, Mapping):
         raise ValueError(f"base.sparse must be a mapping, got {shared!r}")
+    known = config.all_settings()
     for name in shared:
-        if name not in METHOD_DEFAULTS:
-            raise ValueError("base.sparse: " + unknown("key", name, METHOD_DEFAULTS))
+        if name not in known:
+            raise ValueError("base.sparse: " + unknown("key", name, known))
     return _trial(sweep, {key: value for key, value in sweep.base.items() if key != "sparse"}, "base")
 
 
 def trial(sweep: Sweep, point: Point, *, seed: int | None = None) -> TrialConfig:
     """The trial at a point. Settings in `base.sparse` count for the methods that have them."""
-    data = base_data(sweep, point["method"])
+    data, known = base_data(sweep, point["method"]), config.all_settings()
     for name, value in point.items():
         if name != "method":
-            data = config.with_value(data, f"sparse.{name}" if name in METHOD_DEFAULTS else name, value)
+            data = config.with_value(data, f"sparse.{name}" if name in known else name, value)
     if seed is not None:
         data = {**data, "seed": seed}
     return _trial(sweep, data, f"{sweep.name}, {point}")
@@ -238,11 +239,11 @@ def _trial(sweep: Sweep, data: Mapping[str, Any], where: str) -> TrialConfig:
 
 
 def _check_axes(sweep: Sweep, method: str, axes: Mapping[str, Axis]) -> None:
-    settings = config.method_settings(method)
+    settings, known = config.method_settings(method), config.all_settings()
     for name, axis in axes.items():
-        if name in METHOD_DEFAULTS and name not in settings:
+        if name in known and name not in settings:
             raise ValueError(f"method {method!r} has no axis {name!r}; it has {', '.join(sorted(settings)) or 'none'}")
-        if "." not in name and name not in METHOD_DEFAULTS:
+        if "." not in name and name not in known:
             raise ValueError(
                 f"{method}: " + unknown("axis", name, settings) + "; or a dotted path such as optimizer.lr"
             )

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from pydantic import BaseModel
-from torch import nn
 
 from raysparse import plugins
-from raysparse.config import SparseConfig, TrialConfig
+from raysparse.config import TrialConfig
 from raysparse.diffusion import ddim
 from raysparse.metrics import flops, params
-from raysparse.sparse import allocation, criteria, masks
+from raysparse.sparse import masks
+from raysparse.sparse.gradients import window
+from raysparse.sparse.layout import layout
+from raysparse.sparse.schedules import UpdateSchedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,20 +30,30 @@ class Costs:
     params_total: int
     params_active: int
     paper: flops.Convention
-    dense_gradient_interval: int | None  # ΔTe where growth takes the dense gradient
+    schedule: UpdateSchedule | None  # where growth takes the dense gradient
+    dense_gradients: int  # steps with a dense gradient per update
     update_end_step: int  # no topology update after this step
+    by_element: Sequence[str] = ()  # layers that another pattern leaves to single weights
+    stays_dense: Mapping[str, str] = dataclasses.field(
+        default_factory=dict
+    )  # layers that the pattern leaves dense: why
 
     def inference(self, convention: flops.Convention, *, dense: bool = False) -> float:
         """One sample, all evaluations of the network: DDIM steps as they are done, twice with guidance."""
         densities = None if dense else self.densities
         return flops.inference(self.macs, densities, ddim_steps=evaluations(self.config), convention=convention)
 
-    def train(self, convention: flops.Convention, steps: int, *, dense: bool = False) -> float:
-        """The first `steps` optimizer steps, with the dense gradients that topology updates take."""
+    def train(
+        self, convention: flops.Convention, steps: int, *, dense: bool = False, updates: int | None = None
+    ) -> float:
+        """The first `steps` optimizer steps, with the dense gradients that topology updates take.
+
+        updates: how many there were, where ΔTe follows a schedule; None: as planned, if the FID never stalls.
+        """
         batch_size, growing = self.config.train.batch_size, min(steps, self.update_end_step)
         densities = None if dense else self.densities
 
-        def cost(count: int, interval: int | None) -> float:
+        def cost(count: int, interval: float | None) -> float:
             return flops.train(
                 self.macs,
                 densities,
@@ -49,13 +61,21 @@ class Costs:
                 batch_size=batch_size,
                 convention=convention,
                 dense_gradient_interval=interval,
+                dense_gradients=self.dense_gradients,
             )
 
-        return cost(growing, None if dense else self.dense_gradient_interval) + cost(steps - growing, None)
+        return cost(growing, None if dense else self._interval(growing, updates)) + cost(steps - growing, None)
 
-    def spent(self, steps: int) -> tuple[float, float]:
+    def spent(self, steps: int, updates: int | None = None) -> tuple[float, float]:
         """Training FLOPs of the first `steps` steps: (paper, true)."""
-        return self.train(self.paper, steps), self.train(flops.TRUE, steps)
+        return self.train(self.paper, steps, updates=updates), self.train(flops.TRUE, steps, updates=updates)
+
+    def _interval(self, steps: int, updates: int | None) -> float | None:
+        """ΔTe where growth takes the dense gradient: of a schedule the mean over `steps`; None where it does not."""
+        if self.schedule is None or self.schedule.interval_schedule == "constant":
+            return None if self.schedule is None else self.schedule.interval
+        count = self.schedule.updates(steps) if updates is None else updates
+        return max(1.0, steps / count) if count else None
 
 
 def costs(config: TrialConfig, options: BaseModel, mean_points: float) -> Costs:
@@ -68,8 +88,12 @@ def costs(config: TrialConfig, options: BaseModel, mean_points: float) -> Costs:
     macs = flops.forward_macs(model, inputs, batch=1)
     if inputs["x"].ndim == 3:  # a sketch; of an image all is counted that there is
         macs = {name: count * mean_points / points for name, count in macs.items()}
-    densities = _densities(config.sparse, model)
+    found, settings = None, config.sparse.settings()
     method = plugins.load("methods", config.sparse.method).METHOD
+    if method.sparse:
+        found = layout(model, masks.maskable(model), settings)
+    densities = found.densities() if found else {}
+    grows_by_gradient = method.needs is not None
     return Costs(
         config=config,
         macs=macs,
@@ -78,8 +102,11 @@ def costs(config: TrialConfig, options: BaseModel, mean_points: float) -> Costs:
         params_total=params.count(model),
         params_active=params.active_at(model, densities),
         paper=flops.paper_convention(module),
-        dense_gradient_interval=config.sparse.update_interval if method.grow in criteria.NEEDS_GRADIENT else None,
+        schedule=UpdateSchedule.of(settings, update_end_step(config)) if grows_by_gradient else None,
+        dense_gradients=window(method.needs, getattr(settings, "gradient_momentum", 0.0)),
         update_end_step=update_end_step(config),
+        by_element=found.by_element if found else (),
+        stays_dense=found.dense if found else {},
     )
 
 
@@ -93,12 +120,3 @@ def evaluations(config: TrialConfig) -> int:
 def update_end_step(config: TrialConfig) -> int:
     """No topology update at this optimizer step or after it."""
     return max(1, round((config.sparse.update_end_fraction or 1.0) * config.train.steps))
-
-
-def _densities(sparse: SparseConfig, model: nn.Module) -> dict[str, float]:
-    """Of the layers that the method masks; none where it is dense."""
-    if sparse.sparsity is None or sparse.allocation is None:
-        return {}
-    shapes = masks.shapes(model, masks.maskable(model))
-    groups = getattr(model, "allocation_groups", ())
-    return allocation.densities(shapes, sparsity=sparse.sparsity, allocation=sparse.allocation, groups=groups)

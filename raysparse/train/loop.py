@@ -251,7 +251,9 @@ class Trainer:
                     f"validation loss {found.validation_loss:.4g} at step {self.step} is above {DIVERGED_LOSS:g}"
                 )
         sound = found is not None and totals.reason is None
-        paper, true = self.costs.spent(self.step)
+        if found is not None and sound:
+            self.engine.observe(found.fid)
+        paper, true = self.costs.spent(self.step, self.engine.updates)
         report = Report(
             step=self.step,
             train_loss=train_loss if sound else None,

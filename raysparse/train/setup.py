@@ -221,11 +221,13 @@ def _optimizer(config: TrialConfig, model: torch.nn.Module) -> torch.optim.Optim
 
 
 def _engine(config: TrialConfig, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> SparseEngine:
-    settings = config.sparse.model_dump(exclude_none=True)  # None: the method does not have it
+    settings = config.sparse.settings().model_dump()
     if settings.pop("update_end_fraction", None) is not None:
         settings["update_end_step"] = update_end_step(config)
     group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
-    return SparseEngine(model, optimizer, **settings, seed=config.seed, process_group=group)
+    return SparseEngine(
+        model, optimizer, method=config.sparse.method, **settings, seed=config.seed, process_group=group
+    )
 
 
 def _extractor(config: TrialConfig, device: str) -> Extractor:
