@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from raysparse import plugins, rng
-from raysparse.sparse.masks import highest
+from raysparse.sparse.masks import highest, lowest
 from raysparse.sparse.pattern import Pattern
 
 
@@ -45,25 +45,18 @@ def magnitude(layer: Layer) -> Tensor:
 
 
 def sign_balanced(layer: Layer) -> Tensor:
-    """SET's order (Mocanu et al. 2018): the lowest `count` are the smallest positive and the largest negative weights.
+    """SET's choice (Mocanu et al. 2018): 0 for the smallest positive and the largest negative weights, 1 for the others.
 
-    As many of each sign as it has of the candidates, rounded. Magnitudes are divided by that of the last weight to go
-    of their sign, so that 1 is where both are cut. Zero counts as positive.
+    They are `count`, as many of each sign as it has of the candidates, rounded. Zero counts as positive.
     """
-    weight = layer.weight.detach().double()
-    size = layer.pattern.total(weight.abs())
-    positive = layer.pattern.total(weight) >= 0
+    weight = layer.weight.detach()
+    size, positive = layer.pattern.total(weight.abs()), layer.pattern.total(weight) >= 0
     among = torch.ones_like(positive) if layer.candidates is None else layer.candidates
-    share = int((positive & among).count_nonzero()) / max(1, int(among.count_nonzero()))
-    scores = torch.empty_like(size)
-    up = round(layer.count * share)
-    for sign, count in ((positive, up), (~positive, layer.count - up)):
-        if count == 0:
-            scores[sign] = torch.inf
-            continue
-        last = size[sign & among].nan_to_num(nan=torch.inf).kthvalue(count).values
-        scores[sign] = torch.where(size[sign] == 0, 0.0, size[sign] / last)
-    return scores
+    above, below = positive & among, ~positive & among
+    counts = int(above.count_nonzero()), int(below.count_nonzero())
+    first = max(round(layer.count * counts[0] / max(1, sum(counts))), layer.count - counts[1])
+    chosen = lowest(size, min(first, counts[0]), above) | lowest(size, layer.count - min(first, counts[0]), below)
+    return (~chosen).float()
 
 
 def gradient(layer: Layer) -> Tensor:

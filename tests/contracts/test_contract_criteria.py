@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -48,4 +49,4 @@ def test_a_criterion_scores_units_and_changes_nothing(name, dtype, pattern):
 def test_a_schedule_starts_at_1_and_never_rises(name):
     values = [SCHEDULES[name](Progress(step / 50, step // 10)) for step in range(50)]
     assert values[0] == 1
-    assert all(0 <= later <= earlier <= 1 for earlier, later in zip(values, values[1:], strict=False))
+    assert all(0 <= later <= earlier <= 1 for earlier, later in itertools.pairwise(values))

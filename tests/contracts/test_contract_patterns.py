@@ -44,7 +44,7 @@ def test_units_are_equal_parts_of_a_layer(name):
 @pytest.mark.parametrize("name", plugins.names("patterns"))
 def test_masks_keep_the_pattern_and_the_count(name):
     draw = torch.Generator().manual_seed(1)
-    for shape, pattern in built(name):
+    for _, pattern in built(name):
         total = math.prod(pattern.units)
         count = max(1, total // 2)
         units = pattern.first(torch.rand(pattern.units, generator=draw), count)
