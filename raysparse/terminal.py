@@ -172,7 +172,12 @@ def print_cost(base: TrialConfig, rows: Sequence[dict[str, Any]]) -> None:
             f"{row['flops_inference_true'] / dense['flops_inference_true']:.4f}",
             *(f"{row[name]:.4e}" for name in _COSTS),
         )
-    _wide_console().print(table)
+    console = _wide_console()
+    console.print(table)
+    for layer, why in rows[-1]["layers_dense"].items():
+        console.print(f"{layer} stays dense: {why}", markup=False)
+    for layer in rows[-1]["layers_by_element"]:
+        console.print(f"{layer} is masked by element: it is a convolution with a kernel", markup=False)
 
 
 _COSTS = ("flops_inference_paper", "flops_inference_true", "flops_train_paper", "flops_train_true")

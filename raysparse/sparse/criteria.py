@@ -45,7 +45,7 @@ def magnitude(layer: Layer) -> Tensor:
 
 
 def sign_balanced(layer: Layer) -> Tensor:
-    """SET's choice (Mocanu et al. 2018): 0 for the smallest positive and the largest negative weights, 1 for the others.
+    """SET (Mocanu et al. 2018): 0 for the smallest positive and the largest negative weights, 1 for the others.
 
     They are `count`, as many of each sign as it has of the candidates, rounded. Zero counts as positive.
     """

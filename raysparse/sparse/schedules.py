@@ -73,11 +73,6 @@ class UpdateSchedule:
                 raise UsageError(unknown(what, str(name), SCHEDULES))
             if name in ("cosine", "linear") and self.end is None:
                 raise UsageError(f"{what} {name!r} ends at update_end_step: give update_end_step too.")
-        if self.interval_schedule in ("cosine", "linear") and self.interval_end is None:
-            raise UsageError(
-                f"interval_schedule {self.interval_schedule!r} goes from update_interval to update_interval_end: give "
-                "update_interval_end too, in optimizer steps."
-            )
 
     @classmethod
     def of(cls, settings: Any, end: int | None) -> Self:

@@ -105,6 +105,15 @@ class Dynamic(Sparse):
     def _known_schedule(cls, value: str, info: Any) -> str:
         return _one_of(info.field_name, value, SCHEDULES)
 
+    @model_validator(mode="after")
+    def _an_interval_that_changes_ends_somewhere(self) -> Self:
+        if self.interval_schedule in ("cosine", "linear") and self.update_interval_end is None:
+            raise ValueError(
+                f"interval_schedule {self.interval_schedule!r} goes from update_interval to update_interval_end: give "
+                "update_interval_end too, in optimizer steps."
+            )
+        return self
+
     def relevant(self) -> Self:
         """Without what the two schedules do not use."""
         unused = (

@@ -13,6 +13,8 @@ from raysparse.config import TrialConfig
 from raysparse.data import prepared
 from raysparse.data.sketch import Examples
 from raysparse.errors import UsageError, usage_error_from
+from raysparse.sparse import masks
+from raysparse.sparse.layout import layout
 
 
 def check_settings(config: TrialConfig) -> None:
@@ -30,6 +32,7 @@ def check_settings(config: TrialConfig) -> None:
         )
     prepared.check_options(config.data.name, config.data.options)
     _check_parts(config)
+    _check_pattern(config)
     if config.data.source is not None and not Path(config.data.source).exists():
         raise UsageError(f"data.source {config.data.source} does not exist; give the path of the raw data")
 
@@ -65,6 +68,15 @@ def _check_parts(config: TrialConfig) -> None:
                 f"{name} is {value}, but {config.model.name} has no null class here: use a class-conditional "
                 "latent_unet (model.options.num_classes), or leave it out"
             )
+
+
+def _check_pattern(config: TrialConfig) -> None:
+    """That the method's pattern fits a layer of the model and leaves it the weights that it keeps."""
+    if config.sparse.setting("pattern") in (None, "element"):
+        return
+    with torch.device("meta"):
+        model = plugins.load("models", config.model.name).build(model_options(config), seed=config.seed)
+    layout(model, masks.maskable(model), config.sparse.settings())
 
 
 def null_label(config: TrialConfig) -> int | None:

@@ -116,6 +116,8 @@ def _row(cost: Costs) -> dict[str, Any]:
         "flops_train_paper": cost.train(cost.paper, steps),
         "flops_train_true": cost.train(flops.TRUE, steps),
         "flops_train_dense_true": cost.train(flops.TRUE, steps, dense=True),
+        "layers_dense": dict(cost.stays_dense),
+        "layers_by_element": list(cost.by_element),
     }
 
 
