@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,11 +12,13 @@ from raysparse import plugins
 from raysparse.errors import UsageError
 from raysparse.sparse.agreement import Agreement
 from raysparse.sparse.criteria import CRITERIA, Layer, random
+from raysparse.sparse.dense_weights import CHECK_EVERY, DenseWeights
 from raysparse.sparse.gradients import DenseGradients
 from raysparse.sparse.layout import Layout, layout
 from raysparse.sparse.masks import all_bits, maskable, one_thread, zero_outside
 from raysparse.sparse.method import Method
 from raysparse.sparse.optimizer_state import Undo, clear, keeps_zeros
+from raysparse.sparse.saved_state import checked_masks
 from raysparse.sparse.schedules import Clock, UpdateSchedule
 from raysparse.sparse.settings import given_settings
 
@@ -81,6 +83,7 @@ class SparseEngine:
         self.step = 0  # optimizer steps that were not skipped
         self.updates = 0  # topology updates
         self.replaced = 0  # connections that topology updates made where there was none
+        self._averaged = 0  # updates that the moving average has seen
         self._optimizer = optimizer
         self._mask_weights = not keeps_zeros(optimizer)
         self._agreement = Agreement.of(model, process_group)
@@ -90,12 +93,18 @@ class SparseEngine:
         self._masked = False  # mask_gradients was called for the step that after_step closes
         self._weights: dict[str, nn.Parameter] = {}
         self._layout = NOTHING
+        self._dense: DenseWeights | None = None  # of a method that keeps the weights under its masks
         self._masks: dict[str, Tensor] = {}
         self._bits: dict[str, Tensor] = {}  # the masks as every step needs them: masks.all_bits
         if self._method.sparse:
             self._weights = _weights_of(model, optimizer, keep_dense)
-            self._layout = layout(model, self._weights, self._settings, groups)
-            masks = {name: self._first_mask(name) for name in self._weights}
+            if self._method.straight_through:
+                self._dense = DenseWeights(model, self._weights, self._settings, groups)
+                self._layout = self._dense.layout(0)
+                masks = self._dense.masks(0)
+            else:
+                self._layout = layout(model, self._weights, self._settings, groups)
+                masks = {name: self._first_mask(name) for name in self._weights}
             self._agreement.check(self.step, masks)
             self._impose(masks)
 
@@ -129,12 +138,18 @@ class SparseEngine:
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Zero the gradients of pruned weights, inf and NaN too; keep the dense ones first where growth needs them."""
+        """Zero the gradients of pruned weights, inf and NaN too; keep the dense ones first where growth needs them.
+
+        With a method that keeps weights under its masks these and their gradients come back instead, for the step.
+        """
+        self._masked = True
+        if self._dense is not None:
+            self._dense.show()
+            return
         self._gradients.take(self._clock, self.step + 1, self._weights)
         for name, weight in self._weights.items():
             if weight.grad is not None:
                 zero_outside(weight.grad, self._bits[name])
-        self._masked = True
 
     def after_step(self, skipped: bool = False) -> None:
         """Count the optimizer step and, where one is due, update the topology.
@@ -145,13 +160,17 @@ class SparseEngine:
         masked, self._masked = self._masked, False
         self._gradients.keep(skipped)
         if skipped:
+            if self._dense is not None and masked:
+                self._dense.hide(self._bits)
             return
         if not masked:
             raise UsageError(
                 "after_step() without mask_gradients(): call that after backward(), before optimizer.step()."
             )
         step = self.step + 1
-        if self._mask_weights:
+        if self._dense is not None:
+            self._refresh(self._dense, step)
+        elif self._mask_weights:
             self._clear_pruned()
         if self._clock is not None and self._clock.due(step):
             self._update(step, self._clock.ratio(step), self._gradients.release())
@@ -162,6 +181,24 @@ class SparseEngine:
         """Tell the FID of a report, the same on all ranks: what the schedule `stall` goes by."""
         if self._clock is not None:
             self._clock.observe(fid)
+
+    def average(self, shadow: Mapping[str, Tensor], update: Callable[[], None]) -> None:
+        """Move a moving average of the weights: call it between optimizer.step() and after_step().
+
+        shadow: parameter name -> tensor, masked; update: moves it. Of a method that keeps weights under its masks the
+        dense ones are averaged. Then `after_average`.
+        """
+        if self._dense is not None:
+            self._dense.show_average(shadow)
+        update()
+
+    def after_average(self, shadow: Mapping[str, Tensor]) -> None:
+        """Mask the moving average after after_step(), as the weights are masked."""
+        if self._dense is not None:
+            self._dense.hide_average(shadow, self._bits)
+        elif self.updates != self._averaged:
+            self.apply_to(shadow)
+        self._averaged = self.updates
 
     @torch.no_grad()
     def apply_to(self, tensors: Mapping[str, Tensor]) -> None:
@@ -190,6 +227,8 @@ class SparseEngine:
         if self._clock is not None:
             state["clock"] = self._clock.state_dict()
             state["gradients"] = self._gradients.state_dict()
+        if self._dense is not None:
+            state["hidden"] = self._dense.state_dict()
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -198,14 +237,19 @@ class SparseEngine:
         Load the model and the optimizer first. UsageError, with nothing changed: other method or seed, other layers or
         shapes, or other counts of active weights or patterns than this engine's settings give.
         """
-        masks = _checked_masks(self, state, self._layout)
+        expected = self._layout if self._dense is None else self._dense.layout(state.get("step", 0))
+        masks = checked_masks(self, state, expected)
+        if self._dense is not None:
+            self._dense.load_state_dict(state.get("hidden", {}))
+        self._layout = expected
         masks = {name: torch.empty_like(self._masks[name]).copy_(mask) for name, mask in masks.items()}
         self._gradients.load_state_dict(state.get("gradients", {}), self._weights)
         if self._clock is not None:
             self._clock.load_state_dict(state.get("clock", {}), state["step"])
         self._masked = False
-        self._impose(masks)
+        self._impose(masks, loaded=True)
         self.step, self.updates, self.replaced = state["step"], state["updates"], state["replaced"]
+        self._averaged = self.updates
 
     def _layer(
         self, name: str, step: int, gradient: Tensor | None, candidates: Tensor | None = None, count: int = 0
@@ -291,10 +335,27 @@ class SparseEngine:
         self._masks, self._bits = masks, bits
         return undo.positions  # as many are new as were pruned
 
-    def _impose(self, masks: dict[str, Tensor]) -> None:
+    def _refresh(self, dense: DenseWeights, step: int) -> None:
+        """New masks by magnitude where they are due, and the weights outside them hidden."""
+        if dense.due(step):
+            masks = dense.masks(step)
+            if self.updates % CHECK_EVERY == 0:
+                self._agreement.check(step, masks)
+            self.replaced += sum(int((mask & ~self._masks[name]).count_nonzero()) for name, mask in masks.items())
+            self._masks, self._bits = masks, {name: all_bits(mask) for name, mask in masks.items()}
+            self._layout = dense.layout(step)
+            self.updates += 1
+        dense.hide(self._bits)
+
+    def _impose(self, masks: dict[str, Tensor], loaded: bool = False) -> None:
         """Put first or loaded masks in place and zero all that is outside them."""
         self._masks, self._bits = masks, {name: all_bits(mask) for name, mask in masks.items()}
-        self._clear_pruned()
+        if self._dense is None:
+            self._clear_pruned()
+        elif loaded:
+            self.apply_to(self._weights)
+        else:
+            self._dense.hide(self._bits)
 
     def _clear_pruned(self) -> None:
         for name, weight in self._weights.items():
@@ -320,33 +381,3 @@ def _weights_of(model: nn.Module, optimizer: optim.Optimizer, keep_dense: Iterab
     if not any(id(weight) in optimized for weight in weights.values()):
         raise UsageError("the optimizer holds none of the model's maskable weights: build it from this model.")
     return weights
-
-
-def _checked_masks(engine: SparseEngine, state: Mapping[str, Any], expected: Layout) -> dict[str, Tensor]:
-    counts = expected.counts
-    for key in ("method", "seed", "step", "updates", "replaced", "masks"):
-        if key not in state:
-            raise UsageError(f"the engine state has no {key!r}: it is not one of SparseEngine.state_dict().")
-    for key in ("method", "seed"):
-        if state[key] != getattr(engine, key):
-            raise UsageError(f"the engine state has {key} {state[key]!r}, this engine {getattr(engine, key)!r}.")
-    masks: dict[str, Tensor] = state["masks"]
-    if missing := sorted(set(counts) - set(masks)):
-        raise UsageError(f"the engine state lacks masks of this model: {', '.join(missing)}.")
-    if extra := sorted(set(masks) - set(counts)):
-        raise UsageError(f"the engine state has masks that this model does not: {', '.join(extra)}.")
-    for name, mask in masks.items():
-        shape = tuple(engine.masks[name].shape)
-        if tuple(mask.shape) != shape or mask.dtype != torch.bool:
-            raise UsageError(f"the saved mask of {name!r} is {mask.dtype} {tuple(mask.shape)}, not torch.bool {shape}.")
-        if (active := int(mask.count_nonzero())) != counts[name]:
-            raise UsageError(
-                f"the saved mask of {name!r} has {active} active weights, this engine's settings give {counts[name]}: "
-                f"build it with the same sparsity, allocation and groups."
-            )
-        if active < mask.numel() and not expected.patterns[name].valid(mask):
-            raise UsageError(
-                f"the saved mask of {name!r} does not keep the pattern {engine.pattern!r}: build the engine with the "
-                f"one it was made with."
-            )
-    return masks

@@ -33,6 +33,7 @@ def check_settings(config: TrialConfig) -> None:
     prepared.check_options(config.data.name, config.data.options)
     _check_parts(config)
     _check_pattern(config)
+    _check_stages(config)
     if config.data.source is not None and not Path(config.data.source).exists():
         raise UsageError(f"data.source {config.data.source} does not exist; give the path of the raw data")
 
@@ -77,6 +78,17 @@ def _check_pattern(config: TrialConfig) -> None:
     with torch.device("meta"):
         model = plugins.load("models", config.model.name).build(model_options(config), seed=config.seed)
     layout(model, masks.maskable(model), config.sparse.settings())
+
+
+def _check_stages(config: TrialConfig) -> None:
+    """That the last stage of the method's patterns is reached."""
+    patterns: list[Any] = getattr(config.sparse.settings(), "patterns", list)()
+    needed = (len(patterns) - 1) * (config.sparse.setting("stage_steps") or 0)
+    if len(patterns) > 1 and needed >= config.train.steps:
+        raise UsageError(
+            f"stages {config.sparse.setting('stages')!r} of {config.sparse.setting('stage_steps')} steps each begin "
+            f"the last one at step {needed}, but train.steps is {config.train.steps}; lower stage_steps"
+        )
 
 
 def null_label(config: TrialConfig) -> int | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from pydantic import BaseModel
@@ -14,6 +14,7 @@ from raysparse.config import TrialConfig
 from raysparse.diffusion import ddim
 from raysparse.metrics import flops, params
 from raysparse.sparse import masks
+from raysparse.sparse.dense_weights import stages
 from raysparse.sparse.gradients import window
 from raysparse.sparse.layout import layout
 from raysparse.sparse.schedules import UpdateSchedule
@@ -33,6 +34,7 @@ class Costs:
     schedule: UpdateSchedule | None  # where growth takes the dense gradient
     dense_gradients: int  # steps with a dense gradient per update
     update_end_step: int  # no topology update after this step
+    stages: Sequence[Mapping[str, float]] = ()  # densities of a method whose weights stay dense under its masks
     by_element: Sequence[str] = ()  # layers that another pattern leaves to single weights
     stays_dense: Mapping[str, str] = dataclasses.field(
         default_factory=dict
@@ -51,24 +53,43 @@ class Costs:
         updates: how many there were, where ΔTe follows a schedule; None: as planned, if the FID never stalls.
         """
         batch_size, growing = self.config.train.batch_size, min(steps, self.update_end_step)
-        densities = None if dense else self.densities
+        densities = self.densities
 
-        def cost(count: int, interval: float | None) -> float:
+        def cost(count: int, of: Mapping[str, float] | None, interval: float | None, gradients: int) -> float:
             return flops.train(
                 self.macs,
-                densities,
+                of,
                 steps=count,
                 batch_size=batch_size,
                 convention=convention,
                 dense_gradient_interval=interval,
-                dense_gradients=self.dense_gradients,
+                dense_gradients=gradients,
             )
 
-        return cost(growing, None if dense else self._interval(growing, updates)) + cost(steps - growing, None)
+        if dense:
+            return cost(steps, None, None, 0)
+        if self.stages:
+            taught = self.config.sparse.setting("loss") != "noise"
+            teaching = cost(steps, None, None, 0) / 3 if taught else 0.0  # the teacher's forward pass
+            return teaching + sum(cost(count, of, 1, 2) for count, of in self._staged(steps))
+        interval = self._interval(growing, updates)
+        return cost(growing, densities, interval, self.dense_gradients) + cost(steps - growing, densities, None, 0)
 
     def spent(self, steps: int, updates: int | None = None) -> tuple[float, float]:
         """Training FLOPs of the first `steps` steps: (paper, true)."""
         return self.train(self.paper, steps, updates=updates), self.train(flops.TRUE, steps, updates=updates)
+
+    def _staged(self, steps: int) -> Iterator[tuple[int, Mapping[str, float]]]:
+        """How many of the first `steps` steps each stage has, and its densities.
+
+        Every weight gradient is dense there, as if each interval of RigL's were such steps alone: (2 r + 1) / 3.
+        """
+        length = int(self.config.sparse.setting("stage_steps"))
+        for index, densities in enumerate(self.stages):
+            last = index + 1 == len(self.stages)
+            count = steps - index * length if last else min(steps - index * length, length)
+            if count > 0:
+                yield count, densities
 
     def _interval(self, steps: int, updates: int | None) -> float | None:
         """ΔTe where growth takes the dense gradient: of a schedule the mean over `steps`; None where it does not."""
@@ -88,10 +109,10 @@ def costs(config: TrialConfig, options: BaseModel, mean_points: float) -> Costs:
     macs = flops.forward_macs(model, inputs, batch=1)
     if inputs["x"].ndim == 3:  # a sketch; of an image all is counted that there is
         macs = {name: count * mean_points / points for name, count in macs.items()}
-    found, settings = None, config.sparse.settings()
+    settings = config.sparse.settings()
     method = plugins.load("methods", config.sparse.method).METHOD
-    if method.sparse:
-        found = layout(model, masks.maskable(model), settings)
+    staged = stages(model, masks.maskable(model), settings) if method.straight_through else []
+    found = staged[-1] if staged else layout(model, masks.maskable(model), settings) if method.sparse else None
     densities = found.densities() if found else {}
     grows_by_gradient = method.needs is not None
     return Costs(
@@ -105,6 +126,7 @@ def costs(config: TrialConfig, options: BaseModel, mean_points: float) -> Costs:
         schedule=UpdateSchedule.of(settings, update_end_step(config)) if grows_by_gradient else None,
         dense_gradients=window(method.needs, getattr(settings, "gradient_momentum", 0.0)),
         update_end_step=update_end_step(config),
+        stages=[stage.densities() for stage in staged],
         by_element=found.by_element if found else (),
         stays_dense=found.dense if found else {},
     )

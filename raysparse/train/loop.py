@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from raysparse.sparse.engine import SparseEngine
     from raysparse.train.costs import Costs
     from raysparse.train.evaluate import Evaluation, Evaluator
+    from raysparse.train.teacher import Teacher
 
 # Losses are looked at, and ranks agree to go on, once in so many steps: each look waits for the device. On one CPU
 # process a look costs nothing and is made after each step.
@@ -71,6 +72,7 @@ class Trainer:
         noise_schedule: NoiseSchedule,
         evaluator: Evaluator,
         costs: Costs,
+        teacher: Teacher | None = None,
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
@@ -83,12 +85,14 @@ class Trainer:
         self.noise_schedule = noise_schedule
         self.evaluator = evaluator
         self.costs = costs
+        self.teacher = teacher
         self.device = device
         self.rank = rank
         self.world_size = world_size
         self.step = 0  # optimizer steps done
         self.totals = Totals()
         self.ema = Ema(model, config.train.ema_decay)
+        self._shadow = self.ema.parameters()
         self.masks_reported = engine.masks
         self.should_stop: Callable[[], bool] = lambda: False  # asked between steps; any rank's yes ends `run` early
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -154,20 +158,23 @@ class Trainer:
             t, eps = timesteps[rows], noise[rows, : x.shape[1]] if self._sequences else noise[rows]
             last = part + 1 == train.accumulate
             with self._reduce_gradients(last), autocast(self.config, self.device):
-                prediction = self._network(self.noise_schedule.add_noise(x, eps, t), t, **cond)
-                loss = losses.eps_mse(prediction, eps, cond.get("lengths")) / train.accumulate
+                noisy = self.noise_schedule.add_noise(x, eps, t)
+                prediction = self._network(noisy, t, **cond)
+                if self.teacher is None:
+                    loss = losses.eps_mse(prediction, eps, cond.get("lengths"))
+                else:
+                    loss = self.teacher.loss(prediction, eps, noisy, t, cond)
+                loss = loss / train.accumulate
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         self.engine.mask_gradients()
         if optimizer.clip_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, optimizer.clip_norm)
         self.optimizer.step()
-        updates = self.engine.updates
-        self.engine.after_step()
         self.step += 1
-        self.ema.update(self.step)
-        if self.engine.updates != updates:
-            self.engine.apply_to(self.ema.parameters())
+        self.engine.average(self._shadow, lambda: self.ema.update(self.step))
+        self.engine.after_step()
+        self.engine.after_average(self._shadow)
         return total
 
     def _draws(self) -> tuple[Tensor, Tensor]:

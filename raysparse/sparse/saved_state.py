@@ -1,0 +1,46 @@
+"""Whether a saved engine state is one of this engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from raysparse.errors import UsageError
+from raysparse.sparse.layout import Layout
+
+if TYPE_CHECKING:
+    from raysparse.sparse.engine import SparseEngine
+
+
+def checked_masks(engine: SparseEngine, state: Mapping[str, Any], expected: Layout) -> dict[str, Tensor]:
+    """The masks of a state. UsageError where its method, seed, layers, shapes, counts or pattern are others."""
+    counts = expected.counts
+    for key in ("method", "seed", "step", "updates", "replaced", "masks"):
+        if key not in state:
+            raise UsageError(f"the engine state has no {key!r}: it is not one of SparseEngine.state_dict().")
+    for key in ("method", "seed"):
+        if state[key] != getattr(engine, key):
+            raise UsageError(f"the engine state has {key} {state[key]!r}, this engine {getattr(engine, key)!r}.")
+    masks: dict[str, Tensor] = state["masks"]
+    if missing := sorted(set(counts) - set(masks)):
+        raise UsageError(f"the engine state lacks masks of this model: {', '.join(missing)}.")
+    if extra := sorted(set(masks) - set(counts)):
+        raise UsageError(f"the engine state has masks that this model does not: {', '.join(extra)}.")
+    for name, mask in masks.items():
+        shape = tuple(engine.masks[name].shape)
+        if tuple(mask.shape) != shape or mask.dtype != torch.bool:
+            raise UsageError(f"the saved mask of {name!r} is {mask.dtype} {tuple(mask.shape)}, not torch.bool {shape}.")
+        if (active := int(mask.count_nonzero())) != counts[name]:
+            raise UsageError(
+                f"the saved mask of {name!r} has {active} active weights, this engine's settings give {counts[name]}: "
+                f"build it with the same sparsity, allocation and groups."
+            )
+        if active < mask.numel() and not expected.patterns[name].valid(mask):
+            raise UsageError(
+                f"the saved mask of {name!r} does not keep the pattern {engine.pattern!r}: build the engine with the "
+                f"one it was made with."
+            )
+    return masks
