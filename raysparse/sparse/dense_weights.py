@@ -89,9 +89,9 @@ class DenseWeights:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """UsageError where it is of another model."""
-        self._hidden.load_state_dict(state["weights"], self._weights)
+        self._hidden.load_state_dict(state.get("weights", {}), self._weights)
         self._hidden_average = None
-        if state["average"] is not None:
+        if state.get("average") is not None:
             self._hidden_average = Hidden()
             self._hidden_average.load_state_dict(state["average"], self._weights)
 
