@@ -43,6 +43,8 @@ def cost(
     content = base.model_dump(mode="json")
     shared = _shared_settings(path, method)
     sparsities = [0.0, *(sparsity or ([own.pop("sparsity")] if "sparsity" in own else _axis_sparsities(path)))]
+    if "ranges" in config.method_settings(method):  # which say its sparsity
+        sparsities = [0.0, config.parse({"sparse": {**shared, **own, "method": method}}, "cost").sparse.sparsity or 0.0]
     rows = []
     for value in dict.fromkeys(sparsities):
         sparse = (

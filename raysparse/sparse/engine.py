@@ -15,10 +15,12 @@ from raysparse.sparse.criteria import CRITERIA, Layer, random
 from raysparse.sparse.dense_weights import CHECK_EVERY, DenseWeights
 from raysparse.sparse.gradients import DenseGradients
 from raysparse.sparse.layout import Layout, layout
-from raysparse.sparse.masks import all_bits, maskable, one_thread, zero_outside
+from raysparse.sparse.masks import all_bits, one_thread, zero_outside
 from raysparse.sparse.method import Method
-from raysparse.sparse.optimizer_state import Undo, clear, keeps_zeros
-from raysparse.sparse.saved_state import checked_masks
+from raysparse.sparse.optimizer_state import Undo, clear, keeps_zeros, optimized_weights
+from raysparse.sparse.pattern import Pattern
+from raysparse.sparse.ranges import ByTimestep, Masks, layouts, nested
+from raysparse.sparse.saved_state import check_ranges, checked_masks
 from raysparse.sparse.schedules import Clock, UpdateSchedule
 from raysparse.sparse.settings import given_settings
 
@@ -93,18 +95,23 @@ class SparseEngine:
         self._masked = False  # mask_gradients was called for the step that after_step closes
         self._weights: dict[str, nn.Parameter] = {}
         self._layout = NOTHING
+        self._ranges: list[Masks] = []  # of a method with masks per range of timesteps
         self._dense: DenseWeights | None = None  # of a method that keeps the weights under its masks
         self._masks: dict[str, Tensor] = {}
         self._bits: dict[str, Tensor] = {}  # the masks as every step needs them: masks.all_bits
         if self._method.sparse:
-            self._weights = _weights_of(model, optimizer, keep_dense)
+            self._weights = optimized_weights(model, optimizer, keep_dense)
             if self._method.straight_through:
                 self._dense = DenseWeights(model, self._weights, self._settings, groups)
                 self._layout = self._dense.layout(0)
                 masks = self._dense.masks(0)
+            elif self._method.by_timestep:
+                each, self._layout = layouts(model, self._weights, self._settings, groups)
+                masks = {name: self._first_mask(name, self._layout) for name in self._weights}
+                self._ranges = nested(each, self._first_mask)
             else:
                 self._layout = layout(model, self._weights, self._settings, groups)
-                masks = {name: self._first_mask(name) for name in self._weights}
+                masks = {name: self._first_mask(name, self._layout) for name in self._weights}
             self._agreement.check(self.step, masks)
             self._impose(masks)
 
@@ -131,6 +138,16 @@ class SparseEngine:
     def layout(self) -> Layout:
         """Patterns and counts of active weights by layer, and which layers could not take the pattern."""
         return self._layout
+
+    def network(self, model: nn.Module) -> nn.Module:
+        """`model`, or what goes by the timesteps' masks in its place: call that, in training and in sampling.
+
+        model: the one in training, its average, or a copy; masked as `apply_to` masks it.
+        """
+        if not self._ranges:
+            return model
+        bounds: list[int] = self._settings.bounds()  # type: ignore[attr-defined]
+        return ByTimestep(model, self._ranges, bounds)
 
     def layer_density(self) -> dict[str, float]:
         """Parameter name -> share of active weights, in (0, 1]."""
@@ -229,6 +246,8 @@ class SparseEngine:
             state["gradients"] = self._gradients.state_dict()
         if self._dense is not None:
             state["hidden"] = self._dense.state_dict()
+        if self._ranges:
+            state["ranges"] = [{name: mask.clone() for name, mask in masks.items()} for masks in self._ranges]
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -241,6 +260,7 @@ class SparseEngine:
         masks = checked_masks(self, state, expected)
         if self._dense is not None:
             self._dense.load_state_dict(state.get("hidden", {}))
+        check_ranges(self._ranges, state.get("ranges", []))
         self._layout = expected
         masks = {name: torch.empty_like(self._masks[name]).copy_(mask) for name, mask in masks.items()}
         self._gradients.load_state_dict(state.get("gradients", {}), self._weights)
@@ -267,19 +287,19 @@ class SparseEngine:
             settings=self._settings,
         )
 
-    def _mask_of(self, name: str, units: Tensor) -> Tensor:
+    def _mask_of(self, name: str, pattern: Pattern, units: Tensor) -> Tensor:
         """A mask in the weight's memory format from a layer's units."""
-        weight, mask = self._weights[name], self._layout.patterns[name].spread(units)
+        weight, mask = self._weights[name], pattern.spread(units)
         if mask is units and mask.stride() == weight.stride():
             return mask
         return torch.empty_like(weight, dtype=torch.bool).copy_(mask)
 
-    def _first_mask(self, name: str) -> Tensor:
-        weight, pattern = self._weights[name], self._layout.patterns[name]
-        active = self._layout.counts[name]
+    def _first_mask(self, name: str, found: Layout) -> Tensor:
+        weight, pattern = self._weights[name], found.patterns[name]
+        active = found.counts[name]
         if active == weight.numel():
             return torch.ones_like(weight, dtype=torch.bool)
-        return self._mask_of(name, pattern.first(random(self._layer(name, 0, None)), pattern.count(active)))
+        return self._mask_of(name, pattern, pattern.first(random(self._layer(name, 0, None)), pattern.count(active)))
 
     def _update(self, step: int, ratio: float, gradients: Mapping[str, Tensor]) -> None:
         """One topology update: all new masks first, then agreement with the other ranks, then the change."""
@@ -314,7 +334,7 @@ class SparseEngine:
         units = pattern.of_mask(mask)
         kept = pattern.pruned(units, CRITERIA[prune](self._layer(name, step, gradient, units, count)), count)
         scores = CRITERIA[grow](self._layer(name, step, gradient, ~kept, count))
-        return self._mask_of(name, pattern.grown(kept, scores, units))
+        return self._mask_of(name, pattern, pattern.grown(kept, scores, units))
 
     def _replace(self, masks: dict[str, Tensor]) -> int:
         """Put new masks in place, zero what they prune, and return how many connections are new.
@@ -368,16 +388,3 @@ def _clock(name: str, method: Method, settings: Any, end: int | None) -> Clock |
             raise UsageError(f"method {name!r} has no update_end_step, which was set to {end}: its topology is fixed.")
         return None
     return Clock(UpdateSchedule.of(settings, end))
-
-
-def _weights_of(model: nn.Module, optimizer: optim.Optimizer, keep_dense: Iterable[str]) -> dict[str, nn.Parameter]:
-    weights = maskable(model, keep_dense)
-    if not weights:
-        raise UsageError(
-            "the model has nothing to mask: no trainable weight of a convolution, linear layer, attention or GRU "
-            "outside keep_dense."
-        )
-    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not any(id(weight) in optimized for weight in weights.values()):
-        raise UsageError("the optimizer holds none of the model's maskable weights: build it from this model.")
-    return weights

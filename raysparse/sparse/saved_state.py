@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -44,3 +44,13 @@ def checked_masks(engine: SparseEngine, state: Mapping[str, Any], expected: Layo
                 f"one it was made with."
             )
     return masks
+
+
+def check_ranges(expected: Sequence[Mapping[str, Tensor]], saved: Sequence[Mapping[str, Tensor]]) -> None:
+    """UsageError where saved masks by timestep are not this engine's: they follow from its settings and seed alone."""
+    same = len(expected) == len(saved) and all(
+        ours.keys() == theirs.keys() and all(torch.equal(mask.cpu(), theirs[name].cpu()) for name, mask in ours.items())
+        for ours, theirs in zip(expected, saved, strict=True)
+    )
+    if not same:
+        raise UsageError("the saved masks per range of timesteps are of other settings or of another seed.")

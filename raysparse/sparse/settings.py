@@ -131,7 +131,9 @@ def of_method(method: str) -> type[Dense]:
 
 
 def given_settings(method: str, given: Mapping[str, Any], defaults: Mapping[str, Any]) -> Dense:
-    """A method's settings: what is given and not None over `defaults` (of those it has) over its own.
+    """A method's settings: what is given and not None over `defaults` over its own.
+
+    defaults: count for those settings that it has and gives no default of its own.
 
     UsageError: a setting that the method does not have, or out of range.
     """
@@ -143,7 +145,8 @@ def given_settings(method: str, given: Mapping[str, Any], defaults: Mapping[str,
             those = f"It has: {has}." if has else "It has no settings."
             raise UsageError(f"method {method!r} has no {name}, which was set to {value!r}. {those}")
     try:
-        return kind(**{name: value for name, value in defaults.items() if name in kind.model_fields} | values)
+        shared = kind.model_fields.keys() - vars(kind).get("__annotations__", {}).keys()
+        return kind(**{name: value for name, value in defaults.items() if name in shared} | values)
     except ValidationError as error:
         raise usage_error_from(error, f"method {method!r}", kind) from None
 

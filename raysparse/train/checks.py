@@ -34,6 +34,7 @@ def check_settings(config: TrialConfig) -> None:
     _check_parts(config)
     _check_pattern(config)
     _check_stages(config)
+    _check_ranges(config)
     if config.data.source is not None and not Path(config.data.source).exists():
         raise UsageError(f"data.source {config.data.source} does not exist; give the path of the raw data")
 
@@ -88,6 +89,23 @@ def _check_stages(config: TrialConfig) -> None:
         raise UsageError(
             f"stages {config.sparse.setting('stages')!r} of {config.sparse.setting('stage_steps')} steps each begin "
             f"the last one at step {needed}, but train.steps is {config.train.steps}; lower stage_steps"
+        )
+
+
+def _check_ranges(config: TrialConfig) -> None:
+    """That masks per range of timesteps cover the trial's timesteps, and that one graph is not asked for."""
+    if config.sparse.setting("ranges") is None:
+        return
+    end = config.sparse.settings().bounds()[-1]  # type: ignore[attr-defined]
+    if end != config.diffusion.timesteps:
+        raise UsageError(
+            f"ranges {config.sparse.setting('ranges')!r} end at {end}, but diffusion.timesteps is "
+            f"{config.diffusion.timesteps}: every timestep needs a mask, and there are no others"
+        )
+    if config.train.compile:
+        raise UsageError(
+            "train.compile is true, but a mask per range of timesteps splits each batch anew, which would be compiled "
+            "again for every split; leave it out"
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +17,8 @@ from raysparse.metrics import flops, params
 from raysparse.sparse import masks
 from raysparse.sparse.dense_weights import stages
 from raysparse.sparse.gradients import window
-from raysparse.sparse.layout import layout
+from raysparse.sparse.layout import Layout, layout
+from raysparse.sparse.ranges import layouts
 from raysparse.sparse.schedules import UpdateSchedule
 
 
@@ -35,6 +37,7 @@ class Costs:
     dense_gradients: int  # steps with a dense gradient per update
     update_end_step: int  # no topology update after this step
     stages: Sequence[Mapping[str, float]] = ()  # densities of a method whose weights stay dense under its masks
+    ranges: Sequence[Mapping[str, float]] = ()  # densities of each range of timesteps
     by_element: Sequence[str] = ()  # layers that another pattern leaves to single weights
     stays_dense: Mapping[str, str] = dataclasses.field(
         default_factory=dict
@@ -42,8 +45,21 @@ class Costs:
 
     def inference(self, convention: flops.Convention, *, dense: bool = False) -> float:
         """One sample, all evaluations of the network: DDIM steps as they are done, twice with guidance."""
-        densities = None if dense else self.densities
+        densities = None if dense else self._over(timesteps(self.config))
         return flops.inference(self.macs, densities, ddim_steps=evaluations(self.config), convention=convention)
+
+    def _over(self, times: Sequence[int]) -> Mapping[str, float]:
+        """The mean densities over timesteps: cost is linear in them. One for all where there are no ranges."""
+        if not self.ranges:
+            return self.densities
+        bounds = self.config.sparse.settings().bounds()  # type: ignore[attr-defined]
+        share = [0] * len(bounds)
+        for time in times:
+            share[bisect.bisect_right(bounds, time)] += 1
+        return {
+            name: sum(count * own[name] for count, own in zip(share, self.ranges, strict=True)) / len(times)
+            for name in self.densities
+        }
 
     def train(
         self, convention: flops.Convention, steps: int, *, dense: bool = False, updates: int | None = None
@@ -53,7 +69,7 @@ class Costs:
         updates: how many there were, where ΔTe follows a schedule; None: as planned, if the FID never stalls.
         """
         batch_size, growing = self.config.train.batch_size, min(steps, self.update_end_step)
-        densities = self.densities
+        densities = self._over(range(self.config.diffusion.timesteps))
 
         def cost(count: int, of: Mapping[str, float] | None, interval: float | None, gradients: int) -> float:
             return flops.train(
@@ -111,8 +127,17 @@ def costs(config: TrialConfig, options: BaseModel, mean_points: float) -> Costs:
         macs = {name: count * mean_points / points for name, count in macs.items()}
     settings = config.sparse.settings()
     method = plugins.load("methods", config.sparse.method).METHOD
-    staged = stages(model, masks.maskable(model), settings) if method.straight_through else []
-    found = staged[-1] if staged else layout(model, masks.maskable(model), settings) if method.sparse else None
+    weights = masks.maskable(model)
+    staged: list[Layout] = []
+    ranged: list[Layout] = []
+    found: Layout | None = None
+    if method.straight_through:
+        staged = stages(model, weights, settings)
+        found = staged[-1]
+    elif method.by_timestep:
+        ranged, found = layouts(model, weights, settings)
+    elif method.sparse:
+        found = layout(model, weights, settings)
     densities = found.densities() if found else {}
     grows_by_gradient = method.needs is not None
     return Costs(
@@ -127,6 +152,7 @@ def costs(config: TrialConfig, options: BaseModel, mean_points: float) -> Costs:
         dense_gradients=window(method.needs, getattr(settings, "gradient_momentum", 0.0)),
         update_end_step=update_end_step(config),
         stages=[stage.densities() for stage in staged],
+        ranges=[one.densities() for one in ranged],
         by_element=found.by_element if found else (),
         stays_dense=found.dense if found else {},
     )
@@ -134,9 +160,13 @@ def costs(config: TrialConfig, options: BaseModel, mean_points: float) -> Costs:
 
 def evaluations(config: TrialConfig) -> int:
     """How often the network runs for one sample: its DDIM steps, twice each with classifier-free guidance."""
+    return len(timesteps(config)) * (1 if config.evaluate.guidance is None else 2)
+
+
+def timesteps(config: TrialConfig) -> Sequence[int]:
+    """The timesteps that a sample goes through."""
     settings = config.evaluate
-    times = ddim.timesteps(config.diffusion.timesteps, settings.ddim_steps, spacing=settings.timestep_spacing)
-    return len(times) * (1 if settings.guidance is None else 2)
+    return ddim.timesteps(config.diffusion.timesteps, settings.ddim_steps, spacing=settings.timestep_spacing)
 
 
 def update_end_step(config: TrialConfig) -> int:

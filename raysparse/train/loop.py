@@ -96,7 +96,7 @@ class Trainer:
         self.masks_reported = engine.masks
         self.should_stop: Callable[[], bool] = lambda: False  # asked between steps; any rank's yes ends `run` early
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._network: nn.Module = model
+        self._network: nn.Module = engine.network(model)
         if config.train.compile:
             # The masks act on gradients and on weights in place, outside the graph: it is compiled once, whatever the
             # topology does.
@@ -246,7 +246,8 @@ class Trainer:
         found: Evaluation | None = None
         if totals.reason is None:
             start = time.perf_counter()
-            found = self.evaluator.evaluate(self.ema.evaluation_model(), self.should_stop)
+            network = self.engine.network(self.ema.evaluation_model())
+            found = self.evaluator.evaluate(network, self.should_stop)
             if found is None:
                 return None
             found = distributed.from_rank_0(found, self.world_size)

@@ -40,6 +40,9 @@ def settings_of(method, **wanted):
     has = plugins.load("methods", method).Settings.model_fields
     if has and not takes(method, "element"):
         wanted["sparsity"] = min(0.75, round(4 * wanted.get("sparsity", 0.5)) / 4)
+    if "ranges" in has:
+        least = wanted.pop("sparsity", 0.5)
+        wanted["ranges"] = f"0-500:{least},500-1000:{max(least, 0.75)}"
     return {k: v for k, v in wanted.items() if k in has}
 
 

@@ -18,12 +18,13 @@ SETTINGS = {
     "stall": {"method": "set", "prune_schedule": "stall", "interval_schedule": "stall", "stall_reports": 1},
     "linear": {"method": "rigl", "interval_schedule": "linear", "update_interval_end": 5, "prune_schedule": "linear"},
     "nm_ste": {"method": "nm_ste", "stages": "3:4", "stage_steps": 5},
+    "timesteps": {"method": "timesteps", "ranges": "0-300:0.5,300-1000:0.75"},
 }
 
 
 def changes_of(name):
     settings = name if isinstance(name, dict) else SETTINGS[name]
-    own = {} if settings["method"] == "nm_ste" else {"update_interval": 3}
+    own = {} if settings["method"] in ("nm_ste", "timesteps") else {"update_interval": 3}
     return {f"sparse.{key}": value for key, value in {**own, **settings}.items()}
 
 
@@ -32,7 +33,7 @@ def test_resume_is_bit_exact(tiny, tmp_path, name):
     trial = tiny(changes_of(name))
     straight = setup.build(trial)
     expected = [computed(report) for report in straight.run()]
-    assert straight.engine.updates > 1
+    assert straight.engine.updates > 1 or name == "timesteps"
 
     first = setup.build(trial)
     seen = [computed(report) for report in itertools.islice(first.run(), 1)]
@@ -148,3 +149,34 @@ def test_momentum_pays_for_its_window(tiny):
         setup.estimate(tiny({"sparse.method": method, "sparse.update_interval": 3})) for method in ("rigl", "momentum")
     )
     assert rigl.spent(12)[1] < momentum.spent(12)[1] < rigl.train(flops.TRUE, 12, dense=True)
+
+
+def test_masks_by_timestep_are_sampled_with_and_cost_what_they_use(tiny, tmp_path):
+    from raysparse.train import restored
+
+    trial = tiny(changes_of({"method": "timesteps", "ranges": "0-400:0.5,400-1000:0.75"}), {"evaluate.ddim_steps": 10})
+    cost = setup.estimate(trial)
+    dense = cost.inference(flops.TRUE, dense=True)
+    assert cost.inference(flops.TRUE) / dense == pytest.approx(0.4 * 0.5 + 0.6 * 0.25, abs=2e-3)  # t = 0, 100, ..., 900
+    whole = cost.train(flops.TRUE, 12, dense=True)
+    assert cost.train(flops.TRUE, 12) / whole == pytest.approx(0.4 * 0.5 + 0.6 * 0.25, abs=2e-3)
+    run.train(trial, tmp_path, device="cpu")
+    model = restored.load(tmp_path)
+    assert model.network is not model.model
+    assert [sum(int(mask.sum()) for mask in own.values()) for own in model.network.masks] == [
+        round(share * sum(mask.numel() for mask in model.masks.values())) for share in (0.5, 0.25)
+    ]
+    facts = read_trial(tmp_path / "records" / f"{trial.trial_id}.parquet")
+    active = facts["params_total"][0].as_py() - sum(int((~mask).sum()) for mask in model.masks.values())
+    assert facts["params_active"][0].as_py() == active
+
+
+def test_ranges_cover_the_trials_timesteps(tiny):
+    from raysparse.errors import UsageError
+
+    for changes, message in (
+        ({"sparse.ranges": "0-400:0.5,400-900:0.5"}, "end at 900, but diffusion.timesteps is 1000"),
+        ({"train.compile": True}, "compiled again"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            setup.check(tiny({"sparse.method": "timesteps", **changes}))

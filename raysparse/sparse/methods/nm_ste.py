@@ -17,6 +17,7 @@ STAGES = {"fixed": "", "progressive": "31:32,15:16,7:8,3:4"}  # before the patte
 
 
 class Settings(Sparse):
+    sparsity: float = 0.5  # 1 - N / M
     pattern: Literal["nm"] = "nm"  # the only one: groups of m inputs, (1 - S) m stay; 2:4 as published
     refresh_interval: int = Field(1, ge=1)  # k: masks are computed anew every so many optimizer steps
     ste: Literal["sr", "plain"] = "sr"
