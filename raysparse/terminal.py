@@ -115,6 +115,8 @@ def print_plan(sweep: Sweep, plan: dict[str, Any]) -> None:
     )
     for name in ("trial", "method", "S", "p", "ΔTe", "params active", "test FLOPs", "ratio", "train FLOPs", "ratio"):
         table.add_column(name, justify="left" if name in ("trial", "method") else "right")
+    if any(row["others"] for row in plan["trials"]):
+        table.add_column("other settings")
     for row in plan["trials"]:
         settings = [row[name] for name in ("sparsity", "prune_ratio", "update_interval")]
         table.add_row(
@@ -126,9 +128,18 @@ def print_plan(sweep: Sweep, plan: dict[str, Any]) -> None:
             f"{row['flops_inference_true'] / row['flops_inference_dense_true']:.3f}",
             f"{row['flops_train_true']:.3e}",
             f"{row['flops_train_true'] / row['flops_train_dense_true']:.3f}",
+            *(
+                [", ".join(f"{name}={value}" for name, value in row["others"].items())]
+                if len(table.columns) > 10
+                else []
+            ),
         )
     console = _wide_console()
     console.print(table)
+    for row in plan["trials"]:
+        if row["layers_dense"]:
+            listed = "; ".join(f"{layer}: {why}" for layer, why in row["layers_dense"].items())
+            console.print(f"{row['trial_id']} leaves dense {listed}", markup=False, highlight=False)
     if drawn > 0:
         console.print(f"and {drawn} more that {sweep.search.sampler if sweep.search else ''} draws as it learns")
     points = plan["mean_points"]

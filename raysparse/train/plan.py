@@ -41,7 +41,7 @@ def plan(sweep: Sweep, *, cpus: int | None = None, seconds: tuple[float, float] 
     trials = [space.trial(sweep, point) for point in points]
     rows = [_row(setup.estimate(trial)) | _settings(trial) for trial in trials]
     count = space.trial_count(sweep)
-    confirmed = len(sweep.confirm.seeds) * sweep.confirm.best_per_method * len(sweep.axes) if sweep.confirm else 0
+    confirmed = _confirmed(sweep)
     mean_points = setup.estimate(base).mean_points
     step_s, evaluation_s = seconds or measure(base, mean_points)
     concurrent = _concurrent(sweep, cpus or os.cpu_count() or 1)
@@ -59,6 +59,17 @@ def plan(sweep: Sweep, *, cpus: int | None = None, seconds: tuple[float, float] 
         "hours_full": (count + confirmed) * trial_s / concurrent / 3600,
         "hours_asha": (count * _expected_share(sweep, base.train.steps) + confirmed) * trial_s / concurrent / 3600,
     }
+
+
+def _confirmed(sweep: Sweep) -> int:
+    """Trials of the confirm stage, at most: a method of a grid cannot have more winners than points."""
+    if sweep.confirm is None:
+        return 0
+    best = dict.fromkeys(sweep.axes, sweep.confirm.best_per_method)
+    if sweep.grid:
+        methods = [point["method"] for point in space.grid_points(sweep)]
+        best = {method: min(most, methods.count(method)) for method, most in best.items()}
+    return len(sweep.confirm.seeds) * sum(best.values())
 
 
 def measure(config: TrialConfig, mean_points: float) -> tuple[float, float]:
@@ -124,7 +135,10 @@ def _row(cost: Costs) -> dict[str, Any]:
 def _settings(trial: TrialConfig) -> dict[str, Any]:
     sparse = trial.sparse
     names = ("method", "sparsity", "prune_ratio", "update_interval")
-    return {"trial_id": trial.trial_id} | {name: getattr(sparse, name) for name in names}
+    others = dict(sorted((sparse.model_extra or {}).items()))
+    if sparse.prune_schedule not in (None, "constant"):
+        others["prune_schedule"] = sparse.prune_schedule
+    return {"trial_id": trial.trial_id, "others": others} | {name: getattr(sparse, name) for name in names}
 
 
 def _concurrent(sweep: Sweep, cpus: int) -> int:
