@@ -82,8 +82,9 @@ def _patterns(weights: Mapping[str, Tensor], settings: Any) -> tuple[dict[str, P
         else:
             patterns[name] = found
     if len(dense) + len(by_element) == len(weights):
-        reasons = "; ".join(sorted({*dense.values(), *(["it is a convolution with a kernel"] if by_element else [])}))
-        raise UsageError(f"pattern {settings.pattern!r} fits no layer of this model ({reasons}); use another pattern.")
+        reasons = sorted({*dense.values(), *(["it is a convolution with a kernel"] if by_element else [])})
+        some = "; ".join(reasons[:3]) + ("; ..." if len(reasons) > 3 else "")
+        raise UsageError(f"pattern {settings.pattern!r} fits no layer of this model ({some}); use another pattern.")
     return patterns, by_element, dense
 
 

@@ -94,7 +94,7 @@ def test_n_of_m_is_the_density_of_every_layer_that_takes_it():
         ({"pattern": "blok"}, "did you mean 'block'"),
         ({"pattern": "block", "block": 3}, "block.*got 3"),
         ({"pattern": "block", "block": 128}, "block.*got 128"),
-        ({"pattern": "block", "block": 64}, r"'block' fits no layer .*blocks of 64 x 64 do not divide.*kernel"),
+        ({"pattern": "block", "block": 64}, r"'block' fits no layer .*blocks of 64 x 64 do not divide 12 x 8"),
         ({"pattern": "nm", "sparsity": 0.9}, "leaves 0.4 of 4 weights; with m = 4 give 0, 0.25, 0.5, 0.75"),
         ({"pattern": "nm", "m": 5, "sparsity": 0.8}, "fits no layer"),
         ({"pattern": "block", "other_layers": "dense", "sparsity": 0.9}, "layers that stay dense"),

@@ -180,3 +180,17 @@ def test_ranges_cover_the_trials_timesteps(tiny):
     ):
         with pytest.raises(UsageError, match=message):
             setup.check(tiny({"sparse.method": "timesteps", **changes}))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["momentum on diagonals", "nm_ste", "timesteps"])
+def test_two_workers_train_as_one_does(tiny, tmp_path, name):
+    plain = {"optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.clip_norm": None, "train.steps": 4}
+    stages = {"sparse.stage_steps": 2} if name == "nm_ste" else {}
+    trial = tiny(changes_of(name), plain, stages)
+    losses = []
+    for workers in (1, 2):
+        reports = []
+        run.train(trial, tmp_path / str(workers), workers=workers, device="cpu", on_report=reports.append)
+        losses.append((reports[-1].train_loss, reports[-1].validation_loss, reports[-1].density))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)

@@ -55,7 +55,10 @@ def small(name, method, data_root, tmp_path, **point):
     return content
 
 
-@pytest.mark.parametrize("name", ["cifar10", "celeba64", "imagenet"])
+@pytest.mark.parametrize(
+    "name",
+    ["cifar10", pytest.param("celeba64", marks=pytest.mark.slow), pytest.param("imagenet", marks=pytest.mark.slow)],
+)
 def test_from_a_dense_network_to_exact_2_of_4(data_root, tmp_path, name):
     dense = config.parse(small(name, "dense", data_root, tmp_path))
     assert run.train(dense, tmp_path / "dense", device="cpu").state == "COMPLETED"

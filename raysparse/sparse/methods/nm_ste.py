@@ -1,6 +1,7 @@
 """SparseDM (Wang et al. 2024, arXiv 2404.10445): N:M masks by magnitude over dense weights, improved straight-through.
 
 The gradient of a masked weight is dL/dw = dL/dw~ + λ (1 - m) w, w~ = m w (SR-STE, Zhou et al. 2021); plain: λ = 0.
+The moving average is of the dense weights and has the trained weights' masks; SparseDM's code takes the average's own.
 """
 
 from __future__ import annotations

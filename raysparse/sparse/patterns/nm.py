@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SETTINGS = frozenset({"m"})
-FEW = 8  # weights of a group up to which each is compared with each; sorting groups of 4 takes ten times longer
+FEW = 8  # weights of a group up to which each is compared with each; beyond, groups are sorted
 FIXED: dict[str, Any] = {"allocation": "uniform"}
 MATRICES_ONLY = False
 
@@ -59,16 +59,20 @@ class Groups(Pattern):
 
     def _best(self, scores: Tensor, counts: Tensor) -> Tensor:
         """Mask of the `counts` [groups, 1] highest scores of each group; ties go to the lower index."""
-        values = self.grouped(scores).float().nan_to_num(nan=-3e38)
+        values = self.grouped(scores).float()
+        if bool(values.isnan().any()):
+            values = values.nan_to_num(nan=-3e38)
         if self.m > FEW:
             place = values.argsort(dim=-1, descending=True, stable=True).argsort(-1)
             return self.spread_groups(place < counts)
-        place = (values != values).char()  # 0: there is no NaN left
-        for index in range(self.m):
-            one = values[:, index : index + 1]
-            place += one > values
-            place[:, index + 1 :] += one == values[:, index + 1 :]
-        return self.spread_groups(place < counts)
+        rows = values.T.contiguous()  # [M, groups]: whole rows are compared, 10 times faster than in groups of 4
+        place = (rows != rows).char()  # zeros: how many of its group come before each
+        for first in range(self.m):
+            for second in range(first + 1, self.m):
+                ahead = rows[second] > rows[first]
+                place[first] += ahead
+                place[second] += ~ahead
+        return self.spread_groups((place < counts.T).T)
 
     def spread_groups(self, groups: Tensor) -> Tensor:
         """[groups, M] -> the weight's shape; `grouped` undone."""
