@@ -49,9 +49,9 @@ class SparseEngine:
         engine.after_step(skipped=scaler.get_scale() < scale)
 
     Weights stay dense tensors with exact zeros, changed in place only. Masks, gradients and moments are zero at pruned
-    positions after every call; of a method that keeps weights under its masks (nm_ste) the forward weights are, the
-    moments are of the dense ones, and `average` moves an EMA. With an optimizer that is not known to keep zeros (optimizer_state.KEEPS_ZEROS) the
-    weights and moments are masked after each step as well.
+    positions after every call. With an optimizer that is not known to keep zeros (optimizer_state.KEEPS_ZEROS) the
+    weights and moments are masked after each step as well. A method that keeps weights under its masks (nm_ste) has
+    moments of the dense weights; its moving average is moved by `average` and masked by `after_average`.
 
     Arguments:
         method: a file of sparse/methods.
