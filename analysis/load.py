@@ -57,6 +57,7 @@ EVALUATIONS = "evaluations"  # the folder of what `raysparse evaluate` measured
 PLACES = ("seed", "data.source", "data.root", "evaluate.weights", "train.threads")
 UNREADABLE = "(config)"  # stands for all settings where the text is no JSON object
 # Settings that have a column of their own.
+ALWAYS_THERE = ("sparse.allocation", "sparse.prune_schedule", "sparse.update_end_fraction")  # where a method has them
 SHOWN = ("sparse.method", "sparse.sparsity", "sparse.prune_ratio", "sparse.update_interval", "train.steps")
 
 
@@ -211,9 +212,10 @@ def _variant(flat: dict[str, Any]) -> str:
 def _varies(name: str, settings: list[dict[str, Any]]) -> bool:
     if name in SHOWN:
         return False
-    # A method without allocation is no second value of it; a model without an option is.
+    # A method without allocation is no second value of it; a model without an option is, and so is a later setting of a
+    # method, which is not there at its default.
     values = {_compact(flat[name]) if name in flat else None for flat in settings if UNREADABLE not in flat}
-    return len(values - {None} if name.startswith("sparse.") else values) > 1
+    return len(values - {None} if name in ALWAYS_THERE else values) > 1
 
 
 def _settings(text: str) -> dict[str, Any]:

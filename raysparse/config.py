@@ -15,27 +15,34 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from raysparse import plugins
 from raysparse.errors import UsageError, unknown, usage_error_from
+from raysparse.sparse import settings
 
 # Where things lie on one machine, and how fast it is: never part of what a trial is.
 PLACES = (("data", "source"), ("data", "root"), ("evaluate", "weights"), ("train", "threads"))
 
-# The values of a method's settings where a file does not say: the papers' main runs.
-METHOD_DEFAULTS: dict[str, Any] = {
-    "sparsity": 0.5,
-    "allocation": "erk",
-    "prune_ratio": 0.5,
-    "update_interval": 800,
-    "prune_schedule": "constant",
-    "update_end_fraction": 1.0,
-}
+# The settings of the first version. They are in every trial's content, null where the method has none; a later setting
+# is there where it differs from its default. So the ids of known trials stay what they were.
+FIRST_SETTINGS = (
+    "sparsity",
+    "allocation",
+    "prune_ratio",
+    "update_interval",
+    "prune_schedule",
+    "update_end_fraction",
+)
 
 
 def method_settings(method: str) -> frozenset[str]:
     """The names of the settings that a method has. ValueError (for pydantic) where the method is unknown."""
     try:
-        return frozenset(plugins.load("methods", method).SETTINGS)
+        return frozenset(settings.of_method(method).model_fields)
     except UsageError as error:
         raise ValueError(str(error)) from error
+
+
+def all_settings() -> frozenset[str]:
+    """The names of all settings that any method has."""
+    return frozenset().union(*(method_settings(name) for name in plugins.names("methods")))
 
 
 class Section(BaseModel):
@@ -66,15 +73,20 @@ class FirstStageConfig(Section):
 
 
 class SparseConfig(Section):
-    """The method and its settings; a setting that the method does not have is None, and an error if given."""
+    """The method and its settings, which the method's file declares (raysparse/sparse/settings.py).
+
+    What the method does not have is None, and an error if given. Settings beside those below are read with `setting`.
+    """
+
+    model_config = ConfigDict(extra="allow")
 
     method: str = "dense"  # a file in raysparse/sparse/methods/
     sparsity: float | None = None  # S, share of maskable weights at zero, [0, 1)
-    allocation: Literal["uniform", "er", "erk"] | None = None  # densities per layer; erk: ER for linear, ERK for conv
+    allocation: str | None = None  # densities per layer; erk: ER for linear, ERK for conv
     prune_ratio: float | None = None  # p, share of active weights replaced per topology update, (0, 1]
-    update_interval: int | None = Field(None, ge=1)  # ΔTe, optimizer steps (800 ChiroDiff, 1100 Latent Diffusion)
-    prune_schedule: Literal["constant", "cosine"] | None = None  # of p over training
-    update_end_fraction: float | None = Field(None, gt=0, le=1)  # no topology update after this share of the steps
+    update_interval: int | None = None  # ΔTe, optimizer steps (800 ChiroDiff, 1100 Latent Diffusion)
+    prune_schedule: str | None = None  # of p over training
+    update_end_fraction: float | None = None  # no topology update after this share of the steps
 
     @model_validator(mode="before")
     @classmethod
@@ -84,22 +96,32 @@ class SparseConfig(Section):
         method = data.get("method", "dense")
         if not isinstance(method, str):
             raise ValueError(f"method must be a name, got {method!r}")
-        settings = method_settings(method)
-        for name in METHOD_DEFAULTS:
-            if data.get(name) is not None and name not in settings:
-                has = ", ".join(sorted(settings)) or "no settings"
-                raise ValueError(f"method {method!r} has no {name!r} (got {data[name]!r}); it has {has}")
-        return {name: METHOD_DEFAULTS[name] for name in sorted(settings)} | {
-            name: value for name, value in data.items() if value is not None
-        }
+        has, known = method_settings(method), all_settings()
+        given = {name: value for name, value in data.items() if name != "method" and value is not None}
+        for name, value in given.items():
+            if name not in known:
+                raise ValueError(unknown("key", name, known | {"method"}))
+            if name not in has:
+                those = ", ".join(sorted(has)) or "no settings"
+                raise ValueError(f"method {method!r} has no {name!r} (got {value!r}); it has {those}")
+        kind = settings.of_method(method)
+        try:
+            checked = kind(**given).relevant()
+        except ValidationError as error:
+            raise ValueError(str(usage_error_from(error, "", kind)).replace("\n: ", "; ").removeprefix(": ")) from None
+        fields = checked.model_dump(mode="json")
+        later = {name for name in fields if name not in FIRST_SETTINGS}
+        usual = {name for name in later if getattr(checked, name) == kind.model_fields[name].default}
+        return {"method": method} | {name: value for name, value in fields.items() if name not in usual}
 
-    @model_validator(mode="after")
-    def _ranges(self) -> Self:
-        if self.sparsity is not None and not 0 <= self.sparsity < 1:
-            raise ValueError(f"sparsity must be in [0, 1), got {self.sparsity}")
-        if self.prune_ratio is not None and not 0 < self.prune_ratio <= 1:
-            raise ValueError(f"prune_ratio must be in (0, 1], got {self.prune_ratio}")
-        return self
+    def setting(self, name: str) -> Any:
+        """A setting's value, its default where none was given; None where the method does not have it."""
+        return getattr(self.settings(), name, None)
+
+    def settings(self) -> settings.Dense:
+        """All settings of the method, as its file declares them."""
+        given = self.model_dump(exclude={"method"}, exclude_none=True)
+        return settings.of_method(self.method)(**given)
 
 
 class DiffusionConfig(Section):
@@ -204,9 +226,11 @@ def with_value(data: Mapping[str, Any], path: str, value: Any) -> dict[str, Any]
 
 
 def field_at(path: str) -> Any:
-    """The field at a dotted path of TrialConfig, None inside an `options`. UsageError for an unknown one."""
+    """The field at a dotted path of TrialConfig, None for what plugins declare. UsageError for an unknown one."""
     section: Any = TrialConfig
     names = path.split(".")
+    if names[0] == "sparse" and len(names) == 2 and names[1] in all_settings():
+        return None
     for position, name in enumerate(names):
         if name not in section.model_fields:
             raise UsageError(unknown("key", name, section.model_fields) + f" (in {path!r})")

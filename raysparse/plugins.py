@@ -1,4 +1,4 @@
-"""Find a method, model, dataset or extractor by name: the file's name is the public name.
+"""Find a method, pattern, model, dataset or extractor by name: the file's name is the public name.
 
 A new one is a new file in its folder; there is no list to edit.
 """
@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import pkgutil
+import sys
 from types import ModuleType
+from typing import Any
 
 from raysparse.errors import UsageError, unknown
 
 PACKAGES = {
     "methods": "raysparse.sparse.methods",
+    "patterns": "raysparse.sparse.patterns",
     "models": "raysparse.models",
     "datasets": "raysparse.data.datasets",
     "extractors": "raysparse.metrics.extractors",
@@ -33,3 +37,9 @@ def load(kind: str, name: str) -> ModuleType:
     if name not in known:
         raise UsageError(unknown(kind[:-1], name, known))
     return importlib.import_module(f"{PACKAGES[kind]}.{name}")
+
+
+def functions(module: str) -> dict[str, Any]:
+    """The public functions that a module has defined so far, by name: where a plugin is a function, not a file."""
+    found = inspect.getmembers(sys.modules[module], inspect.isfunction)
+    return {name: value for name, value in found if value.__module__ == module and not name.startswith("_")}

@@ -30,7 +30,7 @@ import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from raysparse import config
-from raysparse.config import METHOD_DEFAULTS, Section, TrialConfig
+from raysparse.config import Section, TrialConfig
 from raysparse.errors import UsageError, unknown, usage_error_from
 from raysparse.files import size_bytes
 
@@ -43,6 +43,7 @@ ADDED: tuple[tuple[str, str, Any], ...] = (
     ("asha", "first_pass", True),
     ("asha", "second_chances", 0),
 )
+_COMBINATIONS = 2_000  # of one method's settings that are checked before a sweep; a check takes .2 ms
 NOT_AN_AXIS = ("seed", "sparse.method", "train.steps")  # replicates, the outer axis, the budget
 
 
@@ -247,18 +248,19 @@ def parsed_base(sweep: Sweep) -> TrialConfig:
     shared = sweep.base.get("sparse", {})
     if not isinstance(shared, Mapping):
         raise ValueError(f"base.sparse must be a mapping, got {shared!r}")
+    known = config.all_settings()
     for name in shared:
-        if name not in METHOD_DEFAULTS:
-            raise ValueError("base.sparse: " + unknown("key", name, METHOD_DEFAULTS))
+        if name not in known:
+            raise ValueError("base.sparse: " + unknown("key", name, known))
     return _trial(sweep, {key: value for key, value in sweep.base.items() if key != "sparse"}, "base")
 
 
 def trial(sweep: Sweep, point: Point, *, seed: int | None = None) -> TrialConfig:
     """The trial at a point. Settings in `base.sparse` count for the methods that have them."""
-    data = base_data(sweep, point["method"])
+    data, known = base_data(sweep, point["method"]), config.all_settings()
     for name, value in point.items():
         if name != "method":
-            data = config.with_value(data, f"sparse.{name}" if name in METHOD_DEFAULTS else name, value)
+            data = config.with_value(data, f"sparse.{name}" if name in known else name, value)
     if seed is not None:
         data = {**data, "seed": seed}
     return _trial(sweep, data, f"{sweep.name}, {point}")
@@ -272,12 +274,16 @@ def base_data(sweep: Sweep, method: str) -> dict[str, Any]:
 
 
 def grid_points(sweep: Sweep) -> list[Point]:
-    """Every combination of a grid, method by method in the order of the file; dense comes first where it is absent."""
+    """Every combination of a grid that is another trial, method by method in the order of the file.
+
+    dense comes first where the file does not name it. ValueError: values that do not go together.
+    """
     points: list[Point] = [] if "dense" in (sweep.grid or {}) else [{"method": "dense"}]
     for method, axes in (sweep.grid or {}).items():
         values = [axis for axis in axes.values() if isinstance(axis, tuple)]
         points += [{"method": method, **dict(zip(axes, row, strict=True))} for row in itertools.product(*values)]
-    return points
+    # What has no effect (the size of a block where there is none) makes no other trial.
+    return list({trial(sweep, point).trial_id: point for point in reversed(points)}.values())[::-1]
 
 
 def trial_count(sweep: Sweep) -> int:
@@ -293,11 +299,11 @@ def _trial(sweep: Sweep, data: Mapping[str, Any], where: str) -> TrialConfig:
 
 
 def _check_axes(sweep: Sweep, method: str, axes: Mapping[str, Axis]) -> None:
-    settings = config.method_settings(method)
+    settings, known = config.method_settings(method), config.all_settings()
     for name, axis in axes.items():
-        if name in METHOD_DEFAULTS and name not in settings:
+        if name in known and name not in settings:
             raise ValueError(f"method {method!r} has no axis {name!r}; it has {', '.join(sorted(settings)) or 'none'}")
-        if "." not in name and name not in METHOD_DEFAULTS:
+        if "." not in name and name not in known:
             raise ValueError(
                 f"{method}: " + unknown("axis", name, settings) + "; or a dotted path such as optimizer.lr"
             )
@@ -309,9 +315,22 @@ def _check_axes(sweep: Sweep, method: str, axes: Mapping[str, Axis]) -> None:
             raise ValueError(f"{method}.{name} has no values")
         if sweep.grid is not None and isinstance(axis, Range):
             raise ValueError(f"{method}.{name}: a grid takes a list of values, got a range; use `search:` for ranges")
-        # Both ends or every choice must be a legal trial now rather than fail in the middle of a sweep.
-        for value in axis if isinstance(axis, tuple) else (axis.low, axis.high):
-            trial(sweep, {"method": method, name: int(value) if isinstance(axis, Range) and axis.integer else value})
+    # Both ends or every choice must be a legal trial now rather than fail in the middle of a sweep: the method's own
+    # settings in every combination, because one decides what another may be, and each other axis by itself.
+    own = {name: _ends(axis) for name, axis in axes.items() if name in known}
+    for row in itertools.islice(itertools.product(*own.values()), _COMBINATIONS):
+        first = {"method": method, **dict(zip(own, row, strict=True))}
+        trial(sweep, first)
+    for name, axis in axes.items():
+        for value in _ends(axis) if name not in known else ():
+            trial(sweep, {**first, name: value})
+
+
+def _ends(axis: Axis) -> tuple[Any, ...]:
+    """Every choice of a list, both ends of a range."""
+    if isinstance(axis, Range):
+        return tuple(int(value) if axis.integer else value for value in (axis.low, axis.high))
+    return axis
 
 
 def _check_path(name: str) -> None:

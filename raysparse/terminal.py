@@ -115,6 +115,8 @@ def print_plan(sweep: Sweep, plan: dict[str, Any]) -> None:
     )
     for name in ("trial", "method", "S", "p", "ΔTe", "params active", "test FLOPs", "ratio", "train FLOPs", "ratio"):
         table.add_column(name, justify="left" if name in ("trial", "method") else "right")
+    if any(row["others"] for row in plan["trials"]):
+        table.add_column("other settings")
     for row in plan["trials"]:
         settings = [row[name] for name in ("sparsity", "prune_ratio", "update_interval")]
         table.add_row(
@@ -126,9 +128,18 @@ def print_plan(sweep: Sweep, plan: dict[str, Any]) -> None:
             f"{row['flops_inference_true'] / row['flops_inference_dense_true']:.3f}",
             f"{row['flops_train_true']:.3e}",
             f"{row['flops_train_true'] / row['flops_train_dense_true']:.3f}",
+            *(
+                [", ".join(f"{name}={value}" for name, value in row["others"].items())]
+                if len(table.columns) > 10
+                else []
+            ),
         )
     console = _wide_console()
     console.print(table)
+    for row in plan["trials"]:
+        if row["layers_dense"]:
+            listed = "; ".join(f"{layer}: {why}" for layer, why in row["layers_dense"].items())
+            console.print(f"{row['trial_id']} leaves dense {listed}", markup=False, highlight=False)
     if drawn > 0:
         console.print(f"and {drawn} more that {sweep.search.sampler if sweep.search else ''} draws as it learns")
     points = plan["mean_points"]
@@ -172,7 +183,12 @@ def print_cost(base: TrialConfig, rows: Sequence[dict[str, Any]]) -> None:
             f"{row['flops_inference_true'] / dense['flops_inference_true']:.4f}",
             *(f"{row[name]:.4e}" for name in _COSTS),
         )
-    _wide_console().print(table)
+    console = _wide_console()
+    console.print(table)
+    for layer, why in rows[-1]["layers_dense"].items():
+        console.print(f"{layer} stays dense: {why}", markup=False)
+    for layer in rows[-1]["layers_by_element"]:
+        console.print(f"{layer} is masked by element: it is a convolution with a kernel", markup=False)
 
 
 _COSTS = ("flops_inference_paper", "flops_inference_true", "flops_train_paper", "flops_train_true")

@@ -108,3 +108,33 @@ def test_the_evaluations_of_celeba_hq_cost_what_its_comment_says() -> None:
 def test_a_trial_of_two_workers_shares_a_batch() -> None:
     content = config.with_value(load("celeba_hq").model_dump(mode="json"), "resources.workers", 2)
     assert space.parse(content, "two").resources.workers == 2
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "steps", "batch", "betas", "warmup"),
+    [
+        ("sparsedm_cifar10", 44_255_328, 500_000, 128, (0.99, 0.999), 2500),
+        ("sparsedm_celeba64", 44_292_228, 500_000, 128, (0.99, 0.99), 5000),
+        ("sparsedm_imagenet", 286_763_172, 300_000, 1024, (0.99, 0.99), 5000),
+    ],
+)
+def test_sparsedm_has_the_published_recipe(
+    name: str, parameters: int, steps: int, batch: int, betas: tuple[float, float], warmup: int
+) -> None:
+    trial = space.trial(load(name), {"method": "nm_ste", "sparsity": 0.5, "loss": "both"})
+    train, optimizer, setting = trial.train, trial.optimizer, trial.sparse.setting
+    assert (train.steps, train.batch_size, train.ema_decay) == (steps, batch, 0.9999)
+    assert (optimizer.lr, optimizer.weight_decay, optimizer.betas, optimizer.warmup_steps) == (
+        2e-4,
+        0.03,
+        betas,
+        warmup,
+    )
+    assert (setting("m"), setting("refresh_interval"), setting("ste"), setting("sr_lambda")) == (4, 1, "sr", 2e-4)
+    assert (setting("start"), setting("teacher_weight"), setting("stage_steps")) == ("teacher", 0.1, 100_000)
+    cost = setup.estimate(trial)
+    assert cost.params_total == parameters
+    assert set(cost.densities.values()) == {0.5}, "all that SparseDM makes sparse, and nothing else"
+    assert cost.stays_dense == {}
+    ending = (".qkv.weight", ".proj.weight", ".fc1.weight", ".fc2.weight")
+    assert set(cost.densities) == {key for key in cost.macs if key.endswith(ending)}

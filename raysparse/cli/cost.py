@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,6 +14,7 @@ from raysparse.cli.app import (
     Changes,
     app,
     load_trial,
+    parse_changes,
 )
 from raysparse.errors import UsageError
 
@@ -24,6 +25,9 @@ def cost(
     model: Annotated[str | None, typer.Option(help="A model by name instead of a file.")] = None,
     sparsity: Annotated[list[float] | None, typer.Option(help="S; repeatable.")] = None,
     allocation: Annotated[str, typer.Option(help="uniform, er or erk.")] = "erk",
+    method: Annotated[
+        str, typer.Option(help="Whose cost at each S; its settings by --set sparse.NAME=VALUE.")
+    ] = "static",
     points: Annotated[float | None, typer.Option(help="Mean points of a sketch; default: the data set's.")] = None,
     changes: Changes = None,
     as_json: AsJson = False,
@@ -34,12 +38,20 @@ def cost(
 
     if (path is None) == (model is None):
         raise UsageError("give a sweep file or --model NAME, one of the two")
-    base = load_trial(path, [*(changes or []), *([f"model.name={model}"] if model else [])], None)
+    own, others = _of_the_method(changes or [])
+    base = load_trial(path, [*others, *([f"model.name={model}"] if model else [])], None)
     content = base.model_dump(mode="json")
-    sparsities = [0.0, *(sparsity or (_axis_sparsities(path) if path else []))]
+    shared = _shared_settings(path, method)
+    sparsities = [0.0, *(sparsity or ([own.pop("sparsity")] if "sparsity" in own else _axis_sparsities(path)))]
+    if "ranges" in config.method_settings(method):  # which say its sparsity
+        sparsities = [0.0, config.parse({"sparse": {**shared, **own, "method": method}}, "cost").sparse.sparsity or 0.0]
     rows = []
     for value in dict.fromkeys(sparsities):
-        sparse = {"method": "static", "sparsity": value, "allocation": allocation} if value else {"method": "dense"}
+        sparse = (
+            {"method": method, **shared, "allocation": allocation, **own, "sparsity": value}
+            if value
+            else {"method": "dense"}
+        )
         rows.append(cost_row(config.parse({**content, "sparse": sparse}, "cost"), points))
     if as_json:
         typer.echo(json.dumps({"model": base.model.name, "options": base.model.options, "rows": rows}))
@@ -47,8 +59,25 @@ def cost(
         print_cost(base, rows)
 
 
-def _axis_sparsities(path: Path) -> list[float]:
+def _of_the_method(changes: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The changes to a method's settings by name, and the others as they are."""
+    own = [change for change in changes if change.startswith("sparse.") and not change.startswith("sparse.method=")]
+    settings = {name.removeprefix("sparse."): value for name, value in parse_changes(own).items()}
+    return settings, [change for change in changes if change not in own]
+
+
+def _shared_settings(path: Path | None, method: str) -> dict[str, Any]:
+    """What a sweep file's `base.sparse` says to the method."""
+    if path is None or not {"grid", "search"} & set(space.load_yaml(path)):
+        return {}
+    found: dict[str, Any] = space.base_data(space.load(path), method)["sparse"]
+    return found
+
+
+def _axis_sparsities(path: Path | None) -> list[float]:
     """Every S that a sweep file's axes name; a range gives its two ends."""
+    if path is None:
+        return []
     content = space.load_yaml(path)
     if not {"grid", "search"} & set(content):
         return []

@@ -109,26 +109,33 @@ def train(
     steps: int,
     batch_size: int,
     convention: Convention = TRUE,
-    dense_gradient_interval: int | None = None,
+    dense_gradient_interval: float | None = None,
+    dense_gradients: int = 1,
 ) -> float:
     """flops_train ("Train"): 3 F per optimizer step (forward, gradient of the inputs, gradient of the weights).
 
     batch_size: examples per optimizer step over all workers. dense_gradient_interval: ΔTe of a method that grows by
     the dense gradient (RigL), None for others; then RigL's amortised share of dense training applies (its appendix H).
+    dense_gradients: how many steps of each interval need it (RigL: 1).
     """
     dense = 3 * forward_flops(macs, None, convention)
     sparse = 3 * forward_flops(macs, densities, convention)
     share = sparse / dense
     if dense_gradient_interval is not None:
-        share = rigl_share(share, dense_gradient_interval)
+        share = rigl_share(share, dense_gradient_interval, dense_gradients)
     return dense * share * steps * (batch_size if convention.batch_in_training else 1)
 
 
-def rigl_share(ratio: float, update_interval: int) -> float:
-    """(3 r ΔT + 2 r + 1) / (3 (ΔT + 1)): RigL's training FLOPs over dense, where ratio r is sparse F over dense F."""
+def rigl_share(ratio: float, update_interval: float, dense_gradients: int = 1) -> float:
+    """(3 r ΔT + 2 r + 1) / (3 (ΔT + 1)): RigL's training FLOPs over dense, where ratio r is sparse F over dense F.
+
+    dense_gradients: steps in ΔT + 1 whose weight gradient is dense, W: (3 r (ΔT + 1 - W) + W (2 r + 1)) / (3 (ΔT + 1)).
+    """
     if update_interval < 1:
         raise ValueError(f"the update interval is at least 1 step, got {update_interval}")
-    return (3 * ratio * update_interval + 2 * ratio + 1) / (3 * (update_interval + 1))
+    count = min(dense_gradients, update_interval + 1)
+    sparse_steps = update_interval + 1 - count
+    return (3 * ratio * sparse_steps + count * (2 * ratio + 1)) / (3 * (update_interval + 1))
 
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

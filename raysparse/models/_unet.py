@@ -118,24 +118,49 @@ def _initialise(model: nn.Module, zeroed: Callable[[str], bool], generator: torc
         if own and zeroed(name):
             for parameter in own:
                 parameter.zero_()
-        elif isinstance(module, nn.Embedding):
-            _draw(module.weight, lambda values: values.normal_(generator=generator))
-        elif isinstance(module, nn.Conv2d | nn.Linear):
-            bound = 1 / math.sqrt(math.prod(module.weight.shape[1:]))
-            for parameter in own:
-                _draw(parameter, functools.partial(_uniform, bound=bound, generator=generator))
-        elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
-            module.weight.fill_(1.0)
-            module.bias.zero_()
         elif own:
-            raise TypeError(f"{name} ({type(module).__name__}) has weights of a kind that has no initialisation here")
+            initialise_module(module, generator)
+
+
+@torch.no_grad()
+def initialise_module(module: nn.Module, generator: torch.Generator) -> None:
+    """One layer's own parameters, by its kind. TypeError: a kind that has no initialisation here."""
+    if isinstance(module, nn.Embedding):
+        draw(module.weight, lambda values: values.normal_(generator=generator))
+    elif isinstance(module, nn.Conv2d | nn.Linear):
+        bound = 1 / math.sqrt(math.prod(module.weight.shape[1:]))
+        for parameter in module.parameters(recurse=False):
+            draw(parameter, functools.partial(_uniform, bound=bound, generator=generator))
+    elif isinstance(module, nn.GroupNorm | nn.LayerNorm):
+        module.weight.fill_(1.0)
+        module.bias.zero_()
+    else:
+        raise TypeError(f"a {type(module).__name__} has weights of a kind that has no initialisation here")
+
+
+def check_labels(labels: Tensor | None, classes: int | None) -> None:
+    """UsageError where labels and a model's num_classes do not go together."""
+    if labels is not None and classes is None:
+        raise UsageError(
+            "the model has no classes but was given labels; set its option num_classes, or use data without labels"
+        )
+    if labels is None and classes is not None:
+        raise UsageError(f"the model has num_classes={classes} but was given no labels; use a data set with labels")
+    if labels is None or classes is None or labels.device.type != "cpu" or torch.compiler.is_compiling():
+        return  # on a GPU a look at the values would wait for it; there and compiled, the embedding refuses them
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high > classes:
+        raise UsageError(
+            f"labels must be in 0 .. {classes} ({classes} is the null class), got {low if low < 0 else high}; "
+            "raise num_classes"
+        )
 
 
 def _uniform(values: Tensor, bound: float, generator: torch.Generator) -> None:
     values.uniform_(-bound, bound, generator=generator)
 
 
-def _draw(parameter: Tensor, fill: Callable[[Tensor], Any]) -> None:
+def draw(parameter: Tensor, fill: Callable[[Tensor], Any]) -> None:
     """Always drawn on the CPU: a GPU's generator gives other numbers."""
     if parameter.device.type == "cpu":
         fill(parameter)

@@ -14,7 +14,6 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from raysparse.errors import UsageError
 from raysparse.models import _unet
 
 KIND = "denoiser"
@@ -112,28 +111,11 @@ class LatentUNet(_unet.UNet):
 
         The prediction is float32 also under autocast. UsageError: labels, or an x that does not fit the network.
         """
-        self._check_labels(labels)
+        _unet.check_labels(labels, self.config.num_classes)
         if labels is None:
             return self._predict(x, timesteps)
         # One token: its softmax is 1 whatever q and k are, so cross-attention's to_q and to_k get rounding as gradient.
         return self._predict(x, timesteps, encoder_hidden_states=self.class_embedding(labels)[:, None])
-
-    def _check_labels(self, labels: Tensor | None) -> None:
-        classes = self.config.num_classes
-        if labels is not None and classes is None:
-            raise UsageError(
-                "the model has no classes but was given labels; set its option num_classes, or use data without labels"
-            )
-        if labels is None and classes is not None:
-            raise UsageError(f"the model has num_classes={classes} but was given no labels; use a data set with labels")
-        if labels is None or classes is None or labels.device.type != "cpu" or torch.compiler.is_compiling():
-            return  # on a GPU a look at the values would wait for it; there and compiled, the embedding refuses them
-        low, high = int(labels.min()), int(labels.max())
-        if low < 0 or high > classes:
-            raise UsageError(
-                f"labels must be in 0 .. {classes} ({classes} is the null class), got {low if low < 0 else high}; "
-                "raise num_classes"
-            )
 
 
 def _zeroed(config: Config) -> Callable[[str], bool]:

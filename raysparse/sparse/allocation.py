@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from raysparse.errors import UsageError, unknown
 
@@ -38,32 +38,38 @@ def counts(
     sparsity: float,
     allocation: str = "erk",
     groups: Sequence[Sequence[str]] = (),
+    units: Mapping[str, int] | None = None,
+    dense: Collection[str] = (),
 ) -> dict[str, int]:
-    """Active weights of every layer; they sum to round((1 - sparsity) x all weights) exactly.
+    """Active weights of every layer; they sum to round((1 - sparsity) x all weights), exactly where `units` are 1.
 
     shapes: name -> [n_out, n_in, *kernel]. sparsity in [0, 1). groups: names that are allocated as one tensor, joined
-    along n_out (q, k, v). Each layer keeps at least one weight: a layer with none would cut the model in two.
-    UsageError: sparsity out of range, unknown allocation or layer, no layer, fewer weights left than layers.
+    along n_out (q, k, v). units: name -> weights that are active together, a divisor of the layer's size; a count is a
+    multiple of it. dense: layers that keep all weights. Each layer keeps at least one unit: a layer with none would cut
+    the model in two.
+    UsageError: sparsity out of range, unknown allocation or layer, no layer, fewer weights left than layers need.
     """
     check_sparsity(sparsity)
     check_allocation(allocation)
     if not shapes:
         raise UsageError("there is no layer to allocate weights to.")
-    units = _units(shapes, groups)
-    sizes = [sum(math.prod(shapes[name]) for name in unit) for unit in units]
+    if dense or (units and any(size > 1 for size in units.values())):
+        return _whole_units(shapes, sparsity, allocation, groups, units or {}, dense)
+    joined = _joint(shapes, groups)
+    sizes = [sum(math.prod(shapes[name]) for name in names) for names in joined]
     total = round((1 - sparsity) * sum(sizes))
     if total < len(shapes):
         raise UsageError(
             f"sparsity {sparsity} leaves {total} of {sum(sizes)} weights for {len(shapes)} layers; each layer keeps "
             f"at least one. Lower the sparsity."
         )
-    demands = [ALLOCATIONS[allocation](_joined([shapes[name] for name in unit])) for unit in units]
-    unit_counts = _apportion(_capped_shares(demands, sizes, total), sizes, [len(unit) for unit in units], total)
+    demands = [ALLOCATIONS[allocation](_joined([shapes[name] for name in names])) for names in joined]
+    shares = _apportion(_capped_shares(demands, sizes, total), sizes, [len(names) for names in joined], total)
     result: dict[str, int] = {}
-    for unit, size, count in zip(units, sizes, unit_counts, strict=True):
-        members = [math.prod(shapes[name]) for name in unit]
-        shares = [count * member / size for member in members]
-        result.update(zip(unit, _apportion(shares, members, [1] * len(unit), count), strict=True))
+    for names, size, count in zip(joined, sizes, shares, strict=True):
+        members = [math.prod(shapes[name]) for name in names]
+        parts = [count * member / size for member in members]
+        result.update(zip(names, _apportion(parts, members, [1] * len(names), count), strict=True))
     return {name: result[name] for name in shapes}
 
 
@@ -91,7 +97,7 @@ def check_allocation(allocation: str) -> None:
         raise UsageError(unknown("allocation", str(allocation), ALLOCATIONS))
 
 
-def _units(shapes: Mapping[str, Shape], groups: Sequence[Sequence[str]]) -> list[list[str]]:
+def _joint(shapes: Mapping[str, Shape], groups: Sequence[Sequence[str]]) -> list[list[str]]:
     """The layers as allocation sees them: each group, and each other layer alone, in the order of `shapes`."""
     group_of: dict[str, int] = {}
     for index, group in enumerate(groups):
@@ -105,10 +111,61 @@ def _units(shapes: Mapping[str, Shape], groups: Sequence[Sequence[str]]) -> list
             group_of[name] = index
         if len({tuple(shapes[name][1:]) for name in group}) > 1:
             raise UsageError(f"allocation group {index} joins layers along n_out, but other sizes differ: {group}.")
-    units: dict[object, list[str]] = {}
+    joint: dict[object, list[str]] = {}
     for name in shapes:
-        units.setdefault(group_of.get(name, name), []).append(name)
-    return list(units.values())
+        joint.setdefault(group_of.get(name, name), []).append(name)
+    return list(joint.values())
+
+
+def _whole_units(
+    shapes: Mapping[str, Shape],
+    sparsity: float,
+    allocation: str,
+    groups: Sequence[Sequence[str]],
+    units: Mapping[str, int],
+    dense: Collection[str],
+) -> dict[str, int]:
+    """`counts` where weights are active in units, or some layers stay dense."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    total = round((1 - sparsity) * sum(sizes.values()))
+    free = [name for name in shapes if name not in dense]
+    full = sum(sizes[name] for name in dense)
+    left, needed = total - full, sum(units.get(name, 1) for name in free)
+    if left < needed:
+        raise UsageError(
+            f"sparsity {sparsity} leaves {total} of {sum(sizes.values())} weights, but {full} are in "
+            f"layers that stay dense and each of the other {len(free)} keeps at least one unit of its pattern, "
+            f"{needed} weights in all. Lower the sparsity."
+        )
+    joined = _joint({name: shapes[name] for name in free}, [[n for n in group if n in free] for group in groups])
+    joined_sizes = [sum(sizes[name] for name in names) for names in joined]
+    demands = [ALLOCATIONS[allocation](_joined([shapes[name] for name in names])) for names in joined]
+    wanted: dict[str, float] = {}
+    for names, size, share in zip(joined, joined_sizes, _capped_shares(demands, joined_sizes, left), strict=True):
+        wanted |= {name: share * sizes[name] / size for name in names}
+    steps = {name: units.get(name, 1) for name in free}
+    rounded = {n: min(sizes[n], max(steps[n], round(wanted[n] / steps[n]) * steps[n])) for n in free}
+    _settle(rounded, wanted, steps, sizes, left)
+    return {name: sizes[name] if name in dense else rounded[name] for name in shapes}
+
+
+def _settle(
+    counts: dict[str, int], wanted: Mapping[str, float], steps: Mapping[str, int], sizes: Mapping[str, int], total: int
+) -> None:
+    """Move single units until the sum is as near to `total` as one more cannot bring it: large units first.
+
+    Of equal units the one whose layer is farthest from what it wants; so a layer of single weights settles the rest.
+    """
+    for step in sorted(set(steps.values()), reverse=True):
+        names = [name for name in counts if steps[name] == step]
+        while 2 * abs(missing := total - sum(counts.values())) > step:
+            sign = 1 if missing > 0 else -1
+            movable = [n for n in names if step <= counts[n] + sign * step <= sizes[n]]
+            if not movable:
+                break
+            order = sorted(movable, key=lambda n: sign * (counts[n] - wanted[n]) / step)
+            for name in order[: max(1, abs(missing) // step)]:
+                counts[name] += sign * step
 
 
 def _joined(shapes: Sequence[Shape]) -> Shape:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,28 +10,27 @@ from torch import Tensor, nn, optim
 
 from raysparse import plugins
 from raysparse.errors import UsageError
-from raysparse.sparse import allocation as allocations
 from raysparse.sparse.agreement import Agreement
-from raysparse.sparse.criteria import CRITERIA, NEEDS_GRADIENT, Layer, random
-from raysparse.sparse.masks import all_bits, highest, lowest, maskable, one_thread, shapes, unwrapped, zero_outside
+from raysparse.sparse.criteria import CRITERIA, Layer, random
+from raysparse.sparse.dense_weights import CHECK_EVERY, DenseWeights
+from raysparse.sparse.gradients import DenseGradients
+from raysparse.sparse.layout import Layout, layout
+from raysparse.sparse.masks import all_bits, one_thread, zero_outside
 from raysparse.sparse.method import Method
-from raysparse.sparse.optimizer_state import Undo, clear, keeps_zeros
-from raysparse.sparse.schedules import UpdateSchedule
+from raysparse.sparse.optimizer_state import Undo, clear, keeps_zeros, optimized_weights
+from raysparse.sparse.pattern import Pattern
+from raysparse.sparse.ranges import ByTimestep, Masks, layouts, nested
+from raysparse.sparse.saved_state import check_counters, check_ranges, checked_masks
+from raysparse.sparse.schedules import Clock, UpdateSchedule
+from raysparse.sparse.settings import given_settings
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
-# Where a setting is not given: the paper's values (PAPER.md 1). None as a default in the signature, so that a setting
-# given to a method that does not have it is refused instead of ignored.
-DEFAULTS: dict[str, Any] = {
-    "sparsity": 0.9,
-    "allocation": "erk",
-    "prune_ratio": 0.5,
-    "update_interval": 100,
-    "prune_schedule": "constant",
-    "update_end_step": None,
-}
-SETTING_OF = {"update_end_step": "update_end_fraction"}  # argument -> the setting's name where it is another
+# The engine alone is used on other models than the paper's; where a setting is not given, these count before the
+# method's own defaults.
+DEFAULTS: dict[str, Any] = {"sparsity": 0.9, "update_interval": 100}
+NOTHING = Layout({}, {}, [], {})
 
 
 class SparseEngine:
@@ -51,20 +50,20 @@ class SparseEngine:
 
     Weights stay dense tensors with exact zeros, changed in place only. Masks, gradients and moments are zero at pruned
     positions after every call. With an optimizer that is not known to keep zeros (optimizer_state.KEEPS_ZEROS) the
-    weights and moments are masked after each step as well.
+    weights and moments are masked after each step as well. A method that keeps weights under its masks (nm_ste) has
+    moments of the dense weights; its moving average is moved by `average` and masked by `after_average`.
 
     Arguments:
         method: a file of sparse/methods.
-        sparsity: share of zeros over all maskable weights, in [0, 1). allocation: uniform, er or erk.
-        prune_ratio: share of a layer's active weights that an update prunes, in (0, 1].
-        update_interval: optimizer steps. prune_schedule: constant or cosine.
-        update_end_step: no update at or after it; None: to the end.
+        update_end_step: no topology update at or after it; None: to the end.
         seed: of the first masks and of random growth; the same on all ranks.
         keep_dense: module or parameter names left dense, beside `model.keep_dense`.
         groups: lists of layers allocated as one, default `model.allocation_groups`.
         process_group: ranks whose masks must agree; default: that of a DDP model, else none.
-    UsageError: a setting out of range or that the method does not have, nothing to mask, or an optimizer that holds
-        none of the model's weights.
+        settings: of the method's `Settings` (sparse/settings.py), such as sparsity, allocation, pattern, prune_ratio
+            and update_interval.
+    UsageError: a setting out of range or that the method does not have, nothing to mask, a pattern that no layer can
+        take, or an optimizer that holds none of the model's weights.
     """
 
     def __init__(
@@ -73,53 +72,47 @@ class SparseEngine:
         optimizer: optim.Optimizer,
         *,
         method: str = "rigl",
-        sparsity: float | None = None,
-        allocation: str | None = None,
-        prune_ratio: float | None = None,
-        update_interval: int | None = None,
-        prune_schedule: str | None = None,
         update_end_step: int | None = None,
         seed: int = 0,
         keep_dense: Iterable[str] = (),
         groups: Sequence[Sequence[str]] | None = None,
         process_group: ProcessGroup | None = None,
+        **settings: Any,
     ) -> None:
-        given = {
-            "sparsity": sparsity,
-            "allocation": allocation,
-            "prune_ratio": prune_ratio,
-            "update_interval": update_interval,
-            "prune_schedule": prune_schedule,
-            "update_end_step": update_end_step,
-        }
-        plugin = plugins.load("methods", method)
-        settings = _settings(method, plugin.SETTINGS, given)
+        self._method: Method = plugins.load("methods", method).METHOD
+        self._settings = given_settings(method, settings, DEFAULTS)
         self.method = method
         self.seed = seed
         self.step = 0  # optimizer steps that were not skipped
         self.updates = 0  # topology updates
         self.replaced = 0  # connections that topology updates made where there was none
-        self._method: Method = plugin.METHOD
+        self._averaged = 0  # updates that the moving average has seen
         self._optimizer = optimizer
         self._mask_weights = not keeps_zeros(optimizer)
         self._agreement = Agreement.of(model, process_group)
-        self._schedule = _schedule(settings) if self._method.dynamic else None
-        self._gradients: dict[str, Tensor] = {}  # dense ones, held from mask_gradients to after_step of an update
+        self._clock = _clock(method, self._method, self._settings, update_end_step)
+        momentum = getattr(self._settings, "gradient_momentum", 0.0)
+        self._gradients = DenseGradients(self._method.needs, momentum)
         self._masked = False  # mask_gradients was called for the step that after_step closes
         self._weights: dict[str, nn.Parameter] = {}
+        self._layout = NOTHING
+        self._ranges: list[Masks] = []  # of a method with masks per range of timesteps
+        self._dense: DenseWeights | None = None  # of a method that keeps the weights under its masks
         self._masks: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}  # active weights per layer, never changed
         self._bits: dict[str, Tensor] = {}  # the masks as every step needs them: masks.all_bits
         if self._method.sparse:
-            self._weights = _weights_of(model, optimizer, keep_dense)
-            groups = getattr(unwrapped(model), "allocation_groups", ()) if groups is None else groups
-            self._counts = allocations.counts(
-                shapes(model, self._weights),
-                sparsity=settings["sparsity"],
-                allocation=settings["allocation"],
-                groups=groups,
-            )
-            masks = {name: self._first_mask(name) for name in self._weights}
+            self._weights = optimized_weights(model, optimizer, keep_dense)
+            if self._method.straight_through:
+                self._dense = DenseWeights(model, self._weights, self._settings, groups)
+                self._layout = self._dense.layout(0)
+                masks = self._dense.masks(0)
+            elif self._method.by_timestep:
+                each, self._layout = layouts(model, self._weights, self._settings, groups)
+                masks = {name: self._first_mask(name, self._layout) for name in self._weights}
+                self._ranges = nested(each, self._first_mask)
+            else:
+                self._layout = layout(model, self._weights, self._settings, groups)
+                masks = {name: self._first_mask(name, self._layout) for name in self._weights}
             self._agreement.check(self.step, masks)
             self._impose(masks)
 
@@ -135,22 +128,46 @@ class SparseEngine:
     def sparsity(self) -> float:
         """Share of zeros over all maskable weights, as achieved; 0 for the dense method."""
         total = sum(weight.numel() for weight in self._weights.values())
-        return 1 - sum(self._counts.values()) / total if total else 0.0
+        return 1 - sum(self._layout.counts.values()) / total if total else 0.0
+
+    @property
+    def pattern(self) -> str:
+        """The pattern's name; element for the dense method."""
+        return str(getattr(self._settings, "pattern", "element"))
+
+    @property
+    def layout(self) -> Layout:
+        """Patterns and counts of active weights by layer, and which layers could not take the pattern."""
+        return self._layout
+
+    def network(self, model: nn.Module) -> nn.Module:
+        """`model`, or what goes by the timesteps' masks in its place: call that, in training and in sampling.
+
+        model: the one in training, its average, or a copy; masked as `apply_to` masks it.
+        """
+        if not self._ranges:
+            return model
+        bounds: list[int] = self._settings.bounds()  # type: ignore[attr-defined]
+        return ByTimestep(model, self._ranges, bounds)
 
     def layer_density(self) -> dict[str, float]:
         """Parameter name -> share of active weights, in (0, 1]."""
-        return {name: self._counts[name] / weight.numel() for name, weight in self._weights.items()}
+        return self._layout.densities()
 
     @torch.no_grad()
     def mask_gradients(self) -> None:
-        """Zero the gradients of pruned weights, inf and NaN too; keep the dense ones first where growth needs them."""
-        due = self._schedule is not None and self._schedule.due(self.step + 1)
-        if due and self._method.grow in NEEDS_GRADIENT:
-            self._gradients = {n: w.grad.detach().clone() for n, w in self._weights.items() if w.grad is not None}
+        """Zero the gradients of pruned weights, inf and NaN too; keep the dense ones first where growth needs them.
+
+        With a method that keeps weights under its masks these and their gradients come back instead, for the step.
+        """
+        self._masked = True
+        if self._dense is not None:
+            self._dense.show()
+            return
+        self._gradients.take(self._clock, self.step + 1, self._weights)
         for name, weight in self._weights.items():
             if weight.grad is not None:
                 zero_outside(weight.grad, self._bits[name])
-        self._masked = True
 
     def after_step(self, skipped: bool = False) -> None:
         """Count the optimizer step and, where one is due, update the topology.
@@ -158,20 +175,48 @@ class SparseEngine:
         skipped: the optimizer did not step (inf under AMP): nothing is counted, nothing changes.
         UsageError: mask_gradients was not called for this step, or another rank has other masks or failed.
         """
-        gradients, self._gradients = self._gradients, {}
         masked, self._masked = self._masked, False
+        self._gradients.keep(skipped)
         if skipped:
+            if self._dense is not None and masked:
+                self._dense.hide(self._bits)
             return
         if not masked:
             raise UsageError(
                 "after_step() without mask_gradients(): call that after backward(), before optimizer.step()."
             )
         step = self.step + 1
-        if self._mask_weights:
+        if self._dense is not None:
+            self._refresh(self._dense, step)
+        elif self._mask_weights:
             self._clear_pruned()
-        if self._schedule is not None and self._schedule.due(step):
-            self._update(step, self._schedule.ratio(step), gradients)
+        if self._clock is not None and self._clock.due(step):
+            self._update(step, self._clock.ratio(step), self._gradients.release())
+            self._clock.updated(step)
         self.step = step
+
+    def observe(self, fid: float) -> None:
+        """Tell the FID of a report, the same on all ranks: what the schedule `stall` goes by."""
+        if self._clock is not None:
+            self._clock.observe(fid)
+
+    def average(self, shadow: Mapping[str, Tensor], update: Callable[[], None]) -> None:
+        """Move a moving average of the weights: call it between optimizer.step() and after_step().
+
+        shadow: parameter name -> tensor, masked; update: moves it. Of a method that keeps weights under its masks the
+        dense ones are averaged. Then `after_average`.
+        """
+        if self._dense is not None:
+            self._dense.show_average(shadow)
+        update()
+
+    def after_average(self, shadow: Mapping[str, Tensor]) -> None:
+        """Mask the moving average after after_step(), as the weights are masked."""
+        if self._dense is not None:
+            self._dense.hide_average(shadow, self._bits)
+        elif self.updates != self._averaged:
+            self.apply_to(shadow)
+        self._averaged = self.updates
 
     @torch.no_grad()
     def apply_to(self, tensors: Mapping[str, Tensor]) -> None:
@@ -189,7 +234,7 @@ class SparseEngine:
 
     def state_dict(self) -> dict[str, Any]:
         """All that a resume needs beside weights and optimizer: counters and masks (copies), no other objects."""
-        return {
+        state = {
             "method": self.method,
             "seed": self.seed,
             "step": self.step,
@@ -197,30 +242,74 @@ class SparseEngine:
             "replaced": self.replaced,
             "masks": {name: mask.clone() for name, mask in self._masks.items()},
         }
+        if self._clock is not None:
+            state["clock"] = self._clock.state_dict()
+            state["gradients"] = self._gradients.state_dict()
+        if self._dense is not None:
+            state["hidden"] = self._dense.state_dict()
+        if self._ranges:
+            state["ranges"] = [{name: mask.clone() for name, mask in masks.items()} for masks in self._ranges]
+        return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over masks and counters, then zero weights and moments outside the masks.
 
         Load the model and the optimizer first. UsageError, with nothing changed: other method or seed, other layers or
-        shapes, or other counts of active weights than this engine's settings give.
+        shapes, or other counts of active weights or patterns than this engine's settings give.
         """
         masks = {
             name: torch.empty_like(self._masks[name]).copy_(mask) for name, mask in self.check_state(state).items()
         }
-        self._gradients, self._masked = {}, False
-        self._impose(masks)
+        if self._dense is not None:
+            self._dense.load_state_dict(state.get("hidden", {}))
+        self._layout = self._layout_at(state["step"])
+        self._gradients.load_state_dict(state.get("gradients", {}), self._weights)
+        if self._clock is not None:
+            self._clock.load_state_dict(state.get("clock", {}), state["step"])
+        self._masked = False
+        self._impose(masks, loaded=True)
         self.step, self.updates, self.replaced = state["step"], state["updates"], state["replaced"]
+        self._averaged = self.updates
 
     def check_state(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
         """The masks of a state that `load_state_dict` would take. UsageError as there; changes nothing."""
-        return _checked_masks(self, state, self._counts)
+        check_counters(self, state)
+        masks = checked_masks(self, state, self._layout_at(state["step"]))
+        check_ranges(self._ranges, state.get("ranges", []))
+        return masks
 
-    def _first_mask(self, name: str) -> Tensor:
-        weight = self._weights[name]
-        everywhere = torch.ones_like(weight, dtype=torch.bool)
-        if self._counts[name] == weight.numel():
-            return everywhere
-        return highest(random(Layer(name, weight, None, self.seed, 0)), self._counts[name], everywhere)
+    def _layout_at(self, step: int) -> Layout:
+        return self._layout if self._dense is None else self._dense.layout(step)
+
+    def _layer(
+        self, name: str, step: int, gradient: Tensor | None, candidates: Tensor | None = None, count: int = 0
+    ) -> Layer:
+        """What a criterion sees."""
+        return Layer(
+            name=name,
+            weight=self._weights[name],
+            gradient=gradient,
+            seed=self.seed,
+            step=step,
+            pattern=self._layout.patterns[name],
+            candidates=candidates,
+            count=count,
+            settings=self._settings,
+        )
+
+    def _mask_of(self, name: str, pattern: Pattern, units: Tensor) -> Tensor:
+        """A mask in the weight's memory format from a layer's units."""
+        weight, mask = self._weights[name], pattern.spread(units)
+        if mask is units and mask.stride() == weight.stride():
+            return mask
+        return torch.empty_like(weight, dtype=torch.bool).copy_(mask)
+
+    def _first_mask(self, name: str, found: Layout) -> Tensor:
+        weight, pattern = self._weights[name], found.patterns[name]
+        active = found.counts[name]
+        if active == weight.numel():
+            return torch.ones_like(weight, dtype=torch.bool)
+        return self._mask_of(name, pattern, pattern.first(random(self._layer(name, 0, None)), pattern.count(active)))
 
     def _update(self, step: int, ratio: float, gradients: Mapping[str, Tensor]) -> None:
         """One topology update: all new masks first, then agreement with the other ranks, then the change."""
@@ -237,23 +326,25 @@ class SparseEngine:
         self.updates += 1
 
     def _new_mask(self, name: str, step: int, ratio: float, gradient: Tensor | None) -> Tensor:
-        """Prune a share of the layer's active weights, grow as many among all that are then inactive.
+        """Prune a share of the layer's active units, grow as many among all that are then inactive.
 
         As in the RigL paper (I not in θ \\ I_drop) and code, a connection just pruned can be grown again; it then was
         never away and keeps its weight and moments. So the method is also defined where fewer weights are inactive than
         are pruned. A layer that got no gradient is left as it is.
         """
-        mask, weight = self._masks[name], self._weights[name]
-        count = round(ratio * self._counts[name])
+        mask, pattern = self._masks[name], self._layout.patterns[name]
+        active = self._layout.counts[name]
+        count = round(ratio * pattern.count(active))
         prune, grow = self._method.prune, self._method.grow
         assert prune is not None
         assert grow is not None
-        unused = grow in NEEDS_GRADIENT and gradient is None
-        if count == 0 or unused or self._counts[name] == weight.numel():
+        unused = self._method.needs is not None and gradient is None
+        if count == 0 or unused or active == mask.numel():
             return mask
-        layer = Layer(name, weight, gradient, self.seed, step)
-        kept = mask & ~lowest(CRITERIA[prune](layer), count, mask)
-        return kept | highest(CRITERIA[grow](layer), count, ~kept)
+        units = pattern.of_mask(mask)
+        kept = pattern.pruned(units, CRITERIA[prune](self._layer(name, step, gradient, units, count)), count)
+        scores = CRITERIA[grow](self._layer(name, step, gradient, ~kept, count))
+        return self._mask_of(name, pattern, pattern.grown(kept, scores, units))
 
     def _replace(self, masks: dict[str, Tensor]) -> int:
         """Put new masks in place, zero what they prune, and return how many connections are new.
@@ -274,72 +365,36 @@ class SparseEngine:
         self._masks, self._bits = masks, bits
         return undo.positions  # as many are new as were pruned
 
-    def _impose(self, masks: dict[str, Tensor]) -> None:
+    def _refresh(self, dense: DenseWeights, step: int) -> None:
+        """New masks by magnitude where they are due, and the weights outside them hidden."""
+        if dense.due(step):
+            masks = dense.masks(step)
+            if self.updates % CHECK_EVERY == 0:
+                self._agreement.check(step, masks)
+            self.replaced += sum(int((mask & ~self._masks[name]).count_nonzero()) for name, mask in masks.items())
+            self._masks, self._bits = masks, {name: all_bits(mask) for name, mask in masks.items()}
+            self._layout = dense.layout(step)
+            self.updates += 1
+        dense.hide(self._bits)
+
+    def _impose(self, masks: dict[str, Tensor], loaded: bool = False) -> None:
         """Put first or loaded masks in place and zero all that is outside them."""
         self._masks, self._bits = masks, {name: all_bits(mask) for name, mask in masks.items()}
-        self._clear_pruned()
+        if self._dense is None:
+            self._clear_pruned()
+        elif loaded:
+            self.apply_to(self._weights)
+        else:
+            self._dense.hide(self._bits)
 
     def _clear_pruned(self) -> None:
         for name, weight in self._weights.items():
             clear(self._optimizer, weight, self._bits[name])
 
 
-def _settings(method: str, has: frozenset[str], given: Mapping[str, Any]) -> dict[str, Any]:
-    """The given settings over the defaults; UsageError for one that the method does not have."""
-    for argument, value in given.items():
-        setting = SETTING_OF.get(argument, argument)
-        if value is not None and setting not in has:
-            those = f"It has: {', '.join(sorted(has))}." if has else "It has no settings."
-            raise UsageError(f"method {method!r} has no {argument}, which was set to {value!r}. {those}")
-    return {name: default if given[name] is None else given[name] for name, default in DEFAULTS.items()}
-
-
-def _schedule(settings: Mapping[str, Any]) -> UpdateSchedule:
-    return UpdateSchedule(
-        prune_ratio=settings["prune_ratio"],
-        interval=settings["update_interval"],
-        schedule=settings["prune_schedule"],
-        end=settings["update_end_step"],
-    )
-
-
-def _weights_of(model: nn.Module, optimizer: optim.Optimizer, keep_dense: Iterable[str]) -> dict[str, nn.Parameter]:
-    weights = maskable(model, keep_dense)
-    if not weights:
-        raise UsageError(
-            "the model has nothing to mask: no trainable weight of a convolution, linear layer, attention or GRU "
-            "outside keep_dense."
-        )
-    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
-    if not any(id(weight) in optimized for weight in weights.values()):
-        raise UsageError("the optimizer holds none of the model's maskable weights: build it from this model.")
-    return weights
-
-
-def _checked_masks(engine: SparseEngine, state: Mapping[str, Any], counts: Mapping[str, int]) -> dict[str, Tensor]:
-    for key in ("method", "seed", "step", "updates", "replaced", "masks"):
-        if not isinstance(state, Mapping) or key not in state:
-            raise UsageError(f"the engine state has no {key!r}: it is not one of SparseEngine.state_dict().")
-    for key in ("method", "seed"):
-        if state[key] != getattr(engine, key):
-            raise UsageError(f"the engine state has {key} {state[key]!r}, this engine {getattr(engine, key)!r}.")
-    masks: dict[str, Tensor] = state["masks"]
-    counters = [state[key] for key in ("step", "updates", "replaced")]
-    if not all(type(counter) is int and counter >= 0 for counter in counters) or not isinstance(masks, Mapping):
-        raise UsageError("the engine state has a counter that is no count, or masks that are no tensors by name.")
-    if missing := sorted(set(counts) - set(masks)):
-        raise UsageError(f"the engine state lacks masks of this model: {', '.join(missing)}.")
-    if extra := sorted(set(masks) - set(counts)):
-        raise UsageError(f"the engine state has masks that this model does not: {', '.join(extra)}.")
-    for name, mask in masks.items():
-        shape = tuple(engine.masks[name].shape)
-        if not isinstance(mask, Tensor):
-            raise UsageError(f"the saved mask of {name!r} is {type(mask)}, not a tensor.")
-        if tuple(mask.shape) != shape or mask.dtype != torch.bool:
-            raise UsageError(f"the saved mask of {name!r} is {mask.dtype} {tuple(mask.shape)}, not torch.bool {shape}.")
-        if (active := int(mask.count_nonzero())) != counts[name]:
-            raise UsageError(
-                f"the saved mask of {name!r} has {active} active weights, this engine's settings give {counts[name]}: "
-                f"build it with the same sparsity, allocation and groups."
-            )
-    return masks
+def _clock(name: str, method: Method, settings: Any, end: int | None) -> Clock | None:
+    if not method.dynamic:
+        if end is not None:
+            raise UsageError(f"method {name!r} has no update_end_step, which was set to {end}: its topology is fixed.")
+        return None
+    return Clock(UpdateSchedule.of(settings, end))

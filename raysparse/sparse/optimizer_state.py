@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn, optim
 
-from raysparse.sparse.masks import put, true_indices, zero_outside
+from raysparse.errors import UsageError
+from raysparse.sparse.masks import maskable, put, true_indices, zero_outside
 
 # With weight, gradient and moments at 0 these leave a weight at exactly 0 (measured over 50 steps, DESIGN decision 1).
 # Muon does not: it orthogonalises whole matrices. A class that is not listed is not trusted, a subclass neither.
@@ -67,3 +68,19 @@ class Undo:
         """Put back what `zero` has zeroed; harmless to repeat."""
         for tensor, index, values in self._before:
             put(tensor, index, values)
+
+
+def optimized_weights(
+    model: nn.Module, optimizer: optim.Optimizer, keep_dense: Iterable[str]
+) -> dict[str, nn.Parameter]:
+    """What is masked of a model, by name. UsageError where that is nothing, or not what the optimizer moves."""
+    weights = maskable(model, keep_dense)
+    if not weights:
+        raise UsageError(
+            "the model has nothing to mask: no trainable weight of a convolution, linear layer, attention or GRU "
+            "outside keep_dense."
+        )
+    optimized = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(weight) in optimized for weight in weights.values()):
+        raise UsageError("the optimizer holds none of the model's maskable weights: build it from this model.")
+    return weights

@@ -13,6 +13,8 @@ from raysparse.config import TrialConfig
 from raysparse.data import prepared
 from raysparse.data.sketch import Examples
 from raysparse.errors import UsageError, usage_error_from
+from raysparse.sparse import masks
+from raysparse.sparse.layout import layout
 
 
 def check_settings(config: TrialConfig) -> None:
@@ -30,6 +32,9 @@ def check_settings(config: TrialConfig) -> None:
         )
     prepared.check_options(config.data.name, config.data.options)
     _check_parts(config)
+    _check_pattern(config)
+    _check_stages(config)
+    _check_ranges(config)
     if config.data.source is not None and not Path(config.data.source).exists():
         raise UsageError(f"data.source {config.data.source} does not exist; give the path of the raw data")
 
@@ -65,6 +70,43 @@ def _check_parts(config: TrialConfig) -> None:
                 f"{name} is {value}, but {config.model.name} has no null class here: use a class-conditional "
                 "latent_unet (model.options.num_classes), or leave it out"
             )
+
+
+def _check_pattern(config: TrialConfig) -> None:
+    """That the method's pattern fits a layer of the model and leaves it the weights that it keeps."""
+    if config.sparse.setting("pattern") in (None, "element"):
+        return
+    with torch.device("meta"):
+        model = plugins.load("models", config.model.name).build(model_options(config), seed=config.seed)
+    layout(model, masks.maskable(model), config.sparse.settings())
+
+
+def _check_stages(config: TrialConfig) -> None:
+    """That the last stage of the method's patterns is reached."""
+    patterns: list[Any] = getattr(config.sparse.settings(), "patterns", list)()
+    needed = (len(patterns) - 1) * (config.sparse.setting("stage_steps") or 0)
+    if len(patterns) > 1 and needed >= config.train.steps:
+        raise UsageError(
+            f"stages {config.sparse.setting('stages')!r} of {config.sparse.setting('stage_steps')} steps each begin "
+            f"the last one at step {needed}, but train.steps is {config.train.steps}; lower stage_steps"
+        )
+
+
+def _check_ranges(config: TrialConfig) -> None:
+    """That masks per range of timesteps cover the trial's timesteps, and that one graph is not asked for."""
+    if config.sparse.setting("ranges") is None:
+        return
+    end = config.sparse.settings().bounds()[-1]  # type: ignore[attr-defined]
+    if end != config.diffusion.timesteps:
+        raise UsageError(
+            f"ranges {config.sparse.setting('ranges')!r} end at {end}, but diffusion.timesteps is "
+            f"{config.diffusion.timesteps}: every timestep needs a mask, and there are no others"
+        )
+    if config.train.compile:
+        raise UsageError(
+            "train.compile is true, but a mask per range of timesteps splits each batch anew, which would be compiled "
+            "again for every split; leave it out"
+        )
 
 
 def null_label(config: TrialConfig) -> int | None:

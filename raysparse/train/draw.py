@@ -49,7 +49,7 @@ def draw(
     if seed is not None:
         trial = trial.model_copy(update={"seed": seed})
     sampler = Sampler(trial, source, NoiseSchedule(**trial.diffusion.model_dump()), torch.device(device))
-    yield from sampler.images(model.model, count, labels)
+    yield from sampler.images(model.network, count, labels)
 
 
 def write(images: Iterator[Tensor], folder: Path, on_done: Callable[[int], None] = lambda _: None) -> Path:

@@ -16,9 +16,9 @@ class Ema:
     random initial weights are soon forgotten. `model` is in eval mode and takes no gradients; evaluating it leaves
     the trained model alone.
 
-    A pruned weight would fade slowly in the shadow. The caller therefore zeroes the shadow outside the masks after
-    each topology update (`parameters()` gives the tensors by name); between updates both sides are exactly 0 there
-    and a moving average of zeros is 0.
+    A pruned weight would fade slowly in the shadow. SparseEngine.after_average therefore zeroes the shadow outside the
+    masks after each topology update (`parameters()` gives the tensors by name); between updates both sides are exactly
+    0 there and a moving average of zeros is 0.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:

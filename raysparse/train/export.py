@@ -56,6 +56,11 @@ def export(checkpoint: Path, to: Path, *, first_stage: str | None = None) -> Pat
     the ones that the settings name by sha256. `to` is whole or absent.
     """
     model = restored.load(checkpoint)
+    if model.network is not model.model:
+        raise UsageError(
+            f"trial {model.trial_id} has a mask per range of timesteps ({model.config.sparse.setting('ranges')}), "
+            "which a folder of one set of masked weights cannot hold; sample it with `raysparse sample` instead"
+        )
     stage, identity = _first_stage(model, first_stage)
     facts = measured.of(model)
     with new_folder(to) as folder:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from raysparse.sparse.engine import SparseEngine
     from raysparse.train.costs import Costs
     from raysparse.train.evaluate import Evaluation, Evaluator
+    from raysparse.train.teacher import Teacher
 
 # Losses are looked at, and ranks agree to go on, once in so many steps: each look waits for the device. On one CPU
 # process a look costs nothing and is made after each step.
@@ -71,6 +72,7 @@ class Trainer:
         noise_schedule: NoiseSchedule,
         evaluator: Evaluator,
         costs: Costs,
+        teacher: Teacher | None = None,
         device: torch.device,
         rank: int = 0,
         world_size: int = 1,
@@ -83,18 +85,20 @@ class Trainer:
         self.noise_schedule = noise_schedule
         self.evaluator = evaluator
         self.costs = costs
+        self.teacher = teacher
         self.device = device
         self.rank = rank
         self.world_size = world_size
         self.step = 0  # optimizer steps done
         self.totals = Totals()
         self.ema = Ema(model, config.train.ema_decay)
+        self._shadow = self.ema.parameters()
         self.masks_reported = engine.masks
         self.should_stop: Callable[[], bool] = lambda: False  # asked between steps; any rank's yes ends `run` early
         # Told what the rank does, step or evaluation, and at which step, whenever it got on with it.
         self.on_progress: Callable[[str, int], None] = lambda doing, step: None
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self._network: nn.Module = model
+        self._network: nn.Module = engine.network(model)
         if config.train.compile:
             # The masks act on gradients and on weights in place, outside the graph: it is compiled once, whatever the
             # topology does.
@@ -157,20 +161,23 @@ class Trainer:
             t, eps = timesteps[rows], noise[rows, : x.shape[1]] if self._sequences else noise[rows]
             last = part + 1 == train.accumulate
             with self._reduce_gradients(last), autocast(self.config, self.device):
-                prediction = self._network(self.noise_schedule.add_noise(x, eps, t), t, **cond)
-                loss = losses.eps_mse(prediction, eps, cond.get("lengths")) / train.accumulate
+                noisy = self.noise_schedule.add_noise(x, eps, t)
+                prediction = self._network(noisy, t, **cond)
+                if self.teacher is None:
+                    loss = losses.eps_mse(prediction, eps, cond.get("lengths"))
+                else:
+                    loss = self.teacher.loss(prediction, eps, noisy, t, cond)
+                loss = loss / train.accumulate
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         self.engine.mask_gradients()
         if optimizer.clip_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, optimizer.clip_norm)
         self.optimizer.step()
-        updates = self.engine.updates
-        self.engine.after_step()
         self.step += 1
-        self.ema.update(self.step)
-        if self.engine.updates != updates:
-            self.engine.apply_to(self.ema.parameters())
+        self.engine.average(self._shadow, lambda: self.ema.update(self.step))
+        self.engine.after_step()
+        self.engine.after_average(self._shadow)
         return total
 
     def _draws(self) -> tuple[Tensor, Tensor]:
@@ -242,7 +249,8 @@ class Trainer:
         found: Evaluation | None = None
         if totals.reason is None:
             start = time.perf_counter()
-            found = self.evaluator.evaluate(self.ema.evaluation_model(), self._asked_in_evaluation)
+            network = self.engine.network(self.ema.evaluation_model())
+            found = self.evaluator.evaluate(network, self._asked_in_evaluation)
             if found is None:
                 return None
             found = distributed.from_rank_0(found, self.world_size)
@@ -254,7 +262,9 @@ class Trainer:
                     f"validation loss {found.validation_loss:.4g} at step {self.step} is above {DIVERGED_LOSS:g}"
                 )
         sound = found is not None and totals.reason is None
-        paper, true = self.costs.spent(self.step)
+        if found is not None and sound:
+            self.engine.observe(found.fid)
+        paper, true = self.costs.spent(self.step, self.engine.updates)
         report = Report(
             step=self.step,
             train_loss=train_loss if sound else None,

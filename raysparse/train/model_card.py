@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from raysparse import plugins
-from raysparse.config import TrialConfig
+from raysparse.config import SparseConfig, TrialConfig
 from raysparse.diffusion import ddim
 from raysparse.errors import UsageError
 from raysparse.metrics.protocol import Protocol
@@ -94,6 +94,7 @@ def _settings(config: TrialConfig, trial_id: str, step: int, first_stage: str | 
         "allocation": sparse.allocation,
         "prune ratio p": sparse.prune_ratio,
         "update interval ΔTe": None if sparse.update_interval is None else f"{sparse.update_interval} steps",
+        **_other_settings(sparse),
         "seed": config.seed,
         "step": f"{step:,} of {config.train.steps:,}, batch {config.train.batch_size}",
         "timesteps T, betas": (
@@ -105,6 +106,11 @@ def _settings(config: TrialConfig, trial_id: str, step: int, first_stage: str | 
         "trial": f"`{trial_id}`",
     }
     return {name: value for name, value in rows.items() if value is not None}
+
+
+def _other_settings(sparse: SparseConfig) -> dict[str, Any]:
+    """Those of the method that are not its defaults, by their names in a sweep file."""
+    return {f"`{name}`": value for name, value in sorted((sparse.model_extra or {}).items())}
 
 
 def _sampling(config: TrialConfig) -> str:

@@ -12,7 +12,7 @@ import torch
 from raysparse import plugins, rng, space
 from raysparse.config import TrialConfig
 from raysparse.metrics import flops
-from raysparse.space import Confirm, Sweep
+from raysparse.space import Sweep
 from raysparse.train import checks, setup
 from raysparse.train.costs import Costs, evaluations
 
@@ -41,7 +41,7 @@ def plan(sweep: Sweep, *, cpus: int | None = None, seconds: tuple[float, float] 
     trials = [space.trial(sweep, point) for point in points]
     rows = [_row(setup.estimate(trial)) | _settings(trial) for trial in trials]
     count = space.trial_count(sweep)
-    confirmed = len(sweep.confirm.seeds) * _winners(sweep, sweep.confirm) if sweep.confirm else 0
+    confirmed = _confirmed(sweep)
     mean_points = setup.estimate(base).mean_points
     step_s, evaluation_s = seconds or measure(base, mean_points)
     concurrent = _concurrent(sweep, cpus or os.cpu_count() or 1)
@@ -59,6 +59,19 @@ def plan(sweep: Sweep, *, cpus: int | None = None, seconds: tuple[float, float] 
         "hours_full": (count + confirmed) * trial_s / concurrent / 3600,
         "hours_asha": (count * _expected_share(sweep, base.train.steps) + confirmed) * trial_s / concurrent / 3600,
     }
+
+
+def _confirmed(sweep: Sweep) -> int:
+    """Trials of the confirm stage, at most: a method of a grid cannot have more winners than points."""
+    if sweep.confirm is None:
+        return 0
+    if sweep.search and len(sweep.search.objectives) > 1:
+        return len(sweep.confirm.seeds) * (sweep.confirm.front + 1)  # and dense
+    best = dict.fromkeys(sweep.axes, sweep.confirm.best_per_method)
+    if sweep.grid:
+        methods = [point["method"] for point in space.grid_points(sweep)]
+        best = {method: min(most, methods.count(method)) for method, most in best.items()}
+    return len(sweep.confirm.seeds) * sum(best.values())
 
 
 def measure(config: TrialConfig, mean_points: float) -> tuple[float, float]:
@@ -116,13 +129,18 @@ def _row(cost: Costs) -> dict[str, Any]:
         "flops_train_paper": cost.train(cost.paper, steps),
         "flops_train_true": cost.train(flops.TRUE, steps),
         "flops_train_dense_true": cost.train(flops.TRUE, steps, dense=True),
+        "layers_dense": dict(cost.stays_dense),
+        "layers_by_element": list(cost.by_element),
     }
 
 
 def _settings(trial: TrialConfig) -> dict[str, Any]:
     sparse = trial.sparse
     names = ("method", "sparsity", "prune_ratio", "update_interval")
-    return {"trial_id": trial.trial_id} | {name: getattr(sparse, name) for name in names}
+    others = dict(sorted((sparse.model_extra or {}).items()))
+    if sparse.prune_schedule not in (None, "constant"):
+        others["prune_schedule"] = sparse.prune_schedule
+    return {"trial_id": trial.trial_id, "others": others} | {name: getattr(sparse, name) for name in names}
 
 
 def _concurrent(sweep: Sweep, cpus: int) -> int:
@@ -131,13 +149,6 @@ def _concurrent(sweep: Sweep, cpus: int) -> int:
     if wanted.gpus_per_worker:
         fit = min(fit, int(torch.cuda.device_count() / (wanted.workers * wanted.gpus_per_worker)))
     return max(1, min(fit, wanted.max_concurrent or fit))
-
-
-def _winners(sweep: Sweep, confirm: Confirm) -> int:
-    """Configurations that are confirmed at most; dense among them."""
-    if sweep.search and len(sweep.search.objectives) > 1:
-        return confirm.front + 1
-    return confirm.best_per_method * len(sweep.axes)
 
 
 def _expected_share(sweep: Sweep, steps: int) -> float:

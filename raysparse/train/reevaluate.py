@@ -123,7 +123,7 @@ def _work(member: ranks.Member, checkpoint: Path, trials: Sequence[TrialConfig])
     model = restored.load(checkpoint, member.device)
     for trial in trials:
         evaluator = setup.evaluator(trial, device=member.device, rank=member.rank, world_size=member.world_size)
-        found = evaluator.evaluate(model.model, member.should_stop)
+        found = evaluator.evaluate(model.network, member.should_stop)
         if found is None:
             return  # interrupted
         if member.rank != 0:

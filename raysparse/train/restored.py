@@ -7,7 +7,7 @@ weights and the masks are loaded; the trained weights and the moments, two third
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from raysparse import config as configs
 from raysparse import plugins
 from raysparse.config import TrialConfig
 from raysparse.errors import UsageError
+from raysparse.sparse.ranges import ByTimestep
 from raysparse.train import checks, fits, state
 
 EXPORTED = "raysparse.json"  # what an exported folder has and a checkpoint has not
@@ -31,11 +32,13 @@ class Restored:
     model: the averaged weights, exactly 0 outside the masks, in eval mode, without gradients.
     trial_id: the one that was trained; config.trial_id can be another where the first stage now lies elsewhere.
     masks: parameter name -> bool, the weight's shape, true where active; empty for the dense method.
+    network: what to call for a prediction: the model, or what goes by its masks per range of timesteps.
     facts: what the manifest says beside these, such as the measurements that an imported folder brought along.
     """
 
     config: TrialConfig
     model: nn.Module
+    network: nn.Module
     masks: dict[str, Tensor]
     step: int
     trial_id: str
@@ -52,13 +55,15 @@ def load(folder: Path, device: str | torch.device = "cpu") -> Restored:
     content = state.manifest(place)
     trial = configs.parse(_with_own_first_stage(content["config"], place), str(place / state.MANIFEST))
     weights = state.read(place, "ema", content)
-    masks: dict[str, Tensor] = state.read(place, "engine", content)["engine"]["masks"]
+    engine = state.read(place, "engine", content)["engine"]
+    masks: dict[str, Tensor] = engine["masks"]
     model = model_of(trial, weights, masks, str(place)).to(device)
     if trial.train.channels_last:
         model = model.to(memory_format=torch.channels_last)  # as in training: other kernels round otherwise
     return Restored(
         config=trial,
         model=model,
+        network=_network(trial, model, engine.get("ranges", [])),
         masks={name: mask.to(device) for name, mask in masks.items()},
         step=content["step"],
         trial_id=content["trial_id"],
@@ -114,6 +119,14 @@ def model_of(trial: TrialConfig, weights: Mapping[str, Tensor], masks: Mapping[s
     model: nn.Module = module.build(options, seed=trial.seed)
     model.load_state_dict(dict(weights))
     return model.eval().requires_grad_(False)
+
+
+def _network(trial: TrialConfig, model: nn.Module, ranges: Sequence[Mapping[str, Tensor]]) -> nn.Module:
+    if not ranges:
+        return model
+    device = next(model.parameters()).device
+    masks = [{name: mask.to(device) for name, mask in own.items()} for own in ranges]
+    return ByTimestep(model, masks, trial.sparse.settings().bounds())  # type: ignore[attr-defined]
 
 
 def _with_own_first_stage(config: Mapping[str, Any], place: Path) -> Mapping[str, Any]:

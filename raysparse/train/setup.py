@@ -22,7 +22,7 @@ from raysparse.metrics.protocol import Protocol
 from raysparse.metrics.reference import Reference, reference
 from raysparse.results import Facts
 from raysparse.sparse.engine import SparseEngine
-from raysparse.train import checks
+from raysparse.train import checks, teacher
 from raysparse.train.checks import model_options
 from raysparse.train.costs import Costs, costs, update_end_step
 from raysparse.train.evaluate import Evaluator
@@ -37,6 +37,7 @@ Run = prepared.Run
 def check(config: TrialConfig) -> None:
     """What can be said of a trial before anything starts. UsageError for what would end it later."""
     checks.check_settings(config)
+    teacher.load(config)
     _extractor(config, "cpu")
 
 
@@ -65,6 +66,9 @@ def build(config: TrialConfig, *, device: str = "cpu", rank: int = 0, world_size
     model = plugins.load("models", config.model.name).build(model_options(config), seed=config.seed).to(place)
     if config.train.channels_last:
         model = model.to(memory_format=torch.channels_last)
+    taught = teacher.load(config)
+    if taught is not None and config.sparse.setting("start") == "teacher":
+        model.load_state_dict(taught.state_dict())
     optimizer = _optimizer(config, model)
     return Trainer(
         config,
@@ -75,6 +79,7 @@ def build(config: TrialConfig, *, device: str = "cpu", rank: int = 0, world_size
         noise_schedule=NoiseSchedule(**config.diffusion.model_dump()),
         evaluator=evaluator(config, device=device, rank=rank, world_size=world_size),
         costs=costs(config, model_options(config), _mean_points(training)),
+        teacher=teacher.of(config, taught, place),
         device=place,
         rank=rank,
         world_size=world_size,
@@ -221,11 +226,13 @@ def _optimizer(config: TrialConfig, model: torch.nn.Module) -> torch.optim.Optim
 
 
 def _engine(config: TrialConfig, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> SparseEngine:
-    settings = config.sparse.model_dump(exclude_none=True)  # None: the method does not have it
+    settings = config.sparse.settings().model_dump()
     if settings.pop("update_end_fraction", None) is not None:
         settings["update_end_step"] = update_end_step(config)
     group = torch.distributed.group.WORLD if torch.distributed.is_initialized() else None
-    return SparseEngine(model, optimizer, **settings, seed=config.seed, process_group=group)
+    return SparseEngine(
+        model, optimizer, method=config.sparse.method, **settings, seed=config.seed, process_group=group
+    )
 
 
 def _extractor(config: TrialConfig, device: str) -> Extractor:

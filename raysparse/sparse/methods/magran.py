@@ -1,8 +1,7 @@
 """MagRan-DM: prune the smallest magnitudes, grow at random."""
 
 from raysparse.sparse.method import Method
+from raysparse.sparse.settings import Dynamic as Settings
 
-SETTINGS = frozenset(
-    {"sparsity", "allocation", "prune_ratio", "update_interval", "prune_schedule", "update_end_fraction"}
-)
+__all__ = ["METHOD", "Settings"]
 METHOD = Method(prune="magnitude", grow="random")

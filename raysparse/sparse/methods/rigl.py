@@ -1,8 +1,7 @@
 """RigL-DM (Evci et al. 2020): prune the smallest magnitudes, grow where the dense gradient is largest."""
 
 from raysparse.sparse.method import Method
+from raysparse.sparse.settings import Dynamic as Settings
 
-SETTINGS = frozenset(
-    {"sparsity", "allocation", "prune_ratio", "update_interval", "prune_schedule", "update_end_fraction"}
-)
-METHOD = Method(prune="magnitude", grow="gradient")
+__all__ = ["METHOD", "Settings"]
+METHOD = Method(prune="magnitude", grow="gradient", needs="gradient")

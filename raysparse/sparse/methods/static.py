@@ -1,6 +1,7 @@
 """Static-DM: a random sparse mask, drawn once and kept."""
 
 from raysparse.sparse.method import Method
+from raysparse.sparse.settings import Sparse as Settings
 
-SETTINGS = frozenset({"sparsity", "allocation"})
+__all__ = ["METHOD", "Settings"]
 METHOD = Method()
