@@ -135,7 +135,7 @@ def test_killed_at_five_moments_one_trial_at_a_time_equals_the_undisturbed_sweep
     """TPE, ASHA and the confirm stage in one: with a fixed order of reports each decision is the same."""
     sweep = sweep_of(search=SEARCH | {"sampler": "tpe"}, resources={"max_concurrent": 1})
     file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(sweep.model_dump(mode="json", exclude={"name"}) | {"name": "tiny"}))
+    file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False))
     alone, out = tmp_path / "alone", tmp_path / "out"
     done("sweep", file, "--output", alone)
     go_through(file, out, 1, home, KILLS)
@@ -158,7 +158,7 @@ def test_interrupted_and_killed_two_trials_at_a_time_nothing_is_lost_or_doubled(
     """ASHA decides in the order of reports, which differs; the trials of a random search do not."""
     sweep = sweep_of(search=SEARCH | {"sampler": "random", "trials": 8}, resources={"max_concurrent": 2})
     file = tmp_path / "tiny.yaml"
-    file.write_text(yaml.safe_dump(sweep.model_dump(mode="json")))
+    file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False))
     out = tmp_path / "out"
     go_through(file, out, 2, home, (signal.SIGINT, *KILLS[1:]))
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -166,6 +169,21 @@ def test_a_rank_whose_steps_take_long_has_longer(
         used[0] += cores
         watch.look(1.0)
         assert watch.hangs == (second == after_s)
+
+
+def test_what_a_process_has_started_counts_as_its_work() -> None:
+    """A compiler works in processes of its own while the rank sleeps."""
+    before = _watcher.cpu_seconds(os.getpid())
+    grandchild = "import subprocess, sys; subprocess.run([sys.executable, '-S', '-c', 'while True: pass'])"
+    child = subprocess.Popen([sys.executable, "-S", "-c", grandchild], start_new_session=True)
+    deadline = time.monotonic() + 60
+    try:
+        while _watcher.cpu_seconds(os.getpid()) < before + 0.5:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    finally:
+        os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
 
 
 def observed(monkeypatch: pytest.MonkeyPatch, folder: Path, threads: str) -> tuple[Any, list[float]]:
