@@ -45,7 +45,14 @@ REPORT = [field.name for field in dataclasses.fields(records.Report) if field.na
 OPTIONAL = ("allocation", "prune_ratio", "update_interval_steps")  # facts that may be null
 
 # Settings that say where and how fast a trial runs, never what it computes (left out of a trial's id as well).
-PLACES = (("seed",), ("data", "source"), ("data", "root"), ("evaluate", "weights"), ("train", "threads"))
+PLACES = (
+    ("seed",),
+    ("data", "source"),
+    ("data", "root"),
+    ("evaluate", "weights"),
+    ("evaluate", "runtime"),
+    ("train", "threads"),
+)
 UNREADABLE = "(config)"  # stands for all settings where the text is no JSON object
 # Settings that have a column of their own.
 SHOWN = ("sparse.method", "sparse.sparsity", "sparse.prune_ratio", "sparse.update_interval", "train.steps")

@@ -41,8 +41,8 @@ def default_root() -> Path:
 def load(source: Path) -> ctypes.CDLL:
     """The library of a C++ file, compiled unless it is there already. The headers beside the file belong to it.
 
-    Processes that need it at the same time each compile it, and the last one's file stays: all are the same. UsageError:
-    no compiler, one that fails, or a cache folder that others may write to, each with what to do.
+    Processes that need it at the same time each compile it, and the last one's file stays: all are the same.
+    UsageError: no compiler, one that fails, or a cache folder that others may write to, each with what to do.
     """
     compiler = _compiler()
     return _loaded(source, (*compiler, *_FLAGS, *_instructions()), default_root())

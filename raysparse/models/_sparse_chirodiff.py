@@ -7,27 +7,26 @@ layer and of the output is computed once per sketch; and `mix` and `out`, with n
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from raysparse import native
 from raysparse.errors import UsageError
-
-if TYPE_CHECKING:
-    from raysparse.models.chirodiff import ChiroDiff
+from raysparse.models.chirodiff import ChiroDiff
 
 _SOURCE = Path(__file__).parent / "native" / "chirodiff.cpp"
 _ALIGNMENT = 64  # bytes, of a vector
 _LANES = 32  # WIDTH in gru.h
 _ROW = _LANES * 4  # bytes of one feature of a chunk
-# A direction of a layer with at least this density is computed with all its weights. Measured at h = 48 to 256: skipping
-# zeros takes 1.07 times as long at density 1, the same at .9, and .87 times as long at .75.
-_DENSE = 0.9
+# A direction of a layer with at least this density is computed with all its weights. Measured at h = 48 to 256:
+# skipping zeros takes 1.07 times as long at density 1, .95 times at .9 and .87 times at .75.
+_DENSE = 0.95
 
 
 class _Side(ctypes.Structure):
@@ -70,16 +69,18 @@ class SparseChiroDiff(nn.Module):
     UsageError: a model that is not float32 on the CPU, or no compiler (see `native.load`).
     """
 
-    def __init__(self, model: ChiroDiff) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        if type(model) is not ChiroDiff or model._forward_pre_hooks or model._forward_hooks:
+            raise UsageError(f"it takes a plain ChiroDiff, got {type(model).__name__} or one with hooks")
         parameter = model.mix.weight
         if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
             kind = f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device}"
-            raise UsageError(f"runtime 'sparse' computes float32 on the CPU, the model is {kind}; use runtime 'dense'")
+            raise UsageError(f"it computes float32 on the CPU (--device cpu), the model is {kind}")
         self._library = native.load(_SOURCE)
         self._library.raysparse_scratch.restype = ctypes.c_int64
         self._scratch = torch.empty(0, dtype=torch.uint8)
-        self._model = [model]  # in a list: its parameters are not this module's
+        self._model = [copy.deepcopy(model)]  # in a list: its parameters are not this module's
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
             self._pack(model)
 
@@ -139,14 +140,13 @@ class SparseChiroDiff(nn.Module):
                 self._layers[number].sides[side] = self._side(gates, before * _ROW, to * _ROW)
         self._start_weight = torch.cat([_by_unit(weight).flatten(0, 1) for weight, _ in starts])
         self._start_bias = torch.cat([bias for _, bias in starts])
-        mixed, timed = model.out.weight.split([hidden, model.out.in_features - hidden], 1)
+        mixed, timed = model.out.weight[:, :hidden], model.out.weight[:, hidden:]
         self._tail_weight, self._tail_bias = timed.clone(), model.out.bias + mixed @ model.mix.bias
         head = self._keep(mixed @ model.mix.weight)
         last = (wide if count % 2 else 0) * _ROW
         self._net = _Net(self._layers, head, count, hidden, points, model.out.out_features, 2 * wide, last)
 
     def _side(self, gates: _Gates, before: int, to: int) -> _Side:
-        inputs, hidden = gates.w_in.shape[2], gates.w_state.shape[1]
         active = int(gates.w_in.count_nonzero()) + int(gates.w_state.count_nonzero())
         bias = self._keep(gates.bias)
         if active >= _DENSE * (gates.w_in.numel() + gates.w_state.numel()):
@@ -169,7 +169,7 @@ class _Gates(NamedTuple):
 
 def _gates(model: ChiroDiff, name: str) -> _Gates:
     w_in, w_state, b_in, b_state = (
-        getattr(model.gru, f"{kind}_{name}").unflatten(0, (3, -1))
+        torch.stack(getattr(model.gru, f"{kind}_{name}").chunk(3))
         for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
     )
     scale = -math.log2(math.e) * torch.tensor([1.0, 1.0, 2.0])
@@ -204,7 +204,7 @@ def _tiles(gates: _Gates, units: int) -> Tensor:
     parts = []
     for weights in (gates.w_in, gates.w_state):
         padded = nn.functional.pad(weights, (0, 0, 0, -hidden % units))
-        blocks = padded.unflatten(1, (-1, units))  # [3, blocks, units, n]
+        blocks = padded.reshape(3, -1, units, weights.shape[2])
         parts.append(blocks.permute(1, 3, 2, 0).flatten(1))
     return torch.cat(parts, 1)
 
