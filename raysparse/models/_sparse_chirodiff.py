@@ -21,9 +21,7 @@ from raysparse.errors import UsageError
 from raysparse.models.chirodiff import ChiroDiff
 
 _SOURCE = Path(__file__).parent / "native" / "chirodiff.cpp"
-_ALIGNMENT = 64  # bytes, of a vector
-_LANES = 32  # WIDTH in gru.h
-_ROW = _LANES * 4  # bytes of one feature of a chunk
+_ALIGNMENT = 64  # bytes, of the widest vector
 # A direction of a layer with at least this density is computed with all its weights. Measured at h = 48 to 256:
 # skipping zeros takes 1.07 times as long at density 1, .95 times at .9 and .87 times at .75.
 _DENSE = 0.95
@@ -79,6 +77,7 @@ class SparseChiroDiff(nn.Module):
             raise UsageError(f"it computes float32 on the CPU (--device cpu), the model is {kind}")
         self._library = native.load(_SOURCE)
         self._library.raysparse_scratch.restype = ctypes.c_int64
+        self._row = 4 * self._library.raysparse_width()  # bytes of one feature of a chunk of sketches
         self._scratch = torch.empty(0, dtype=torch.uint8)
         self._model = [copy.deepcopy(model)]  # in a list: its parameters are not this module's
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
@@ -129,7 +128,7 @@ class SparseChiroDiff(nn.Module):
             # Two places that layers read and write in turn: what one wrote the next reads, still in the cache.
             source, target = (wide, 0) if number % 2 else (0, wide)
             inputs = 2 * hidden if number else points
-            self._layers[number].source, self._layers[number].inputs = source * _ROW, inputs
+            self._layers[number].source, self._layers[number].inputs = source * self._row, inputs
             for side, end in enumerate(("", "_reverse")):
                 gates = _gates(model, f"l{number}{end}")
                 if number == 0:
@@ -137,13 +136,13 @@ class SparseChiroDiff(nn.Module):
                     gates = gates._replace(w_in=gates.w_in[:, :, :points])
                 to = target + side * hidden
                 before = to - source + (2 * wide if side else -2 * wide)
-                self._layers[number].sides[side] = self._side(gates, before * _ROW, to * _ROW)
+                self._layers[number].sides[side] = self._side(gates, before * self._row, to * self._row)
         self._start_weight = torch.cat([_by_unit(weight).flatten(0, 1) for weight, _ in starts])
         self._start_bias = torch.cat([bias for _, bias in starts])
         mixed, timed = model.out.weight[:, :hidden], model.out.weight[:, hidden:]
         self._tail_weight, self._tail_bias = timed.clone(), model.out.bias + mixed @ model.mix.bias
         head = self._keep(mixed @ model.mix.weight)
-        last = (wide if count % 2 else 0) * _ROW
+        last = (wide if count % 2 else 0) * self._row
         self._net = _Net(self._layers, head, count, hidden, points, model.out.out_features, 2 * wide, last)
 
     def _side(self, gates: _Gates, before: int, to: int) -> _Side:
@@ -151,7 +150,7 @@ class SparseChiroDiff(nn.Module):
         bias = self._keep(gates.bias)
         if active >= _DENSE * (gates.w_in.numel() + gates.w_state.numel()):
             return _Side(None, None, self._keep(_tiles(gates, self._library.raysparse_units())), bias, before, to)
-        return _Side(*map(self._keep, _shared(gates, before)), bias, before, to)
+        return _Side(*map(self._keep, _shared(gates, before, self._row)), bias, before, to)
 
     def _keep(self, tensor: Tensor) -> int:
         """Its address, for as long as this module lives."""
@@ -178,8 +177,8 @@ def _gates(model: ChiroDiff, name: str) -> _Gates:
     return _Gates(w_in * scale[:, None, None], w_state * scale[:, None, None], bias)
 
 
-def _shared(gates: _Gates, before: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Side's counts int32 [h, 14], offsets int32 and values float32 of a sparse side."""
+def _shared(gates: _Gates, before: int, row: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Side's counts int32 [h, 14], offsets int32 and values float32 of a sparse side; row: bytes of a feature."""
     inputs = gates.w_in.shape[2]
     weights = torch.cat((gates.w_in, gates.w_state), 2).permute(1, 2, 0)  # [h, columns, 3]
     used_by = ((weights != 0) * torch.tensor([1, 2, 4])).sum(2)  # bits: r, z, n or q
@@ -189,7 +188,7 @@ def _shared(gates: _Gates, before: int) -> tuple[Tensor, Tensor, Tensor]:
     order = group.argsort(dim=1, stable=True)
     ordered = weights.gather(1, order[:, :, None].expand_as(weights))
     columns = order[group.gather(1, order) < 14]
-    offsets = torch.where(columns < inputs, columns * _ROW, (columns - inputs) * _ROW + before)
+    offsets = torch.where(columns < inputs, columns * row, (columns - inputs) * row + before)
     return counts.int(), offsets.int(), ordered[ordered != 0]
 
 

@@ -178,8 +178,9 @@ void run_chunk(const Net& net, const Batch& batch, int64_t first, int count, cha
 extern "C" {
 
 int32_t raysparse_units() { return UNITS; }
+int32_t raysparse_width() { return WIDTH; }
 
-// Bytes of scratch memory that each thread needs, a multiple of 64.
+// Bytes of scratch memory that each thread needs, a multiple of a vector's.
 int64_t raysparse_scratch(const Net* net, int64_t points) { return scratch_of(*net, points); }
 
 // memory: `threads` times raysparse_scratch, on a boundary of 64 bytes. y must be 0 where it shall be beyond the ends.

@@ -1,32 +1,34 @@
 // What the kernels of a sparse bidirectional GRU share: vectors, gates, and the products of one unit.
 //
-// The batch is the contiguous axis. A chunk of WIDTH sketches is a column of WIDTH floats per feature, two AVX-512
+// The batch is the contiguous axis. A chunk of WIDTH sketches is a column of WIDTH floats per feature, two of the CPU's
 // vectors, so that the states and inputs of a time step lie in the cache while all units read them, and the four sums
-// of a unit stay in registers while its weights are walked. Measured (h = 96, 512 sketches, S = .9): 32 sketches are
-// 1.2 times faster than 64 and 1.4 times faster than 16.
+// of a unit stay in registers while its weights are walked. Measured with AVX-512 (h = 96, 512 sketches, S = .9): 32
+// sketches are 1.2 times faster than 64 and 1.4 times faster than 16.
 //
 // A column that several gates of a unit use is loaded once for all of them: loads, not products, are what limits a
 // walk. Against a list per gate that is 1.2 times faster at S = .5 and 1.1 times at .9.
 //
-// Vectors are the compiler's own (GCC and clang), so the same text is AVX-512, AVX2 or NEON by the flags it is given.
+// Vectors are the compiler's own (GCC and clang), so the same text is AVX-512, AVX2, SSE or NEON by the flags it is
+// given. They must be as wide as the CPU's: GCC computes wider ones float by float, 10 times slower.
 #pragma once
 #include <cstdint>
 #include <cstring>
 
 namespace {
 
-typedef float vec __attribute__((vector_size(64)));
-typedef int32_t ivec __attribute__((vector_size(64)));
-constexpr int LANES = 16;
+#if defined(__AVX512F__)
+constexpr int LANES = 16, UNITS = 2;  // UNITS of a dense tile: 2 x 4 sums x 2 vectors of the 32 registers
+#elif defined(__AVX__)
+constexpr int LANES = 8, UNITS = 1;
+#else
+constexpr int LANES = 4, UNITS = 1;
+#endif
+typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
+typedef int32_t ivec __attribute__((vector_size(LANES * sizeof(float))));
 constexpr int VECTORS = 2;  // of a chunk
 constexpr int WIDTH = VECTORS * LANES;
 constexpr int64_t ROW = WIDTH * sizeof(float);  // bytes of one feature
 constexpr int LONG = 12;  // columns: longer lists are walked two at a time
-#if defined(__AVX512F__)
-constexpr int UNITS = 2;  // of a dense tile: 2 units x 4 sums x 2 vectors of the 32 registers
-#else
-constexpr int UNITS = 1;
-#endif
 
 // One direction of a layer. The gates of a unit are r, z, n (of the input) and q (of the state, which r scales), each
 // weight and bias times -log2(e), those of n and q twice that: the sums are then what 2^x is taken of.
