@@ -1,4 +1,4 @@
-"""Which runtime samples: same samples to rounding, refused where it cannot run, replaced only where that is asked for."""
+"""What samples: the same to rounding, refused where it cannot run, replaced only where that is asked for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from PIL import Image
 
 from raysparse import cli
 from raysparse.errors import UsageError
+from raysparse.models import chirodiff
 from raysparse.train import draw, reevaluate, restored, run, runtime, setup
 
 SPARSE = {"evaluate.runtime": "sparse"}
@@ -82,7 +83,7 @@ def test_the_commands(trained, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.usefixtures("no_compiler")
 def test_without_a_compiler(trained, tiny, rigl, tmp_path, capsys, monkeypatch):
-    trial, out = trained
+    _, out = trained
     arguments = ["--output", tmp_path / "x", "--count", 2, "--device", "cpu"]
     assert _cli(monkeypatch, "sample", out, *arguments, "--runtime", "sparse") == 2
     said = capsys.readouterr().err.replace("\n", " ")
@@ -95,12 +96,12 @@ def test_without_a_compiler(trained, tiny, rigl, tmp_path, capsys, monkeypatch):
         setup.build(tiny(rigl, SPARSE))
 
 
-def test_a_model_without_kernels(pictures):
-    with pytest.raises(UsageError, match="has no kernels for model 'latent_unet'"):
-        setup.evaluator(pictures(SPARSE))
-    trial = pictures({"evaluate.runtime": "auto"})
+def test_a_model_without_kernels(tiny, monkeypatch):
+    monkeypatch.delattr(chirodiff, "sparse_runtime")
+    with pytest.raises(UsageError, match="has no kernels for model 'chirodiff'"):
+        setup.evaluator(tiny(SPARSE))
     model = torch.nn.Linear(1, 1)
-    assert runtime.for_sampling(model, trial) is model
+    assert runtime.for_sampling(model, tiny({"evaluate.runtime": "auto"})) is model
 
 
 def _cli(monkeypatch, *arguments):
