@@ -18,7 +18,13 @@ from raysparse.errors import UsageError, unknown, usage_error_from
 from raysparse.sparse import settings
 
 # Where things lie on one machine, and how fast it is: never part of what a trial is.
-PLACES = (("data", "source"), ("data", "root"), ("evaluate", "weights"), ("train", "threads"))
+PLACES = (
+    ("data", "source"),
+    ("data", "root"),
+    ("evaluate", "weights"),
+    ("evaluate", "runtime"),
+    ("train", "threads"),
+)
 
 # The settings of the first version. They are in every trial's content, null where the method has none; a later setting
 # is there where it differs from its default. So the ids of known trials stay what they were.
@@ -173,6 +179,8 @@ class EvaluateConfig(Section):
     timestep_spacing: Literal["leading", "trailing", "original"] = "leading"
     guidance: float | None = Field(None, ge=0)  # classifier-free guidance scale; None: the conditional model alone
     batch_size: int = Field(256, ge=1)  # samples drawn and extracted at a time
+    # What samples: PyTorch, or kernels that skip zero weights (equal to rounding); auto: those where they can run
+    runtime: Literal["dense", "sparse", "auto"] = "dense"
     kid_subsets: int = Field(100, ge=1)
     kid_subset_size: int = Field(1000, ge=2)
     grid: int = Field(16, ge=0)  # samples kept as a picture in each record

@@ -27,6 +27,18 @@ def kanjivg_path() -> Path:
 
 
 @pytest.fixture(scope="session")
+def compiler() -> None:
+    """For tests of compiled kernels: they lie in the user's cache, where all runs share them (3 s the first time)."""
+    from raysparse import native
+    from raysparse.errors import UsageError
+
+    try:
+        native._compiler()
+    except UsageError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
 def ray_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A Ray of one's own: own sockets in a short folder (107 bytes are allowed), own token, never one that runs."""
     home = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))

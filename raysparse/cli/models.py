@@ -17,6 +17,14 @@ from raysparse.cli.app import (
     parse_changes,
 )
 
+Runtime = Annotated[
+    str | None,
+    typer.Option(
+        help="dense: PyTorch. sparse: kernels that skip zero weights, on the CPU. auto: those where they can run. "
+        "Default the trial's."
+    ),
+]
+
 
 @app.command()
 def sample(
@@ -29,6 +37,7 @@ def sample(
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the noise; default the trial's.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
+    runtime: Runtime = None,
     first_stage: Annotated[str | None, typer.Option(help="The first stage's weights, where they have moved.")] = None,
     data: Data = None,
     changes: Changes = None,
@@ -37,7 +46,7 @@ def sample(
     from raysparse.terminal import progress
     from raysparse.train import draw, ranks
 
-    asked = {"ddim_steps": ddim_steps, "eta": eta, "guidance": guidance}
+    asked = {"ddim_steps": ddim_steps, "eta": eta, "guidance": guidance, "runtime": runtime}
     overrides = {f"evaluate.{name}": value for name, value in asked.items() if value is not None}
     overrides |= _places(data, first_stage) | parse_changes(changes)
     images = draw.draw(
@@ -55,6 +64,7 @@ def evaluate(
         list[int] | None, typer.Option(min=1, help="DDIM steps; repeat it for a study: 50, 100, 150, 200.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the samples.")] = 1,
+    runtime: Runtime = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
     pictures: Annotated[Path | None, typer.Option(help="Folder for a sheet of samples of each.")] = None,
     again: Annotated[bool, typer.Option("--again", help="Measure again what was measured before.")] = False,
@@ -68,6 +78,8 @@ def evaluate(
     from raysparse.train import reevaluate, restored
 
     overrides = _places(data, first_stage) | parse_changes(changes)
+    if runtime is not None:
+        overrides["evaluate.runtime"] = runtime
     variants = [overrides | {"evaluate.ddim_steps": steps} for steps in dict.fromkeys(ddim_steps or [])] or [overrides]
     found = list(dict.fromkeys(folder for path in checkpoints for folder in restored.find(path)))
     rows: list[reevaluate.Row] = []

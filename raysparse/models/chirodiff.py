@@ -65,6 +65,16 @@ def example(config: Config, batch: int, points: int, device: str = "cpu") -> dic
     return given
 
 
+def sparse_runtime(model: nn.Module) -> nn.Module:
+    """The same prediction by a compiled kernel that skips zero weights, for sampling on a CPU.
+
+    UsageError: not a plain ChiroDiff of float32 on the CPU, or no compiler.
+    """
+    from raysparse.models._sparse_chirodiff import SparseChiroDiff
+
+    return SparseChiroDiff(model)
+
+
 class ChiroDiff(nn.Module):
     """forward(x float32 [B, L, 3], timesteps int64 [B], lengths int64 [B], labels int64 [B]) -> float32 [B, L, 3].
 

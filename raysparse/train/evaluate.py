@@ -25,7 +25,7 @@ from raysparse.diffusion import losses
 from raysparse.diffusion.schedule import NoiseSchedule
 from raysparse.metrics import fidelity
 from raysparse.metrics.reference import Reference
-from raysparse.train import distributed
+from raysparse.train import distributed, runtime
 from raysparse.train.sampling import Sampler, autocast
 
 VALIDATION_EXAMPLES = 1024  # at most so many: the first ones of the split
@@ -70,6 +70,7 @@ class Evaluator:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        runtime.check(config, device)  # now, not after the first steps
         self.config = config
         # Samples take their lengths and labels from the training examples.
         self.sampler = Sampler(config, training, noise_schedule, device)
@@ -137,6 +138,7 @@ class Evaluator:
         images = torch.zeros((min(settings.grid, settings.generated), *self.image_shape), dtype=torch.uint8)
         sampling_s = extraction_s = 0.0
         batches = math.ceil(settings.generated / settings.batch_size)
+        network = runtime.for_sampling(model, self.config)
         for round_ in range(math.ceil(batches / self.world_size)):
             asked = torch.tensor(float(should_stop()), device=self.device)
             if distributed.all_sum(asked, self.world_size) > 0:
@@ -147,7 +149,7 @@ class Evaluator:
                 continue
             start = time.perf_counter()
             end = min(first + settings.batch_size, settings.generated)
-            x, cond = self.sampler.batch(model, number, end - first)
+            x, cond = self.sampler.batch(network, number, end - first)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # else the seconds of sampling would be counted as extraction's
             middle = time.perf_counter()

@@ -16,6 +16,7 @@ from raysparse.diffusion import ddim
 from raysparse.diffusion.guidance import guided
 from raysparse.diffusion.schedule import NoiseSchedule
 from raysparse.errors import UsageError
+from raysparse.train import runtime
 
 
 class Source(Protocol):
@@ -87,14 +88,18 @@ class Sampler:
         return x.float(), cond
 
     def images(self, model: nn.Module, count: int, labels: Sequence[int] | None = None) -> Iterator[Tensor]:
-        """`count` samples as images uint8 [B, C, H, W], batch by batch; labels: one, or one for each sample."""
+        """`count` samples as images uint8 [B, C, H, W], batch by batch, under the trial's `evaluate.runtime`.
+
+        labels: one, or one for each sample.
+        """
         size = self.config.evaluate.batch_size
         each = None if labels is None else list(labels) * (count if len(labels) == 1 else 1)
         if each is not None and len(each) != count:
             raise UsageError(f"{len(each)} labels for {count} samples; give one label, or one for each sample")
+        network = runtime.for_sampling(model, self.config)
         for number, first in enumerate(range(0, count, size)):
             end = min(first + size, count)
-            x, cond = self.batch(model, number, end - first, None if each is None else each[first:end])
+            x, cond = self.batch(network, number, end - first, None if each is None else each[first:end])
             yield self.source.to_images(x, cond).cpu()
 
 

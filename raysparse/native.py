@@ -1,0 +1,141 @@
+"""C++ kernels, compiled for this machine's CPU when they are first used, and kept.
+
+A kernel is one source file without PyTorch's headers, called through ctypes: it compiles in 3 s where a PyTorch
+extension takes 30, needs no ninja, and serves any version of PyTorch. A library lies in the user's cache folder under a
+name that says what it was made from: the sources, the compiler and the instructions that PyTorch finds in this CPU. So
+a home folder shared by different machines holds one for each, and none runs where it cannot.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import stat
+import subprocess
+from pathlib import Path
+
+from raysparse.errors import UsageError
+from raysparse.files import atomic_path
+
+COMPILE_S = 300  # a compiler that takes longer hangs
+_FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
+_INSTRUCTIONS = {  # by PyTorch's word for what the CPU has; any other: what the compiler takes for granted
+    "AVX512": ("-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl", "-mavx2", "-mfma"),
+    "AVX2": ("-mavx2", "-mfma"),
+}
+_ERROR_LINES = 5  # of the compiler's complaint
+
+
+def default_root() -> Path:
+    """Where compiled kernels lie: $RAYSPARSE_NATIVE, or raysparse/native in the user's cache folder."""
+    chosen = os.environ.get("RAYSPARSE_NATIVE")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(chosen) if chosen else cache / "raysparse" / "native"
+
+
+def load(source: Path) -> ctypes.CDLL:
+    """The library of a C++ file, compiled unless it is there already. The headers beside the file belong to it.
+
+    Processes that need it at the same time each compile it, and the last one's file stays: all are the same.
+    UsageError: no compiler, one that fails, or a cache folder that others may write to, each with what to do.
+    """
+    compiler = _compiler()
+    return _loaded(source, (*compiler, *_FLAGS, *_instructions()), default_root())
+
+
+@functools.cache
+def _loaded(source: Path, command: tuple[str, ...], root: Path) -> ctypes.CDLL:
+    path = root / f"{source.stem}-{_digest(source, command)}.so"
+    _check_folder(root)
+    if path.is_file():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError:
+            pass  # damaged, or made on a machine with other system libraries: made anew
+    _compile(source, command, path)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise UsageError(f"{path} was compiled but cannot be loaded: {error}; is {root} mounted noexec?") from error
+
+
+def _instructions() -> tuple[str, ...]:
+    import torch
+
+    return _INSTRUCTIONS.get(torch.backends.cpu.get_cpu_capability(), ())
+
+
+def _compiler() -> tuple[str, ...]:
+    """The C++ compiler: $CXX, else the system's. UsageError where there is none."""
+    asked = os.environ.get("CXX")
+    try:
+        choices = [tuple(shlex.split(asked))] if asked else [("c++",), ("g++",), ("clang++",)]
+    except ValueError as error:
+        raise UsageError(f"CXX is {asked!r}, which is no command: {error}") from error
+    for choice in choices:
+        if choice and shutil.which(choice[0]):
+            return choice
+    tried = f"CXX is {asked!r}, which is not there" if asked else "neither c++, g++ nor clang++ is there"
+    raise UsageError(f"a C++ compiler is missing ({tried}): install g++ or clang++, or set CXX to one")
+
+
+def _digest(source: Path, command: tuple[str, ...]) -> str:
+    """Of all that decides what the library does."""
+    digest = hashlib.sha256(repr((command, _version(command[0]), platform.system(), platform.machine())).encode())
+    for part in (source, *sorted(source.parent.glob("*.h"))):
+        digest.update(part.name.encode() + b"\0" + part.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def _version(compiler: str) -> str:
+    """Its first line says it; empty where it says nothing, which compiling will tell."""
+    try:
+        said = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=COMPILE_S, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return said.stdout.partition("\n")[0]
+
+
+def _check_folder(root: Path) -> None:
+    """Make it, for this user alone. What lies in it is executed, so nobody else may write there."""
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = root.stat()
+    except OSError as error:
+        raise UsageError(f"cannot make {root}: {error.strerror}; set RAYSPARSE_NATIVE to a folder of yours") from error
+    if found.st_uid not in (os.geteuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UsageError(
+            f"{root} holds compiled code, but other users may write to it (mode {stat.filemode(found.st_mode)}, owner "
+            f"{found.st_uid}); chmod 700 it, or set RAYSPARSE_NATIVE to a folder of yours"
+        )
+
+
+def _compile(source: Path, command: tuple[str, ...], path: Path) -> None:
+    try:
+        with atomic_path(path) as temporary:
+            done = subprocess.run(
+                [*command, str(source), "-o", str(temporary)],
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=COMPILE_S,
+                check=False,
+            )
+            if done.returncode:
+                said = "\n".join((done.stderr or done.stdout).strip().splitlines()[:_ERROR_LINES])
+                raise UsageError(
+                    f"{command[0]} cannot compile {source.name} (exit {done.returncode}); set CXX to another "
+                    f"compiler, GCC 9 or clang 10 at least. It said:\n{said}"
+                )
+    except OSError as error:
+        raise UsageError(
+            f"cannot write {path}: {error.strerror}; free space or set RAYSPARSE_NATIVE to a folder of yours"
+        ) from error
+    except subprocess.TimeoutExpired as error:
+        raise UsageError(f"{command[0]} did not compile {source.name} in {COMPILE_S} s; set CXX to another") from error

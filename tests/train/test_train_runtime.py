@@ -1,0 +1,111 @@
+"""What samples: the same to rounding, refused where it cannot run, replaced only where that is asked for."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from PIL import Image
+
+from raysparse import cli
+from raysparse.errors import UsageError
+from raysparse.models import chirodiff
+from raysparse.train import draw, reevaluate, restored, run, runtime, setup
+
+SPARSE = {"evaluate.runtime": "sparse"}
+
+
+@pytest.fixture(scope="module")
+def trained_once(tiny, rigl, tmp_path_factory):
+    trial, out = tiny(rigl, {"sparse.sparsity": 0.8}), tmp_path_factory.mktemp("trained")
+    run.train(trial, out, device="cpu")
+    return trial, out
+
+
+@pytest.fixture
+def trained(trained_once, tmp_path):
+    """A results folder with one trained trial; the test's own copy."""
+    shutil.copytree(trained_once[1], tmp_path / "results")
+    return trained_once[0], tmp_path / "results"
+
+
+@pytest.fixture
+def no_compiler(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("RAYSPARSE_NATIVE", str(tmp_path / "native"))
+
+
+def test_it_is_no_part_of_what_a_trial_is(tiny, rigl):
+    assert tiny(rigl, SPARSE).trial_id == tiny(rigl).trial_id
+
+
+@pytest.mark.usefixtures("compiler")
+def test_samples_are_the_same_to_rounding(trained):
+    trial, out = trained
+    model = restored.load(out).model
+    sampler = setup.evaluator(trial).sampler
+    fast = runtime.for_sampling(model, reevaluate.changed(trial, SPARSE))
+    assert type(fast).__name__ == "SparseChiroDiff"
+    (want, cond), (got, _) = (sampler.batch(network, 0, 16) for network in (model, fast))
+    assert float((want - got).abs().max()) < 1e-4
+    assert torch.equal(next(draw.draw(out, 16, changes=SPARSE)), sampler.source.to_images(got, cond))
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_trial_that_evaluates_with_it(tiny, rigl, trained_once, tmp_path):
+    from raysparse import results
+
+    trial = tiny(rigl, {"sparse.sparsity": 0.8}, SPARSE)
+    run.train(trial, tmp_path, device="cpu")
+    records = f"records/{trial.trial_id}.parquet"
+    ours, dense = (results.reports_of(results.read_trial(out / records)) for out in (tmp_path, trained_once[1]))
+    assert [report.validation_loss for report in ours] == [report.validation_loss for report in dense]
+    assert [report.fid for report in ours] == pytest.approx([report.fid for report in dense], rel=0.05)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_the_commands(trained, tmp_path, capsys, monkeypatch):
+    _, out = trained
+    drawn = {}
+    for name in ("dense", "sparse", "auto"):
+        folder = tmp_path / name
+        arguments = ["--output", folder, "--count", 4, "--device", "cpu", "--runtime", name]
+        assert _cli(monkeypatch, "sample", out, *arguments) == 0
+        drawn[name] = torch.tensor(list(Image.open(folder / "sheet.png").convert("L").tobytes())).float()
+    assert torch.equal(drawn["sparse"], drawn["auto"])
+    assert float((drawn["sparse"] - drawn["dense"]).abs().mean()) < 1  # of 255
+    assert _cli(monkeypatch, "evaluate", out, "--device", "cpu", "--runtime", "sparse", "--json") == 0
+    assert _cli(monkeypatch, "sample", out, "--output", tmp_path / "x", "--runtime", "fast") == 2
+    assert "evaluate.runtime: got 'fast'" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.usefixtures("no_compiler")
+def test_without_a_compiler(trained, tiny, rigl, tmp_path, capsys, monkeypatch):
+    _, out = trained
+    arguments = ["--output", tmp_path / "x", "--count", 2, "--device", "cpu"]
+    assert _cli(monkeypatch, "sample", out, *arguments, "--runtime", "sparse") == 2
+    said = capsys.readouterr().err.replace("\n", " ")
+    assert "no-such-compiler" in said
+    assert "install g++ or clang++" in said
+    assert "'dense' or 'auto'" in said
+    assert not (tmp_path / "x").exists()
+    assert _cli(monkeypatch, "sample", out, *arguments, "--runtime", "auto") == 0
+    with pytest.raises(UsageError, match="no-such-compiler"):  # before the first step, not at the first evaluation
+        setup.build(tiny(rigl, SPARSE))
+
+
+def test_a_model_without_kernels(tiny, monkeypatch):
+    monkeypatch.delattr(chirodiff, "sparse_runtime")
+    with pytest.raises(UsageError, match="has no kernels for model 'chirodiff'"):
+        setup.evaluator(tiny(SPARSE))
+    model = torch.nn.Linear(1, 1)
+    assert runtime.for_sampling(model, tiny({"evaluate.runtime": "auto"})) is model
+
+
+def _cli(monkeypatch, *arguments):
+    monkeypatch.setattr("sys.argv", ["raysparse", *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    return ended.value.code or 0
