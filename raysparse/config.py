@@ -18,13 +18,8 @@ from raysparse.errors import UsageError, unknown, usage_error_from
 from raysparse.sparse import settings
 
 # Where things lie on one machine, and how fast it is: never part of what a trial is.
-PLACES = (
-    ("data", "source"),
-    ("data", "root"),
-    ("evaluate", "weights"),
-    ("evaluate", "runtime"),
-    ("train", "threads"),
-)
+PATHS = (("data", "source"), ("data", "root"), ("evaluate", "weights"))
+PLACES = (*PATHS, ("evaluate", "runtime"), ("train", "threads"))
 
 # The settings of the first version. They are in every trial's content, null where the method has none; a later setting
 # is there where it differs from its default. So the ids of known trials stay what they were.

@@ -85,7 +85,7 @@ def export(checkpoint: Path, to: Path, *, first_stage: str | None = None) -> Pat
             format=1,
             trial_id=model.trial_id,
             step=model.step,
-            config=_without_places(model.config, identity),
+            config=_without_paths(model.config, identity),
             facts=facts,
             sha256={name: files.sha256(folder / name) for name in _names(folder)},
         ).model_dump(mode="json")
@@ -144,12 +144,11 @@ def _first_stage_files(trial: TrialConfig) -> list[str]:
     return [f"{diffusers_parts.FIRST_STAGE}/{name}" for name in diffusers_parts.MODEL_FILES]
 
 
-def _without_places(config: TrialConfig, identity: str | None) -> dict[str, Any]:
+def _without_paths(config: TrialConfig, identity: str | None) -> dict[str, Any]:
     """The settings as JSON, without paths of this machine; the first stage, which is in the folder, by its identity."""
     content: dict[str, Any] = json.loads(config.dump_json())
-    for section, name in configs.PLACES:
-        if name != "threads":
-            content[section][name] = None
+    for section, name in configs.PATHS:
+        content[section][name] = None
     if identity is not None:
         content["first_stage"] |= {"weights": None, "sha256": identity}
     return content
