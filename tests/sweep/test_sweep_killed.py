@@ -112,6 +112,8 @@ def _check_trials(out: Path) -> None:
         said = 0
         for begun in log.read_text().split(" begins, rank 0")[1:]:
             start = re.search(r"goes on from step (\d+)", begun)
+            if not start and " step " not in begun:
+                continue  # killed again before it had read its checkpoint
             assert (int(start[1]) if start else 0) >= said, f"{log}: back to {start and start[1]} after {said}"
             said = max([said, *(int(step) for step in re.findall(r" step (\d+): loss", begun))])
 

@@ -96,7 +96,7 @@ def test_ctrl_c_saves_trials_of_two_workers_a_second_one_ends_at_once_and_both_g
     (row,) = Board.load(out).rows.values()
     saved = state.latest(out / "checkpoints" / row.trial_id)
     assert saved is not None
-    assert state.manifest(saved)["step"] % 50, "between two reports"
+    assert state.manifest(saved)["step"] >= row.step, "nothing of what was reported is lost"
 
     with driver("resume", out, ray_home, sweep) as process:
         wait_for(out, process, reports=len(row.fids) + 1)

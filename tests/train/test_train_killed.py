@@ -16,7 +16,7 @@ import safetensors.torch
 from trainer_state import assert_same, tensors_of
 
 from raysparse import config
-from raysparse.sparse import engine, optimizer_state
+from raysparse.sparse import optimizer_state, pattern
 from raysparse.train import run, state
 
 
@@ -33,10 +33,10 @@ def die_at(place: Any, name: str, call: int) -> None:
     setattr(place, name, replaced)
 
 
-# The trial has 6 masked weights, so 6 masks at first; updates at steps 3, 6 and 9, checkpoints at 4, 8 and 12. From the
+# The trial has 6 masked weights; updates at steps 3, 6 and 9, checkpoints at 4, 8 and 12. From the
 # second update on there is a checkpoint to go back to.
 DEATHS: dict[str, tuple[int, Callable[[int], None]]] = {
-    "between prune and grow": (4, lambda layers: die_at(engine, "highest", 2 * layers + 2)),
+    "between prune and grow": (4, lambda layers: die_at(pattern.Pattern, "grown", layers + 2)),
     "between two layers": (4, lambda layers: die_at(optimizer_state.Undo, "zero", layers + 2)),
     "between two files": (4, lambda layers: die_at(safetensors.torch, "save_file", 7)),
     "before the rename": (4, lambda layers: die_at(state, "_move_onto", 2)),
