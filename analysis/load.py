@@ -52,6 +52,7 @@ PLACES = (
     ("evaluate", "weights"),
     ("evaluate", "runtime"),
     ("train", "threads"),
+    ("train", "runtime"),
 )
 UNREADABLE = "(config)"  # stands for all settings where the text is no JSON object
 # Settings that have a column of their own.

@@ -23,6 +23,7 @@ PLACES = (
     ("evaluate", "weights"),
     ("evaluate", "runtime"),
     ("train", "threads"),
+    ("train", "runtime"),
 )
 
 # The values of a method's settings where a file does not say: the papers' main runs.
@@ -137,6 +138,9 @@ class TrainConfig(Section):
     compile: bool = False  # torch.compile the network; masks stay outside the graph
     label_dropout: float = Field(0.0, ge=0, lt=1)  # share of labels replaced by the null class; .1 for guidance
     threads: int = Field(1, ge=1)  # CPU threads of a worker
+    # What trains: PyTorch, or kernels that leave zero weights out, forward and backward (equal to rounding); auto:
+    # those where they can run
+    runtime: Literal["dense", "sparse", "auto"] = "dense"
 
     @model_validator(mode="after")
     def _whole_parts(self) -> Self:

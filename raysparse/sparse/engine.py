@@ -141,11 +141,16 @@ class SparseEngine:
         """Parameter name -> share of active weights, in (0, 1]."""
         return {name: self._counts[name] / weight.numel() for name, weight in self._weights.items()}
 
+    @property
+    def needs_dense_gradients(self) -> bool:
+        """Whether the step at hand looks at the gradients of pruned weights: only an update that grows by them does."""
+        due = self._schedule is not None and self._schedule.due(self.step + 1)
+        return due and self._method.grow in NEEDS_GRADIENT
+
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights, inf and NaN too; keep the dense ones first where growth needs them."""
-        due = self._schedule is not None and self._schedule.due(self.step + 1)
-        if due and self._method.grow in NEEDS_GRADIENT:
+        if self.needs_dense_gradients:
             self._gradients = {n: w.grad.detach().clone() for n, w in self._weights.items() if w.grad is not None}
         for name, weight in self._weights.items():
             if weight.grad is not None:

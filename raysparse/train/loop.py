@@ -21,7 +21,7 @@ from raysparse.config import TrialConfig
 from raysparse.data.loader import batch_indices
 from raysparse.diffusion import losses
 from raysparse.results import Report
-from raysparse.train import distributed
+from raysparse.train import distributed, runtime
 from raysparse.train.ema import Ema
 from raysparse.train.lr import learning_rate
 from raysparse.train.sampling import autocast
@@ -100,6 +100,8 @@ class Trainer:
         if world_size > 1:
             device_ids = [device] if device.type == "cuda" else None
             self._network = DistributedDataParallel(self._network, device_ids=device_ids)
+        # Gradients of active weights alone, on all steps but those whose update grows by dense ones.
+        self._sparse_step = runtime.for_training(model, config, engine, world_size)
         self._look_steps = 1 if device.type == "cpu" and world_size == 1 else LOOK_STEPS
         self._recent: list[Tensor] = []  # losses not looked at yet
         # Noise is drawn for the longest sketch of the set, so that a row's draw depends on no other row of the batch.
@@ -148,13 +150,14 @@ class Trainer:
             group["lr"] = learning_rate(optimizer, self.step, train.steps)
         self.optimizer.zero_grad()
         timesteps, noise = self._draws()
+        network = self._step_network()
         total = torch.zeros((), device=self.device)
         for part in range(train.accumulate):
             x, cond, rows = self._share(part)
             t, eps = timesteps[rows], noise[rows, : x.shape[1]] if self._sequences else noise[rows]
             last = part + 1 == train.accumulate
             with self._reduce_gradients(last), autocast(self.config, self.device):
-                prediction = self._network(self.noise_schedule.add_noise(x, eps, t), t, **cond)
+                prediction = network(self.noise_schedule.add_noise(x, eps, t), t, **cond)
                 loss = losses.eps_mse(prediction, eps, cond.get("lengths")) / train.accumulate
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
@@ -169,6 +172,13 @@ class Trainer:
         if self.engine.updates != updates:
             self.engine.apply_to(self.ema.parameters())
         return total
+
+    def _step_network(self) -> Callable[..., Tensor]:
+        """What predicts at this step: a function of the step and the masks, so that a resume does the same."""
+        if self._sparse_step is None or self.engine.needs_dense_gradients:
+            return self._network
+        self._sparse_step.follow(self.engine.masks)
+        return self._sparse_step
 
     def _draws(self) -> tuple[Tensor, Tensor]:
         """Of this step, for the global batch: timesteps int64 [B], noise float32 [B, *example]."""

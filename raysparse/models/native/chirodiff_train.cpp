@@ -1,15 +1,10 @@
-// A training step of ChiroDiff with sparse weights: the prediction, keeping what its gradient needs, and the gradient at
-// the active weights only. See raysparse/models/_sparse_training.py, which packs and checks.
+// A training step of ChiroDiff with sparse weights: the prediction, keeping what its gradient needs, and the gradient
+// at the active weights only. See raysparse/models/_sparse_training.py, which packs and checks.
 //
-// A time step's row of a chunk has, beside the inputs and every layer's states, the gates r, z, n, q of every layer and
-// direction. What a chunk adds to the gradients of the weights lies apart from the others' and the caller sums it, in
-// one order: the result does not depend on the number of threads.
-#include "gru.h"
-
-#include <atomic>
-#include <system_error>
-#include <thread>
-#include <vector>
+// A time step's row of a chunk has, beside the inputs and every layer's states, the gates of every layer and direction.
+// What a chunk adds to the gradients of the weights lies apart from the others' and the caller sums it, in one order:
+// the result does not depend on the number of threads.
+#include "chunk.h"
 
 namespace {
 
@@ -17,63 +12,31 @@ constexpr float UNSCALE = -0.34657359f;  // -ln(2) / 2: q was multiplied with -2
 
 struct TrainSide {
   Side side;
-  int64_t kept;  // bytes from a time step's first row to the gates of this direction
-  // The same weights by column, first those of the state, then those of the input: [h + inputs + 1], ...
-  const int32_t* rows;
-  const int32_t* places;  // bytes from the gradients of the gates, [h, 4] features
-  const float* weights;   // not scaled
-  float* d_values;        // [chunks, weights] in the order of `side.values`
-  float* d_bias;          // [chunks, 4 h]; of the first layer: null
+  int64_t gates;  // bytes from a time step's row to the gates of this direction, [h, 4] features
+  // The same weights by column, those of the state first, then those of the input.
+  const int32_t* rows;     // [h + inputs + 1] where each column's begin
+  const int32_t* places;   // [weights] bytes from the gradients of the gates, [h, 4] features
+  const float* weights;    // [weights] not scaled
+  float* d_values;         // [chunks, weights] in the order of `side.values`
+  float* d_bias;           // [chunks, 4 h]; not for the first layer
 };
 
 struct TrainNet {
   const TrainSide* sides;  // [layers, 2]
-  const int64_t* from;     // [layers] bytes from a time step's first row to the layer's input
+  const int64_t* from;     // [layers] bytes from a time step's row to the layer's input
   const int32_t* widths;   // [layers] features of it
-  const float* head;       // [outputs, 2 h]
-  int32_t layers, hidden, inputs, outputs;
-  int64_t places, last, most;  // most: weights of one direction
+  Head head;
+  int32_t layers;
+  int64_t places;  // features of a time step's row
+  int64_t most;    // weights of the direction that has most
 };
 
-struct TrainBatch {
-  const float *x, *start, *tail;
-  float* y;
-  const float* d_y;
-  float *d_start, *d_tail, *d_head;  // [sketches, 2, 4 h], [sketches, outputs], [chunks, outputs, 2 h]
-  const int64_t *order, *lengths;
-  int64_t sketches, points;
-  char* kept;     // [chunks, points + 2, places] features
-  char* scratch;  // [threads, train_scratch]
+struct Gradient {
+  const float* d_y;  // [sketches, points, outputs]
+  float* d_start;    // [sketches, 2, 4 h]
+  float* d_tail;     // [sketches, outputs], 0 at first
+  float* d_head;     // [chunks, outputs, 2 h], 0 at first
 };
-
-template <int NV>
-void forward_step(const char* in, char* to, char* kept, const char* next, const float* start, ivec running,
-                  const Side& side, int inputs, int hidden) {
-  const vec* before = (const vec*)(in + side.before);
-  const int32_t *counts = side.counts, *offsets = side.offsets;
-  const float* values = side.values;
-  const int ahead = (inputs + hidden - 1) / hidden;
-  for (int unit = 0; unit < hidden; ++unit, counts += 14) {
-    vec sums[4][NV];
-    for (int gate = 0; gate < 4; ++gate) begin<NV>(sums[gate], side, start, 4 * unit + gate);
-    for (int i = 0; i < ahead; ++i)
-      for (int v = 0; v < NV; ++v) __builtin_prefetch((const vec*)(next + (unit * ahead + i) * ROW) + v);
-    share_all<NV, 2>(sums, in, offsets, values, counts);
-    share_all<NV, 3>(sums, in, offsets, values, counts + 7);
-    vec* gates = (vec*)kept + 4 * unit * VECTORS;
-    for (int v = 0; v < NV; ++v) {
-      const vec r = 1.f / (1.f + exp2(sums[0][v]));
-      const vec z_ = exp2(sums[1][v]), n_ = exp2(sums[2][v] + r * sums[3][v]);
-      const vec whole = 1.f / ((1.f + z_) * (1.f + n_));
-      const vec state = (z_ * (1.f - n_) + before[unit * VECTORS + v] * (1.f + n_)) * whole;
-      ((vec*)to)[unit * VECTORS + v] = v == NV - 1 ? (vec)((ivec)state & running) : state;
-      gates[v] = r;
-      gates[VECTORS + v] = (1.f + n_) * whole;
-      gates[2 * VECTORS + v] = (1.f - n_) * (1.f + z_) * whole;
-      gates[3 * VECTORS + v] = sums[3][v];
-    }
-  }
-}
 
 // The gradient of one column's weights: grads[k] += sum over the sketches, lane by lane.
 template <int NV, int GATES, int THIRD>
@@ -110,24 +73,33 @@ struct Grads {
   vec* gates;    // [h, 4, WIDTH]
   vec* weights;  // [weights, LANES]
   vec* biases;   // [h, 4, WIDTH] sum over time
-  char* out[2];  // [points, 2 h] of the layer's states, and of its input
+  char* out[2];  // [points, 2 h, WIDTH] of the layer's states, and of its input
 };
 
-// in, kept, d_out: of this time step; d_in: of its input, null where nobody wants it; add: to what is there.
+// A time step of one direction, backward.
+struct Back {
+  const char* in;     // the layer's input
+  const char* gates;  // r, z, n, q as the forward pass kept them
+  const vec* d_out;   // the gradient of the states, without what later time steps give it
+  vec* d_in;          // that of the layer's input; null where nobody wants it
+  bool add;           // to what is in d_in
+  ivec running;       // which lanes of the last vector are in use
+  int inputs;
+};
+
 template <int NV>
-void backward_step(const char* in, const char* kept, const vec* d_out, vec* d_in, bool add, ivec running,
-                   const TrainSide& train, int inputs, int hidden, const Grads& grads) {
-  const vec* before = (const vec*)(in + train.side.before);
+void backward_step(const Back& now, const TrainSide& train, int hidden, const Grads& grads) {
+  const vec* before = (const vec*)(now.in + train.side.before);
   const int32_t *counts = train.side.counts, *offsets = train.side.offsets;
   vec* weights = grads.weights;
   for (int unit = 0; unit < hidden; ++unit, counts += 14) {
-    const vec* gates = (const vec*)kept + 4 * unit * VECTORS;
+    const vec* gates = (const vec*)now.gates + 4 * unit * VECTORS;
     vec d[4][NV];
     for (int v = 0; v < NV; ++v) {
       const vec r = gates[v], z = gates[VECTORS + v], n = gates[2 * VECTORS + v];
       const vec q = gates[3 * VECTORS + v] * UNSCALE;
-      vec state = d_out[unit * VECTORS + v] + grads.carry[unit * VECTORS + v];
-      if (v == NV - 1) state = (vec)((ivec)state & running);
+      vec state = now.d_out[unit * VECTORS + v] + grads.carry[unit * VECTORS + v];
+      if (v == NV - 1) state = (vec)((ivec)state & now.running);
       d[2][v] = state * (1.f - z) * (1.f - n * n);
       d[1][v] = state * (before[unit * VECTORS + v] - n) * z * (1.f - z);
       d[3][v] = d[2][v] * r;
@@ -138,216 +110,165 @@ void backward_step(const char* in, const char* kept, const vec* d_out, vec* d_in
         grads.biases[(4 * unit + gate) * VECTORS + v] += d[gate][v];
       }
     }
-    add_all<NV, 2>(d, in, offsets, weights, counts);
-    add_all<NV, 3>(d, in, offsets, weights, counts + 7);
+    add_all<NV, 2>(d, now.in, offsets, weights, counts);
+    add_all<NV, 3>(d, now.in, offsets, weights, counts + 7);
   }
   const int32_t* rows = train.rows;
   for (int unit = 0; unit < hidden; ++unit, ++rows)
     walk<NV>(grads.carry + unit * VECTORS, (const char*)grads.gates, train.places + rows[0], train.weights + rows[0],
              rows[1] - rows[0]);
-  if (!d_in) return;
-  for (int i = 0; i < inputs; ++i, ++rows) {
+  if (!now.d_in) return;
+  for (int i = 0; i < now.inputs; ++i, ++rows) {
     vec sums[NV];
-    for (int v = 0; v < NV; ++v) sums[v] = add ? d_in[i * VECTORS + v] : vec{};
+    for (int v = 0; v < NV; ++v) sums[v] = now.add ? now.d_in[i * VECTORS + v] : vec{};
     walk<NV>(sums, (const char*)grads.gates, train.places + rows[0], train.weights + rows[0], rows[1] - rows[0]);
-    for (int v = 0; v < NV; ++v) d_in[i * VECTORS + v] = sums[v];
+    for (int v = 0; v < NV; ++v) now.d_in[i * VECTORS + v] = sums[v];
   }
 }
 
-ivec lanes_of(int running, int vectors) {
-  ivec lanes;
-  for (int j = 0; j < LANES; ++j) lanes[j] = (vectors - 1) * LANES + j < running ? -1 : 0;
-  return lanes;
+using BackStep = void (*)(const Back&, const TrainSide&, int, const Grads&);
+constexpr BackStep BACK[] = {backward_step<1>, backward_step<2>};
+using Step = void (*)(const Now&, const Side&, int);
+constexpr Step FORWARD[] = {sparse_step<1, true>, sparse_step<2, true>};
+
+void forward_side(const TrainNet& net, int l, int reverse, const Chunk& chunk) {
+  const TrainSide& train = net.sides[2 * l + reverse];
+  const float* start = l ? nullptr : chunk.starts + reverse * 4ll * net.head.hidden * WIDTH;
+  for (int64_t k = 0; k < chunk.steps; ++k) {
+    const int64_t t = reverse ? chunk.steps - 1 - k : k;
+    char* row = chunk.rows + t * chunk.stride;
+    const int used = chunk.vectors(t);
+    const char* next = row + net.from[l] + (reverse ? -chunk.stride : chunk.stride);
+    if (reverse) chunk.start_reverse(t, train.side.to, net.head.hidden);
+    const ivec lanes = lanes_of(chunk.running[t], used);
+    const Now now = {row + net.from[l], row + train.side.to, row + train.gates, next, start, lanes, net.widths[l]};
+    FORWARD[used - 1](now, train.side, net.head.hidden);
+  }
 }
 
-struct Chunk {
-  const TrainNet& net;
-  const TrainBatch& batch;
-  int64_t number, stride, steps;
-  int count;
-  const int64_t* order;
-  char* rows;
-  std::vector<int> running;
+float sum_of(const float* values, int count) {
+  float sum = 0;
+  for (int i = 0; i < count; ++i) sum += values[i];
+  return sum;
+}
 
-  Chunk(const TrainNet& net, const TrainBatch& batch, int64_t number) : net(net), batch(batch), number(number) {
-    const int64_t first = number * WIDTH, left = batch.sketches - first;
-    count = (int)(left < WIDTH ? left : WIDTH);
-    order = batch.order + first;
-    steps = batch.lengths[order[0]];
-    stride = net.places * ROW;
-    rows = batch.kept + number * (batch.points + 2) * stride + stride;
-    running.resize(steps);
-    for (int64_t t = 0, left = count; t < steps; ++t) {
-      while (batch.lengths[order[left - 1]] <= t) --left;
-      running[t] = (int)left;
-    }
+void backward_side(const TrainNet& net, int l, int reverse, const Chunk& chunk, int64_t number,
+                   const Gradient& gradient, const Grads& grads) {
+  const int h = net.head.hidden;
+  const TrainSide& train = net.sides[2 * l + reverse];
+  const int64_t active = train.rows[h + net.widths[l]];
+  memset(grads.carry, 0, h * ROW);
+  memset(grads.biases, 0, 4 * h * ROW);
+  memset(grads.weights, 0, active * sizeof(vec));
+  for (int64_t k = 0; k < chunk.steps; ++k) {
+    const int64_t t = reverse ? k : chunk.steps - 1 - k;
+    const char* row = chunk.rows + t * chunk.stride;
+    const int used = chunk.vectors(t);
+    const vec* d_out = (const vec*)(grads.out[0] + (2 * t + reverse) * h * ROW);
+    vec* d_in = l ? (vec*)(grads.out[1] + 2 * t * h * ROW) : nullptr;
+    const ivec lanes = lanes_of(chunk.running[t], used);
+    const Back now = {row + net.from[l], row + train.gates, d_out, d_in, reverse == 1, lanes, net.widths[l]};
+    BACK[used - 1](now, train, h, grads);
   }
-  int vectors(int64_t t) const { return (running[t] + LANES - 1) / LANES; }
+  for (int64_t k = 0; k < active; ++k)
+    train.d_values[number * active + k] = sum_of((const float*)(grads.weights + k), LANES);
+  for (int i = 0; i < 4 * h; ++i) {
+    const float* by_sketch = (const float*)grads.biases + i * WIDTH;
+    if (l) train.d_bias[number * 4 * h + i] = sum_of(by_sketch, chunk.count);
+    else
+      for (int lane = 0; lane < chunk.count; ++lane)
+        gradient.d_start[(chunk.order[lane] * 2 + reverse) * 4 * h + i] = by_sketch[lane];
+  }
+}
 
-  void forward(char* scratch) const {
-    const int h = net.hidden;
-    float *starts = (float*)scratch, *tails = starts + 8ll * h * WIDTH;
-    memset(rows - stride, 0, stride);
-    memset(rows + steps * stride, 0, stride);
-    for (int lane = 0; lane < WIDTH; ++lane) {
-      const bool used = lane < count;
-      const int64_t sketch = used ? order[lane] : 0, length = used ? batch.lengths[sketch] : 0;
-      for (int i = 0; i < 8 * h; ++i) starts[i * WIDTH + lane] = used ? batch.start[sketch * 8 * h + i] : 0;
-      for (int i = 0; i < net.outputs; ++i) tails[i * WIDTH + lane] = used ? batch.tail[sketch * net.outputs + i] : 0;
-      const float* x = batch.x + sketch * batch.points * net.inputs;
-      for (int64_t t = 0; t < steps; ++t)
-        for (int i = 0; i < net.inputs; ++i)
-          ((float*)(rows + t * stride))[i * WIDTH + lane] = t < length ? x[t * net.inputs + i] : 0;
-    }
-    for (int l = 0; l < net.layers; ++l)
-      for (int reverse = 0; reverse < 2; ++reverse) forward_side(l, reverse, l ? nullptr : starts + reverse * 4ll * h * WIDTH);
-    for (int64_t t = 0; t < steps; ++t) {
-      const vec* states = (const vec*)(rows + t * stride + net.last);
-      for (int out = 0; out < net.outputs; ++out) {
-        const float* weights = net.head + out * 2 * h;
-        union { vec sums[VECTORS]; float lanes[WIDTH]; };
-        for (int v = 0; v < VECTORS; ++v) sums[v] = ((const vec*)(tails + out * WIDTH))[v];
-        for (int j = 0; j < 2 * h; ++j)
-          for (int v = 0; v < VECTORS; ++v) sums[v] += weights[j] * states[j * VECTORS + v];
-        for (int lane = 0; lane < running[t]; ++lane)
-          batch.y[(order[lane] * batch.points + t) * net.outputs + out] = lanes[lane];
+// From the gradient of y to those of the head, and of the last layer's states in d_states, [points, 2 h, WIDTH].
+void read_back(const TrainNet& net, const Chunk& chunk, int64_t number, const Gradient& gradient, char* d_states) {
+  const Head& head = net.head;
+  const int wide = 2 * head.hidden;
+  float* d_head = gradient.d_head + number * head.outputs * wide;
+  for (int64_t t = 0; t < chunk.steps; ++t) {
+    const vec* states = (const vec*)(chunk.rows + t * chunk.stride + head.last);
+    vec* d = (vec*)(d_states + t * wide * ROW);
+    const int used = chunk.vectors(t);
+    memset(d, 0, wide * ROW);
+    for (int out = 0; out < head.outputs; ++out) {
+      union { vec d_y[VECTORS]; float lanes[WIDTH]; };
+      for (int lane = 0; lane < WIDTH; ++lane) {
+        const bool running = lane < chunk.running[t];
+        const int64_t sketch = running ? chunk.order[lane] : 0;
+        lanes[lane] = running ? gradient.d_y[(sketch * chunk.all.points + t) * head.outputs + out] : 0;
+        if (running) gradient.d_tail[sketch * head.outputs + out] += lanes[lane];
       }
-    }
-  }
-
-  // Whole vectors beyond those in use are 0 too: the gradient of the weights reads what the head and later layers left.
-  void forward_side(int l, int reverse, const float* start) const {
-    const TrainSide& train = net.sides[2 * l + reverse];
-    for (int64_t k = 0; k < steps; ++k) {
-      const int64_t t = reverse ? steps - 1 - k : k;
-      char* row = rows + t * stride;
-      const int used = vectors(t);
-      for (int v = used; v < VECTORS; ++v)
-        for (int unit = 0; unit < net.hidden; ++unit) memset(row + train.side.to + unit * ROW + v * sizeof(vec), 0, sizeof(vec));
-      constexpr auto STEPS = [] { struct { decltype(&forward_step<1>) of[2]; } s = {{forward_step<1>, forward_step<2>}}; return s; }();
-      STEPS.of[used - 1](row + net.from[l], row + train.side.to, row + train.kept, row + net.from[l] + (reverse ? -stride : stride),
-                    start, lanes_of(running[t], used), train.side, net.widths[l], net.hidden);
-    }
-  }
-
-  void backward(char* scratch) const {
-    const int h = net.hidden;
-    Grads g;
-    g.carry = (vec*)scratch;
-    g.gates = g.carry + h * VECTORS;
-    g.biases = g.gates + 4 * h * VECTORS;
-    g.weights = g.biases + 4 * h * VECTORS;
-    g.out[0] = (char*)(g.weights + net.most);
-    g.out[1] = g.out[0] + batch.points * 2 * h * ROW;
-    read_back(g);
-    for (int l = net.layers - 1; l >= 0; --l) {
-      for (int reverse = 0; reverse < 2; ++reverse) backward_side(l, reverse, g);
-      char* swap = g.out[0]; g.out[0] = g.out[1]; g.out[1] = swap;
-    }
-  }
-
-  void read_back(const Grads& g) const {
-    const int h = net.hidden;
-    std::vector<float> head((size_t)net.outputs * 2 * h * LANES, 0.f);
-    for (int64_t t = 0; t < steps; ++t) {
-      const vec* states = (const vec*)(rows + t * stride + net.last);
-      vec* d_states = (vec*)(g.out[0] + t * 2 * h * ROW);
-      for (int i = 0; i < 2 * h * VECTORS; ++i) d_states[i] = vec{};
-      for (int out = 0; out < net.outputs; ++out) {
-        union { vec d[VECTORS]; float lanes[WIDTH]; };
-        for (int lane = 0; lane < WIDTH; ++lane) {
-          lanes[lane] = lane < running[t] ? batch.d_y[(order[lane] * batch.points + t) * net.outputs + out] : 0;
-          if (lane < running[t]) batch.d_tail[order[lane] * net.outputs + out] += lanes[lane];
+      for (int j = 0; j < wide; ++j) {
+        union { vec sum; float sums[LANES]; };
+        sum = vec{};
+        for (int v = 0; v < used; ++v) {
+          d[j * VECTORS + v] += head.weights[out * wide + j] * d_y[v];
+          sum += d_y[v] * states[j * VECTORS + v];
         }
-        const float* weights = net.head + out * 2 * h;
-        for (int j = 0; j < 2 * h; ++j) {
-          vec sum = {};
-          for (int v = 0; v < VECTORS; ++v) {
-            d_states[j * VECTORS + v] += weights[j] * d[v];
-            sum += d[v] * states[j * VECTORS + v];
-          }
-          float* at = &head[((size_t)out * 2 * h + j) * LANES];
-          for (int lane = 0; lane < LANES; ++lane) at[lane] += sum[lane];
-        }
+        d_head[out * wide + j] += sum_of(sums, LANES);
       }
     }
-    float* d_head = batch.d_head + number * net.outputs * 2 * h;
-    for (int i = 0; i < net.outputs * 2 * h; ++i) {
-      float sum = 0;
-      for (int lane = 0; lane < LANES; ++lane) sum += head[(size_t)i * LANES + lane];
-      d_head[i] = sum;
-    }
   }
-
-  void backward_side(int l, int reverse, const Grads& g) const {
-    const int h = net.hidden;
-    const TrainSide& train = net.sides[2 * l + reverse];
-    const int64_t active = train.rows[h + net.widths[l]];
-    memset(g.carry, 0, h * ROW);
-    memset(g.biases, 0, 4 * h * ROW);
-    memset(g.weights, 0, active * sizeof(vec));
-    for (int64_t k = 0; k < steps; ++k) {
-      const int64_t t = reverse ? k : steps - 1 - k;
-      const char* row = rows + t * stride;
-      const int used = vectors(t);
-      const vec* d_out = (const vec*)(g.out[0] + (t * 2 + reverse) * h * ROW);
-      vec* d_in = l ? (vec*)(g.out[1] + t * 2 * h * ROW) : nullptr;
-      constexpr auto STEPS = [] { struct { decltype(&backward_step<1>) of[2]; } s = {{backward_step<1>, backward_step<2>}}; return s; }();
-      STEPS.of[used - 1](row + net.from[l], row + train.kept, d_out, d_in, reverse, lanes_of(running[t], used), train,
-                    net.widths[l], h, g);
-    }
-    float* d_values = train.d_values + number * active;
-    for (int64_t k = 0; k < active; ++k) {
-      float sum = 0;
-      for (int lane = 0; lane < LANES; ++lane) sum += g.weights[k][lane];
-      d_values[k] = sum;
-    }
-    const float* biases = (const float*)g.biases;
-    for (int i = 0; i < 4 * h; ++i) {
-      float sum = 0;
-      for (int lane = 0; lane < count; ++lane) {
-        sum += biases[i * WIDTH + lane];
-        if (!l) batch.d_start[(order[lane] * 2 + reverse) * 4 * h + i] = biases[i * WIDTH + lane];
-      }
-      if (l) train.d_bias[number * 4 * h + i] = sum;
-    }
-  }
-};
+}
 
 int64_t scratch_of(const TrainNet& net, int64_t points) {
-  const int64_t ahead = (8ll * net.hidden + net.outputs) * ROW;
-  const int64_t back = (9ll * net.hidden + 4 * points * net.hidden) * ROW + net.most * (int64_t)sizeof(vec);
-  return ahead > back ? ahead : back;
+  return (9ll * net.head.hidden + 4 * points * net.head.hidden) * ROW + net.most * (int64_t)sizeof(vec);
 }
 
-template <class Work>
-void each_chunk(const TrainNet& net, const TrainBatch& batch, int threads, Work work) {
-  const int64_t chunks = (batch.sketches + WIDTH - 1) / WIDTH, scratch = scratch_of(net, batch.points);
-  std::atomic<int64_t> next{0};
-  auto run = [&](int thread) {
-    for (int64_t number; (number = next++) < chunks;) work(Chunk(net, batch, number), batch.scratch + thread * scratch);
-  };
-  std::vector<std::thread> others;
-  try {
-    for (int thread = 1; thread < threads && thread < chunks; ++thread) others.emplace_back(run, thread);
-  } catch (const std::system_error&) {
-  }
-  run(0);
-  for (auto& other : others) other.join();
+Grads grads_in(const TrainNet& net, int64_t points, char* memory) {
+  const int h = net.head.hidden;
+  Grads grads;
+  grads.carry = (vec*)memory;
+  grads.gates = grads.carry + h * VECTORS;
+  grads.biases = grads.gates + 4 * h * VECTORS;
+  grads.weights = grads.biases + 4 * h * VECTORS;
+  grads.out[0] = (char*)(grads.weights + net.most);
+  grads.out[1] = grads.out[0] + points * 2 * h * ROW;
+  return grads;
 }
+
+int64_t kept_of(const TrainNet& net, int64_t points) { return (points + 2) * net.places * ROW + sums_of(net.head); }
+
+// kept: the memory of all chunks, which the backward pass needs as the forward pass left it.
+Chunk chunk_of(const TrainNet& net, const Sketches& all, char* kept, int64_t number) {
+  char* mine = kept + number * kept_of(net, all.points);
+  const int64_t stride = net.places * ROW;
+  return Chunk(all, number * WIDTH, WIDTH, mine, stride, mine + (all.points + 2) * stride, net.head);
+}
+
+int64_t chunks_of(const Sketches& all) { return (all.sketches + WIDTH - 1) / WIDTH; }
 
 }  // namespace
 
 extern "C" {
 
 int32_t raysparse_width() { return WIDTH; }
-int64_t raysparse_train_scratch(const TrainNet* net, int64_t points) { return scratch_of(*net, points); }
 
-void raysparse_forward(const TrainNet* net, const TrainBatch* batch, int32_t threads) {
-  each_chunk(*net, *batch, threads, [](const Chunk& chunk, char* scratch) { chunk.forward(scratch); });
+// Bytes, multiples of a vector's: what is kept of a chunk, and what each thread needs for the backward pass.
+int64_t raysparse_kept(const TrainNet* net, int64_t points) { return kept_of(*net, points); }
+int64_t raysparse_scratch(const TrainNet* net, int64_t points) { return scratch_of(*net, points); }
+
+void raysparse_forward(const TrainNet* net, const Sketches* all, char* kept, int32_t threads) {
+  over_threads(chunks_of(*all), threads, [&](int64_t number, int) {
+    const Chunk chunk = chunk_of(*net, *all, kept, number);
+    chunk.read_in(net->head);
+    for (int l = 0; l < net->layers; ++l)
+      for (int reverse = 0; reverse < 2; ++reverse) forward_side(*net, l, reverse, chunk);
+    chunk.read_out(net->head);
+  });
 }
 
-void raysparse_backward(const TrainNet* net, const TrainBatch* batch, int32_t threads) {
-  each_chunk(*net, *batch, threads, [](const Chunk& chunk, char* scratch) { chunk.backward(scratch); });
+void raysparse_backward(const TrainNet* net, const Sketches* all, const Gradient* gradient, char* kept, char* scratch,
+                        int32_t threads) {
+  over_threads(chunks_of(*all), threads, [&](int64_t number, int thread) {
+    const Chunk chunk = chunk_of(*net, *all, kept, number);
+    Grads grads = grads_in(*net, all->points, scratch + thread * scratch_of(*net, all->points));
+    read_back(*net, chunk, number, *gradient, grads.out[0]);
+    for (int l = net->layers - 1; l >= 0; --l) {
+      for (int reverse = 0; reverse < 2; ++reverse) backward_side(*net, l, reverse, chunk, number, *gradient, grads);
+      std::swap(grads.out[0], grads.out[1]);
+    }
+  });
 }
 }
