@@ -139,7 +139,7 @@ class TrainConfig(Section):
     label_dropout: float = Field(0.0, ge=0, lt=1)  # share of labels replaced by the null class; .1 for guidance
     threads: int = Field(1, ge=1)  # CPU threads of a worker
     # What trains: PyTorch, or kernels that leave zero weights out, forward and backward (equal to rounding); auto:
-    # those where they can run
+    # those where they can run and are faster
     runtime: Literal["dense", "sparse", "auto"] = "dense"
 
     @model_validator(mode="after")

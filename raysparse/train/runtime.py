@@ -31,6 +31,10 @@ class Step(Protocol):
 
     def __call__(self, x: Tensor, timesteps: Tensor, **cond: Tensor) -> Tensor: ...
 
+    @property
+    def pays(self) -> bool:
+        """Whether it is faster than the model itself."""
+
     def follow(self, masks: Mapping[str, Tensor]) -> None:
         """Take over the masks; it costs nothing where they have not changed."""
 
@@ -55,7 +59,10 @@ def for_sampling(model: nn.Module, config: TrialConfig) -> nn.Module:
 
 
 def for_training(model: nn.Module, config: TrialConfig, engine: SparseEngine, world_size: int) -> Step | None:
-    """What trains in the model's place under `train.runtime`; None: the model itself. Choice and errors as above."""
+    """What trains in the model's place under `train.runtime`; None: the model itself.
+
+    auto: sparse where that can run and is faster. Errors as above.
+    """
 
     def made() -> Step:
         if world_size > 1:
@@ -63,7 +70,8 @@ def for_training(model: nn.Module, config: TrialConfig, engine: SparseEngine, wo
         step: Step = _kernels(config, "sparse_step")()(model, engine.masks)
         return step
 
-    return _chosen("train.runtime", config.train.runtime, made)
+    step = _chosen("train.runtime", config.train.runtime, made)
+    return None if step is not None and config.train.runtime == "auto" and not step.pays else step
 
 
 def _kernels(config: TrialConfig, function: str) -> Callable[[], Callable[..., Any]]:
@@ -88,4 +96,4 @@ def _chosen(setting: str, runtime: str, make: Callable[[], T]) -> T | None:
     except UsageError as error:
         if runtime == "auto":
             return None
-        raise UsageError(f"{setting} 'sparse' cannot run here: {error}; or use 'dense' or 'auto'") from error
+        raise UsageError(f"{setting} 'sparse' cannot run here; use 'dense' or 'auto', or mend this: {error}") from error

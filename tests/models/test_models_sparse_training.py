@@ -148,3 +148,11 @@ def test_nothing_finite_is_made_of_what_is_not() -> None:
     given["x"][0, 2, 1] = torch.nan
     loss, _ = gradients(sparse_step(model, masks), model, given)
     assert loss.isnan()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "sparsity", "pays"),
+    [(8, 0.0, True), (128, 0.0, False), (128, 0.5, True), (256, 0.5, False), (256, 0.75, True)],
+)
+def test_where_it_pays(hidden: int, sparsity: float, pays: bool) -> None:
+    assert sparse_step(*masked_model(sparsity, hidden, 2)).pays is pays

@@ -132,7 +132,7 @@ def test_without_a_compiler(trained, tiny, rigl, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "x").exists()
     assert _cli(monkeypatch, "sample", out, *arguments, "--runtime", "auto") == 0
     for setting in ("evaluate.runtime", "train.runtime"):  # before the first step, not at the first evaluation
-        with pytest.raises(UsageError, match=f"{setting} 'sparse' cannot run here.*no-such-compiler"):
+        with pytest.raises(UsageError, match=f"{setting} 'sparse' cannot run here.*mend this.*no-such-compiler"):
             setup.build(tiny(rigl, {setting: "sparse"}))
 
 
