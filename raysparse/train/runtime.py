@@ -54,8 +54,12 @@ def for_sampling(model: nn.Module, config: TrialConfig) -> nn.Module:
 
     auto: sparse where that can run. UsageError: sparse where it can't.
     """
-    make = _kernels(config, "sparse_runtime")
-    return _chosen("evaluate.runtime", config.evaluate.runtime, lambda: make()(model)) or model
+
+    def made() -> nn.Module:
+        network: nn.Module = _kernels(config, "sparse_runtime")(model)
+        return network
+
+    return _chosen("evaluate.runtime", config.evaluate.runtime, made) or model
 
 
 def for_training(model: nn.Module, config: TrialConfig, engine: SparseEngine, world_size: int) -> Step | None:
@@ -67,23 +71,18 @@ def for_training(model: nn.Module, config: TrialConfig, engine: SparseEngine, wo
     def made() -> Step:
         if world_size > 1:
             raise UsageError(f"it trains on one process, not {world_size}")
-        step: Step = _kernels(config, "sparse_step")()(model, engine.masks)
+        step: Step = _kernels(config, "sparse_step")(model, engine.masks)
         return step
 
     step = _chosen("train.runtime", config.train.runtime, made)
     return None if step is not None and config.train.runtime == "auto" and not step.pays else step
 
 
-def _kernels(config: TrialConfig, function: str) -> Callable[[], Callable[..., Any]]:
-    """The function of the model's file, when asked for. UsageError where it has none."""
-    name = config.model.name
-
-    def found() -> Callable[..., Any]:
-        made: Callable[..., Any] | None = getattr(plugins.load("models", name), function, None)
-        if made is None:
-            raise UsageError(f"there are no kernels for model {name!r}")
-        return made
-
+def _kernels(config: TrialConfig, function: str) -> Callable[..., Any]:
+    """The function of the model's file. UsageError where it has none."""
+    found: Callable[..., Any] | None = getattr(plugins.load("models", config.model.name), function, None)
+    if found is None:
+        raise UsageError(f"there are no kernels for model {config.model.name!r}")
     return found
 
 
