@@ -54,7 +54,15 @@ TASK = ["protocol", "model", "dataset", "variant"]  # where all of these are equ
 EVALUATIONS = "evaluations"  # the folder of what `raysparse evaluate` measured
 
 # Settings that say where and how fast a trial runs, never what it computes (left out of a trial's id as well).
-PLACES = ("seed", "data.source", "data.root", "evaluate.weights", "evaluate.runtime", "train.threads")
+PLACES = (
+    "seed",
+    "data.source",
+    "data.root",
+    "evaluate.weights",
+    "evaluate.runtime",
+    "train.threads",
+    "train.runtime",
+)
 UNREADABLE = "(config)"  # stands for all settings where the text is no JSON object
 # Settings that have a column of their own.
 ALWAYS_THERE = ("sparse.allocation", "sparse.prune_schedule", "sparse.update_end_fraction")  # where a method has them

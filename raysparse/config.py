@@ -19,7 +19,7 @@ from raysparse.sparse import settings
 
 # Where things lie on one machine, and how fast it is: never part of what a trial is.
 PATHS = (("data", "source"), ("data", "root"), ("evaluate", "weights"))
-PLACES = (*PATHS, ("evaluate", "runtime"), ("train", "threads"))
+PLACES = (*PATHS, ("evaluate", "runtime"), ("train", "threads"), ("train", "runtime"))
 
 # The settings of the first version. They are in every trial's content, null where the method has none; a later setting
 # is there where it differs from its default. So the ids of known trials stay what they were.
@@ -154,6 +154,9 @@ class TrainConfig(Section):
     compile: bool = False  # torch.compile the network; masks stay outside the graph
     label_dropout: float = Field(0.0, ge=0, lt=1)  # share of labels replaced by the null class; .1 for guidance
     threads: int = Field(1, ge=1)  # CPU threads of a worker
+    # What trains: PyTorch, or kernels that leave zero weights out, forward and backward (equal to rounding); auto:
+    # those where they can run and are faster
+    runtime: Literal["dense", "sparse", "auto"] = "dense"
 
     @model_validator(mode="after")
     def _whole_parts(self) -> Self:

@@ -44,20 +44,20 @@ def load(source: Path) -> ctypes.CDLL:
     Processes that need it at the same time each compile it, and the last one's file stays: all are the same.
     UsageError: no compiler, one that fails, or a cache folder that others may write to, each with what to do.
     """
-    compiler = _compiler()
-    return _loaded(source, (*compiler, *_FLAGS, *_instructions()), default_root())
+    return _loaded(source, _compiler(), (*_FLAGS, *_instructions()), default_root())
 
 
 @functools.cache
-def _loaded(source: Path, command: tuple[str, ...], root: Path) -> ctypes.CDLL:
-    path = root / f"{source.stem}-{_digest(source, command)}.so"
+def _loaded(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], root: Path) -> ctypes.CDLL:
+    made_from = (compiler, _version(compiler), flags, platform.system(), platform.machine())
+    path = root / f"{source.stem}-{_digest(source, made_from)}.so"
     _check_folder(root)
     if path.is_file():
         try:
             return ctypes.CDLL(str(path))
         except OSError:
             pass  # damaged, or made on a machine with other system libraries: made anew
-    _compile(source, command, path)
+    _compile(source, compiler, flags, path)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -84,19 +84,19 @@ def _compiler() -> tuple[str, ...]:
     raise UsageError(f"a C++ compiler is missing ({tried}): install g++ or clang++, or set CXX to one")
 
 
-def _digest(source: Path, command: tuple[str, ...]) -> str:
+def _digest(source: Path, made_from: tuple[object, ...]) -> str:
     """Of all that decides what the library does."""
-    digest = hashlib.sha256(repr((command, _version(command[0]), platform.system(), platform.machine())).encode())
+    digest = hashlib.sha256(repr(made_from).encode())
     for part in (source, *sorted(source.parent.glob("*.h"))):
         digest.update(part.name.encode() + b"\0" + part.read_bytes())
     return digest.hexdigest()[:16]
 
 
 @functools.cache
-def _version(compiler: str) -> str:
+def _version(compiler: tuple[str, ...]) -> str:
     """Its first line says it; empty where it says nothing, which compiling will tell."""
     try:
-        said = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=COMPILE_S, check=False)
+        said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=COMPILE_S, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return said.stdout.partition("\n")[0]
@@ -116,11 +116,11 @@ def _check_folder(root: Path) -> None:
         )
 
 
-def _compile(source: Path, command: tuple[str, ...], path: Path) -> None:
+def _compile(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], path: Path) -> None:
     try:
         with atomic_path(path) as temporary:
             done = subprocess.run(
-                [*command, str(source), "-o", str(temporary)],
+                [*compiler, *flags, str(source), "-o", str(temporary)],
                 capture_output=True,
                 text=True,
                 errors="replace",
@@ -130,12 +130,12 @@ def _compile(source: Path, command: tuple[str, ...], path: Path) -> None:
             if done.returncode:
                 said = "\n".join((done.stderr or done.stdout).strip().splitlines()[:_ERROR_LINES])
                 raise UsageError(
-                    f"{command[0]} cannot compile {source.name} (exit {done.returncode}); set CXX to another "
-                    f"compiler, GCC 9 or clang 10 at least. It said:\n{said}"
+                    f"{shlex.join(compiler)} cannot compile {source.name} (exit {done.returncode}); set CXX to another "
+                    f"compiler, GCC or clang. It said: {said or 'nothing'}"
                 )
     except OSError as error:
         raise UsageError(
             f"cannot write {path}: {error.strerror}; free space or set RAYSPARSE_NATIVE to a folder of yours"
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise UsageError(f"{command[0]} did not compile {source.name} in {COMPILE_S} s; set CXX to another") from error
+        raise UsageError(f"{compiler[0]} did not compile {source.name} in {COMPILE_S} s; set CXX to another") from error

@@ -8,7 +8,8 @@ frozen. Then the GRU, Linear(2 h, h), and Linear(h + 8, 3) on that and the time 
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +19,9 @@ from torch.nn.utils.rnn import PackedSequence
 from raysparse import rng
 from raysparse.errors import UsageError
 from raysparse.models._packed_gru import PackedGRU
+
+if TYPE_CHECKING:
+    from raysparse.models._sparse_training import SparseStep
 
 KIND = "denoiser"
 PAPER_CONVENTION = "chirodiff"  # of raysparse.metrics.flops
@@ -73,6 +77,13 @@ def sparse_runtime(model: nn.Module) -> nn.Module:
     from raysparse.models._sparse_chirodiff import SparseChiroDiff
 
     return SparseChiroDiff(model)
+
+
+def sparse_step(model: nn.Module, masks: Mapping[str, Tensor]) -> SparseStep:
+    """The same prediction for training on a CPU: its gradient touches the active weights only. Errors as above."""
+    from raysparse.models._sparse_training import SparseStep
+
+    return SparseStep(model, masks)
 
 
 class ChiroDiff(nn.Module):

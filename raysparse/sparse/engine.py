@@ -154,6 +154,19 @@ class SparseEngine:
         """Parameter name -> share of active weights, in (0, 1]."""
         return self._layout.densities()
 
+    @property
+    def needs_dense_gradients(self) -> bool:
+        """Whether the step at hand looks at the gradients of pruned weights.
+
+        An update that grows by them does, and all of a method that trains the weights under its masks.
+        """
+        return self.keeps_dense_weights or self._gradients.needed(self._clock, self.step + 1)
+
+    @property
+    def keeps_dense_weights(self) -> bool:
+        """Whether the method trains the weights under its masks too."""
+        return self._dense is not None
+
     @torch.no_grad()
     def mask_gradients(self) -> None:
         """Zero the gradients of pruned weights, inf and NaN too; keep the dense ones first where growth needs them.

@@ -36,9 +36,12 @@ class DenseGradients:
     def take(self, clock: Clock | None, step: int, weights: Mapping[str, nn.Parameter]) -> None:
         """Copy the gradients of `step` (not done yet) where an update needs them."""
         self._taken = {}
-        if clock is None or not self._window or not clock.due_within(step, self._window):
-            return
-        self._taken = {name: w.grad.detach().clone() for name, w in weights.items() if w.grad is not None}
+        if self.needed(clock, step):
+            self._taken = {name: w.grad.detach().clone() for name, w in weights.items() if w.grad is not None}
+
+    def needed(self, clock: Clock | None, step: int) -> bool:
+        """Whether an update looks at the gradients of `step`."""
+        return clock is not None and self._window > 0 and clock.due_within(step, self._window)
 
     def keep(self, skipped: bool) -> None:
         """The step is done: what was taken counts, unless the optimizer skipped it."""

@@ -21,7 +21,7 @@ from raysparse.config import TrialConfig
 from raysparse.data.loader import batch_indices
 from raysparse.diffusion import losses
 from raysparse.results import Report
-from raysparse.train import distributed, mask_sample
+from raysparse.train import distributed, mask_sample, runtime
 from raysparse.train.ema import Ema
 from raysparse.train.lr import learning_rate
 from raysparse.train.sampling import autocast
@@ -99,6 +99,8 @@ class Trainer:
         self.on_progress: Callable[[str, int], None] = lambda doing, step: None
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._network: nn.Module = engine.network(model)
+        # Gradients of active weights alone, on all steps but those whose update grows by dense ones.
+        self._sparse_step = runtime.for_training(self._network, config, engine, world_size)
         if config.train.compile:
             # The masks act on gradients and on weights in place, outside the graph: it is compiled once, whatever the
             # topology does.
@@ -155,6 +157,7 @@ class Trainer:
             group["lr"] = learning_rate(optimizer, self.step, train.steps)
         self.optimizer.zero_grad()
         timesteps, noise = self._draws()
+        network = self._step_network()
         total = torch.zeros((), device=self.device)
         for part in range(train.accumulate):
             x, cond, rows = self._share(part)
@@ -162,7 +165,7 @@ class Trainer:
             last = part + 1 == train.accumulate
             with self._reduce_gradients(last), autocast(self.config, self.device):
                 noisy = self.noise_schedule.add_noise(x, eps, t)
-                prediction = self._network(noisy, t, **cond)
+                prediction = network(noisy, t, **cond)
                 if self.teacher is None:
                     loss = losses.eps_mse(prediction, eps, cond.get("lengths"))
                 else:
@@ -179,6 +182,13 @@ class Trainer:
         self.engine.after_step()
         self.engine.after_average(self._shadow)
         return total
+
+    def _step_network(self) -> Callable[..., Tensor]:
+        """What predicts at this step: a function of the step and the masks, so that a resume does the same."""
+        if self._sparse_step is None or self.engine.needs_dense_gradients:
+            return self._network
+        self._sparse_step.follow(self.engine.masks)
+        return self._sparse_step
 
     def _draws(self) -> tuple[Tensor, Tensor]:
         """Of this step, for the global batch: timesteps int64 [B], noise float32 [B, *example]."""

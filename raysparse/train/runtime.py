@@ -1,27 +1,52 @@
-"""What runs a trained model when it samples: PyTorch, or kernels that skip the weights that are 0.
+"""What runs a model: PyTorch, or kernels that leave out the weights that are 0.
 
-A model's file that has such kernels has `sparse_runtime(model) -> nn.Module`: the same function of the same arguments,
-to rounding, of the weights as they are now. It raises UsageError where this machine or the model can't.
+A model's file that has such kernels has two functions; both raise UsageError where this machine or the model can't:
+
+    sparse_runtime(model) -> nn.Module        for sampling: the same function of the same arguments, to rounding, of the
+                                              weights as they are now
+    sparse_step(model, masks) -> Step         for training: the same, of the weights as they are at each call, with the
+                                              gradients of active weights
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from raysparse import plugins
 from raysparse.config import TrialConfig
 from raysparse.errors import UsageError
 
+if TYPE_CHECKING:
+    from raysparse.sparse.engine import SparseEngine
+
+T = TypeVar("T")
+
+
+class Step(Protocol):
+    """What trains in the model's place."""
+
+    def __call__(self, x: Tensor, timesteps: Tensor, **cond: Tensor) -> Tensor: ...
+
+    @property
+    def pays(self) -> bool:
+        """Whether it is faster than the model itself."""
+
+    def follow(self, masks: Mapping[str, Tensor]) -> None:
+        """Take over the masks; it costs nothing where they have not changed."""
+
 
 def check(config: TrialConfig, device: torch.device) -> None:
-    """That the trial's runtime can run here, tried on the model's smallest size. UsageError where it cannot."""
+    """That the trial's sampling runtime can run here, tried on the model's smallest size. UsageError where it can't."""
     if config.evaluate.runtime != "sparse":
         return
     module = plugins.load("models", config.model.name)
     with torch.device("cpu"):
         small = module.build(module.Config(**module.SMALL), seed=0)
-    _sparse(small.to(device), config)
+    for_sampling(small.to(device), config)
 
 
 def for_sampling(model: nn.Module, config: TrialConfig) -> nn.Module:
@@ -29,24 +54,47 @@ def for_sampling(model: nn.Module, config: TrialConfig) -> nn.Module:
 
     auto: sparse where that can run. UsageError: sparse where it can't.
     """
-    if config.evaluate.runtime == "dense":
-        return model
-    try:
-        return _sparse(model, config)
-    except UsageError:
-        if config.evaluate.runtime == "sparse":
-            raise
-        return model
+
+    def made() -> nn.Module:
+        network: nn.Module = _kernels(config, "sparse_runtime")(model)
+        return network
+
+    return _chosen("evaluate.runtime", config.evaluate.runtime, made) or model
 
 
-def _sparse(model: nn.Module, config: TrialConfig) -> nn.Module:
-    name, module = config.model.name, plugins.load("models", config.model.name)
-    if not hasattr(module, "sparse_runtime"):
-        raise UsageError(
-            f"evaluate.runtime 'sparse' has no kernels for model {name!r}; use 'dense', or 'auto', which is that here"
-        )
-    try:
-        found: nn.Module = module.sparse_runtime(model)
-    except UsageError as error:
-        raise UsageError(f"evaluate.runtime 'sparse' cannot run here: {error}; or use 'dense' or 'auto'") from error
+def for_training(model: nn.Module, config: TrialConfig, engine: SparseEngine, world_size: int) -> Step | None:
+    """What trains in the model's place under `train.runtime`; None: the model itself.
+
+    auto: sparse where that can run and is faster. Errors as above.
+    """
+
+    def made() -> Step:
+        if world_size > 1:
+            raise UsageError(f"it trains on one process, not {world_size}")
+        if engine.keeps_dense_weights:
+            raise UsageError(f"method {engine.method!r} trains the weights that the kernels would leave out")
+        step: Step = _kernels(config, "sparse_step")(model, engine.masks)
+        return step
+
+    step = _chosen("train.runtime", config.train.runtime, made)
+    return None if step is not None and config.train.runtime == "auto" and not step.pays else step
+
+
+def _kernels(config: TrialConfig, function: str) -> Callable[..., Any]:
+    """The function of the model's file. UsageError where it has none."""
+    found: Callable[..., Any] | None = getattr(plugins.load("models", config.model.name), function, None)
+    if found is None:
+        raise UsageError(f"there are no kernels for model {config.model.name!r}")
     return found
+
+
+def _chosen(setting: str, runtime: str, make: Callable[[], T]) -> T | None:
+    """What the sparse runtime is, None for the dense one."""
+    if runtime == "dense":
+        return None
+    try:
+        return make()
+    except UsageError as error:
+        if runtime == "auto":
+            return None
+        raise UsageError(f"{setting} 'sparse' cannot run here; use 'dense' or 'auto', or mend this: {error}") from error

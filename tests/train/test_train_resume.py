@@ -44,6 +44,29 @@ def test_resume_is_bit_exact(tiny, rigl, tmp_path, method, stop_after):
     assert_same(everything(straight, tmp_path / "a"), everything(second, tmp_path / "b"))
 
 
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("stop_after", [4, 5])
+def test_resume_of_sparse_kernels_is_bit_exact(tiny, rigl, tmp_path, stop_after):
+    trial = tiny(rigl, {"train.runtime": "sparse", "evaluate.runtime": "sparse", "sparse.sparsity": 0.8})
+    straight = setup.build(trial)
+    expected = [computed(report) for report in straight.run()]
+    assert straight.engine.updates == 3
+
+    first = setup.build(trial)
+    first.should_stop = lambda: first.step >= stop_after
+    seen = []
+    for report in first.run():
+        seen.append(computed(report))
+        if first.step >= stop_after:
+            break
+    state.save(first, tmp_path / "checkpoint")
+    second = setup.build(trial)
+    state.load(second, tmp_path / "checkpoint")
+    seen += [computed(report) for report in second.run()]
+    assert seen == expected
+    assert_same(everything(straight, tmp_path / "a"), everything(second, tmp_path / "b"))
+
+
 def test_evaluation_leaves_training_alone(tiny, rigl, tmp_path):
     often, never = (setup.build(tiny(rigl, {"evaluate.every_steps": every})) for every in (1, 12))
     assert len(list(often.run())) == 12

@@ -37,7 +37,7 @@ def no_compiler(monkeypatch, tmp_path):
 
 
 def test_it_is_no_part_of_what_a_trial_is(tiny, rigl):
-    assert tiny(rigl, SPARSE).trial_id == tiny(rigl).trial_id
+    assert tiny(rigl, SPARSE, {"train.runtime": "sparse"}).trial_id == tiny(rigl).trial_id
 
 
 @pytest.mark.usefixtures("compiler")
@@ -81,6 +81,59 @@ def test_the_commands(trained, tmp_path, capsys, monkeypatch):
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("method", ["static", "magran", "rigl"])
+def test_sparse_kernels_train_to_the_same_weights(tiny, rigl, method):
+    change = {"sparse.method": method, "sparse.sparsity": 0.8, "sparse.update_interval": None}
+    if method != "static":
+        change["sparse.update_interval"] = 3
+    made = {}
+    for name in ("dense", "sparse"):
+        trainer = setup.build(tiny(rigl, change, {"train.runtime": name, "train.steps": 8, "train.accumulate": 2}))
+        trainer._train_to(8)
+        made[name] = trainer
+    (dense, sparse), masks = made.values(), made["dense"].engine.masks
+    assert all(torch.equal(mask, sparse.engine.masks[name]) for name, mask in masks.items())
+    assert sparse._step_network() is sparse._sparse_step
+    for ours, theirs in zip(sparse.model.parameters(), dense.model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_dense_gradients_are_made_where_growth_looks_at_them(tiny, rigl):
+    trainer = setup.build(tiny(rigl, {"train.runtime": "sparse"}))
+    dense = []
+    while trainer.step < 7:
+        dense.append(trainer._step_network() is trainer._network)
+        trainer._train_to(trainer.step + 1)
+    assert dense == [False, False, True, False, False, True, False]  # update_interval 3
+
+
+@pytest.mark.usefixtures("compiler")
+def test_several_workers_train_dense_only(tiny, rigl):
+    trainer = setup.build(tiny(rigl))
+    trial = tiny(rigl, {"train.runtime": "sparse"})
+    with pytest.raises(UsageError, match="trains on one process, not 2"):
+        runtime.for_training(trainer.model, trial, trainer.engine, world_size=2)
+    auto = tiny(rigl, {"train.runtime": "auto"})
+    assert runtime.for_training(trainer.model, auto, trainer.engine, world_size=2) is None
+    assert runtime.for_training(trainer.model, auto, trainer.engine, world_size=1) is not None
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize(
+    ("sparse", "reason"),
+    [
+        ({"method": "nm_ste", "sparsity": 0.5}, "method 'nm_ste' trains the weights that the kernels would leave out"),
+        ({"method": "timesteps", "sparsity": 0.5}, "ByTimestep"),
+    ],
+)
+def test_methods_whose_step_is_not_that_of_the_active_weights(tiny, sparse, reason):
+    with pytest.raises(UsageError, match=f"train.runtime 'sparse' cannot run here.*{reason}"):
+        setup.build(tiny({"sparse": sparse, "train.runtime": "sparse"}))
+    assert setup.build(tiny({"sparse": sparse, "train.runtime": "auto"}))._sparse_step is None
+
+
 @pytest.mark.usefixtures("no_compiler")
 def test_without_a_compiler(trained, tiny, rigl, tmp_path, capsys, monkeypatch):
     _, out = trained
@@ -92,13 +145,14 @@ def test_without_a_compiler(trained, tiny, rigl, tmp_path, capsys, monkeypatch):
     assert "'dense' or 'auto'" in said
     assert not (tmp_path / "x").exists()
     assert _cli(monkeypatch, "sample", out, *arguments, "--runtime", "auto") == 0
-    with pytest.raises(UsageError, match="no-such-compiler"):  # before the first step, not at the first evaluation
-        setup.build(tiny(rigl, SPARSE))
+    for setting in ("evaluate.runtime", "train.runtime"):  # before the first step, not at the first evaluation
+        with pytest.raises(UsageError, match=f"{setting} 'sparse' cannot run here.*mend this.*no-such-compiler"):
+            setup.build(tiny(rigl, {setting: "sparse"}))
 
 
 def test_a_model_without_kernels(tiny, monkeypatch):
     monkeypatch.delattr(chirodiff, "sparse_runtime")
-    with pytest.raises(UsageError, match="has no kernels for model 'chirodiff'"):
+    with pytest.raises(UsageError, match="there are no kernels for model 'chirodiff'"):
         setup.evaluator(tiny(SPARSE))
     model = torch.nn.Linear(1, 1)
     assert runtime.for_sampling(model, tiny({"evaluate.runtime": "auto"})) is model

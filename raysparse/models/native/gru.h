@@ -43,12 +43,6 @@ struct Side {
   int64_t to;              // bytes from a time step's first row to the new state
 };
 
-struct Layer {
-  Side sides[2];   // forward, reverse
-  int64_t from;    // bytes from a time step's first row to the layer's input
-  int32_t inputs;  // features
-};
-
 inline vec splat(float x) { return x - vec{}; }
 
 // 2^x to 1e-7, for x cut to +-60; NaN stays NaN. The polynomial is the best of degree 5 on [-.5, .5].
@@ -123,7 +117,7 @@ inline void share_all(vec (*sums)[NV], const char* base, const int32_t*& offsets
   share<NV, 7, THIRD>(sums, base, offsets, values, counts[6]);
 }
 
-// All columns: `count` features from `base`, each with three weights (r, z, and the gate THIRD) for each of UNITS units.
+// All columns: `count` features from `base`, each with three weights (r, z, the gate THIRD) for each of UNITS units.
 template <int NV, int THIRD>
 inline const float* tile(vec (*sums)[4][NV], const char* base, const float* values, int count) {
   for (int k = 0; k < count; ++k, base += ROW, values += 3 * UNITS) {
@@ -142,6 +136,58 @@ inline const float* tile(vec (*sums)[4][NV], const char* base, const float* valu
 template <int NV>
 inline void begin(vec* sums, const Side& side, const float* start, int gate) {
   for (int v = 0; v < NV; ++v) sums[v] = start ? ((const vec*)(start + gate * WIDTH))[v] : splat(side.bias[gate]);
+}
+
+// A time step of one direction.
+struct Now {
+  const char* in;      // the layer's input
+  char* to;            // the new states
+  char* gates;         // r, z, n of each unit and the sum of its q are kept here, [h, 4]; not for sampling
+  const char* next;    // the input of the time step that follows
+  const float* start;  // of the first layer: its sums before any weight, [4 h, WIDTH]; else null
+  ivec running;        // which lanes of the last vector are in use
+  int inputs;          // features of the layer's input
+};
+
+// h' = (1 - z) n + z h with z = 1 / (1 + z_), n = (1 - n_) / (1 + n_): one division for both.
+template <int NV, bool KEEP>
+inline void activate(const vec (*sums)[NV], const vec* before, const Now& now, int unit) {
+  vec* to = (vec*)now.to + unit * VECTORS;
+  for (int v = 0; v < NV; ++v) {
+    const vec r = 1.f / (1.f + exp2(sums[0][v]));
+    const vec z_ = exp2(sums[1][v]), n_ = exp2(sums[2][v] + r * sums[3][v]);
+    const vec more = (1.f + z_) * (1.f + n_), state = z_ * (1.f - n_) + before[unit * VECTORS + v] * (1.f + n_);
+    vec done;
+    if constexpr (KEEP) {
+      const vec part = 1.f / more;
+      vec* gates = (vec*)now.gates + 4 * unit * VECTORS + v;
+      gates[0] = r;
+      gates[VECTORS] = (1.f + n_) * part;
+      gates[2 * VECTORS] = (1.f - n_) * (1.f + z_) * part;
+      gates[3 * VECTORS] = sums[3][v];
+      done = state * part;
+    } else {
+      done = state / more;
+    }
+    to[v] = v == NV - 1 ? (vec)((ivec)done & now.running) : done;
+  }
+}
+
+template <int NV, bool KEEP>
+void sparse_step(const Now& now, const Side& side, int hidden) {
+  const vec* before = (const vec*)(now.in + side.before);
+  const int32_t *counts = side.counts, *offsets = side.offsets;
+  const float* values = side.values;
+  const int ahead = (now.inputs + hidden - 1) / hidden;  // features
+  for (int unit = 0; unit < hidden; ++unit, counts += 14) {
+    vec sums[4][NV];
+    for (int gate = 0; gate < 4; ++gate) begin<NV>(sums[gate], side, now.start, 4 * unit + gate);
+    for (int i = 0; i < ahead; ++i)  // 5 to 9 % of the time: the order of the columns is none that the CPU foresees
+      for (int v = 0; v < NV; ++v) __builtin_prefetch((const vec*)(now.next + (unit * ahead + i) * ROW) + v);
+    share_all<NV, 2>(sums, now.in, offsets, values, counts);
+    share_all<NV, 3>(sums, now.in, offsets, values, counts + 7);
+    activate<NV, KEEP>(sums, before, now, unit);
+  }
 }
 
 }  // namespace

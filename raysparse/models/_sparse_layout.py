@@ -1,0 +1,166 @@
+"""How ChiroDiff's weights and sketches are handed to the compiled kernels: what sampling and training share.
+
+See raysparse/models/native/gru.h for the kernels' side of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from raysparse.errors import UsageError
+from raysparse.models.chirodiff import ChiroDiff
+
+SIDES = ("", "_reverse")
+ALIGNMENT = 64  # bytes, of the widest vector
+
+
+def fields(names: str, kind: type) -> list[tuple[str, type]]:
+    """Of a ctypes.Structure, all of one kind."""
+    return [(name, kind) for name in names.split()]
+
+
+class Side(ctypes.Structure):
+    _fields_ = [*fields("counts offsets values bias", ctypes.c_void_p), *fields("before to", ctypes.c_int64)]
+
+
+class Head(ctypes.Structure):
+    _fields_ = [
+        ("weights", ctypes.c_void_p),
+        *fields("hidden inputs outputs", ctypes.c_int32),
+        ("last", ctypes.c_int64),
+    ]
+
+
+class Sketches(ctypes.Structure):
+    _fields_ = [
+        *fields("x start tail y order lengths", ctypes.c_void_p),
+        *fields("sketches points", ctypes.c_int64),
+    ]
+
+
+class Plan(NamedTuple):
+    """Where the active weights of one direction of a layer lie, in the kernel's order and in that of their columns."""
+
+    active: Tensor  # int64 [weights] places in W_ih (the columns that differ by point) and W_hh, flattened, end to end
+    scale: Tensor  # float32 [weights] what the kernel wants them multiplied with
+    counts: Tensor  # int32 [h, 14]; see Side in gru.h
+    offsets: Tensor  # int32 [weights]
+    by_column: Tensor  # int64 [weights] the kernel's order -> by column, the state's columns first
+    rows: Tensor  # int32 [h + inputs + 1] where each column's begin in that order
+    places: Tensor  # int32 [weights] bytes from the gradients of the gates, in that order
+
+
+def plan(in_mask: Tensor, state_mask: Tensor, before: int, row: int) -> Plan:
+    """in_mask: bool [3 h, inputs], state_mask: bool [3 h, h] of rows r, z, n; row: bytes of a feature."""
+    inputs, hidden = in_mask.shape[1], state_mask.shape[1]
+    used = torch.cat((in_mask, state_mask), 1).reshape(3, hidden, -1).permute(1, 2, 0)  # [h, columns, 3]
+    used_by = (used * torch.tensor([1, 2, 4])).sum(2)  # bits: r, z, n or q
+    is_state = torch.arange(inputs + hidden) >= inputs
+    group = torch.where(used_by > 0, used_by - 1 + 7 * is_state, 14)  # 14: a column that no gate uses
+    counts = nn.functional.one_hot(group, 15)[:, :, :14].sum(1)
+    order = group.argsort(dim=1, stable=True)
+    columns = order[group.gather(1, order) < 14]
+    offsets = torch.where(columns < inputs, columns * row, (columns - inputs) * row + before)
+    unit, rank, gate = used.gather(1, order[:, :, None].expand_as(used)).nonzero(as_tuple=True)
+    column, line = order[unit, rank], gate * hidden + unit
+    active = torch.where(column < inputs, line * inputs + column, line * hidden + column + (3 * hidden - 1) * inputs)
+    kernel_gate = gate + ((gate == 2) & (column >= inputs))  # q for n
+    by_state_first = torch.where(column < inputs, hidden + column, column - inputs)
+    by_column = by_state_first.argsort(stable=True)
+    rows = torch.zeros(inputs + hidden + 1, dtype=torch.int32)
+    rows[1:] = torch.bincount(by_state_first, minlength=inputs + hidden).cumsum(0)
+    places = ((4 * unit + kernel_gate) * row)[by_column]
+    scale = gate_scales().index_select(0, kernel_gate)
+    return Plan(active, scale, counts.int().contiguous(), offsets.int(), by_column, rows, places.int())
+
+
+def gate_scales() -> Tensor:
+    """Of r, z, n, q: what their weights and biases are multiplied with, so that 2^x takes the place of exp."""
+    return -math.log2(math.e) * torch.tensor([1.0, 1.0, 2.0, 2.0])
+
+
+def check(model: nn.Module) -> ChiroDiff:
+    """UsageError where the kernels do not compute what the model does."""
+    if type(model) is not ChiroDiff or model._forward_pre_hooks or model._forward_hooks:
+        raise UsageError(f"it takes a plain ChiroDiff, got {type(model).__name__} or one with hooks")
+    weight = model.mix.weight
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        kind = f"{str(weight.dtype).removeprefix('torch.')} on {weight.device}"
+        raise UsageError(f"it computes float32 on the CPU (--device cpu), the model is {kind}")
+    return model
+
+
+def checked_lengths(lengths: Tensor | None, x: Tensor) -> Tensor:
+    """int64 [B] as ChiroDiff takes them, None: all points. ValueError: out of range."""
+    sketches, points, _ = x.shape
+    if lengths is None:
+        return torch.full((sketches,), points)
+    if lengths.shape != (sketches,) or int(lengths.min()) < 1 or int(lengths.max()) > points:
+        raise ValueError(f"lengths must be {sketches} numbers in 1 .. {points}, got {lengths.tolist()}")
+    return lengths.long().contiguous()
+
+
+def inputs_by_point(model: ChiroDiff) -> int:
+    """Inputs of the first layer that differ from point to point: x, y, pen and the velocity; they come first."""
+    width = model.gru.input_size - (model.out.in_features - model.config.hidden)
+    return width if model.config.num_classes is None else width - model.config.label_features
+
+
+def by_point(x: Tensor) -> Tensor:
+    """[B, L, 3] -> those inputs, float32 [B, L, 5], contiguous."""
+    x = x.float()
+    velocity = nn.functional.pad(x[:, 1:, :2] - x[:, :-1, :2], (0, 0, 1, 0))
+    return torch.cat((x, velocity), 2).contiguous()
+
+
+def direction(model: ChiroDiff, layer: int, side: str) -> tuple[Tensor, Tensor, Tensor]:
+    """W_ih [3 h, inputs], W_hh [3 h, h] and the gates' biases [4 h]: r, z, n, q of each unit."""
+    w_in, w_state, b_in, b_state = (
+        getattr(model.gru, f"{name}_l{layer}{side}") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    )
+    of_input, of_state = b_in.view(3, -1), b_state.view(3, -1)
+    both = of_input[:2] + of_state[:2]
+    return w_in, w_state, torch.cat((both, of_input[2:], of_state[2:])).T.flatten()
+
+
+class Sums(NamedTuple):
+    """What is the same for all points of a sketch, and the read-out."""
+
+    start: Tensor  # [B, 2, 4 h] the first layer's gates before the inputs that differ by point
+    tail: Tensor  # [B, 3] the prediction before the last layer's states
+    head: Tensor  # [3, 2 h] what those are multiplied with
+
+
+def sums(model: ChiroDiff, timesteps: Tensor, labels: Tensor | None) -> Sums:
+    """Labels are checked as the model does."""
+    model._check_labels(labels)
+    hidden, inputs = model.config.hidden, inputs_by_point(model)
+    time = model._time_features(timesteps)
+    mixed, timed = model.out.weight[:, :hidden], model.out.weight[:, hidden:]
+    tail = torch.addmm(model.out.bias + mixed @ model.mix.bias, time, timed.T)
+    by_sketch = time if labels is None else torch.cat((time, model.labels(labels)), 1)
+    starts = []
+    for side in SIDES:
+        w_in, _, bias = direction(model, 0, side)
+        by_unit = w_in[:, inputs:].view(3, hidden, -1).transpose(0, 1)  # [h, 3, n]
+        weight = nn.functional.pad(by_unit, (0, 0, 0, 1)).flatten(0, 1)  # q has none
+        starts.append(torch.addmm(bias, by_sketch, weight.T))
+    return Sums(torch.stack(starts, 1), tail, mixed @ model.mix.weight)
+
+
+class Memory:
+    """Memory for the kernels, kept from call to call and grown where more is asked for."""
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def at_least(self, size: int) -> int:
+        """The address of so many bytes, on a vector's boundary."""
+        if len(self._bytes) < size + ALIGNMENT:
+            self._bytes = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
+        return -(-self._bytes.data_ptr() // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,128 @@
+// What prediction and training share around the layers: sketches in chunks, and chunks over threads.
+//
+// A chunk's memory has a row of features per time step, and one of zeros before and after, from which the two
+// directions start; a state is written where the next layer and the next time step read it. The sketches of a chunk are
+// sorted, longest first: those still running are its first columns, and what lies in the other columns is 0.
+#pragma once
+#include "gru.h"
+
+#include <atomic>
+#include <system_error>
+#include <thread>
+#include <utility>
+#include <vector>
+
+namespace {
+
+struct Sketches {
+  const float* x;          // [sketches, points, inputs]
+  const float* start;      // [sketches, 2, 4 h] sums of the first layer before its inputs by point
+  const float* tail;       // [sketches, outputs] the same of the outputs
+  float* y;                // [sketches, points, outputs]
+  const int64_t* order;    // [sketches] longest first
+  const int64_t* lengths;  // [sketches]
+  int64_t sketches, points;
+};
+
+struct Head {
+  const float* weights;  // [outputs, 2 h]
+  int32_t hidden, inputs, outputs;
+  int64_t last;  // bytes from a time step's row to the last layer's states
+};
+
+inline ivec lanes_of(int running, int vectors) {
+  ivec lanes;
+  for (int j = 0; j < LANES; ++j) lanes[j] = (vectors - 1) * LANES + j < running ? -1 : 0;
+  return lanes;
+}
+
+// Bytes of the first layer's and the outputs' sums of a chunk.
+inline int64_t sums_of(const Head& head) { return (8ll * head.hidden + head.outputs) * ROW; }
+
+struct Chunk {
+  const Sketches& all;
+  const int64_t* order;  // its sketches, longest first
+  int count;
+  int64_t steps;  // points of the longest
+  std::vector<int> running;  // sketches at each time step
+  char* rows;      // of time step 0
+  int64_t stride;  // bytes of a row
+  float *starts, *tails;  // [2, 4 h, WIDTH], [outputs, WIDTH]
+
+  // rows: `points` + 2 of them; sums: sums_of bytes
+  Chunk(const Sketches& all, int64_t first, int64_t size, char* memory, int64_t stride, char* sums, const Head& head)
+      : all(all), order(all.order + first), rows(memory + stride), stride(stride) {
+    const int64_t left = all.sketches - first;
+    count = (int)(left < size ? left : size);
+    steps = all.lengths[order[0]];
+    running.resize(steps);
+    for (int64_t t = 0, now = count; t < steps; ++t) {
+      while (all.lengths[order[now - 1]] <= t) --now;
+      running[t] = (int)now;
+    }
+    starts = (float*)sums;
+    tails = starts + 8ll * head.hidden * WIDTH;
+  }
+
+  int vectors(int64_t t) const { return (running[t] + LANES - 1) / LANES; }
+
+  void read_in(const Head& head) const {
+    memset(rows - stride, 0, stride);
+    memset(rows + steps * stride, 0, stride);
+    for (int lane = 0; lane < WIDTH; ++lane) {
+      const bool used = lane < count;
+      const int64_t sketch = used ? order[lane] : 0, length = used ? all.lengths[sketch] : 0;
+      for (int i = 0; i < 8 * head.hidden; ++i)
+        starts[i * WIDTH + lane] = used ? all.start[sketch * 8 * head.hidden + i] : 0;
+      for (int i = 0; i < head.outputs; ++i)
+        tails[i * WIDTH + lane] = used ? all.tail[sketch * head.outputs + i] : 0;
+      const float* x = all.x + sketch * all.points * head.inputs;
+      for (int64_t t = 0; t < steps; ++t)
+        for (int i = 0; i < head.inputs; ++i)
+          ((float*)(rows + t * stride))[i * WIDTH + lane] = t < length ? x[t * head.inputs + i] : 0;
+    }
+  }
+
+  void read_out(const Head& head) const {
+    for (int64_t t = 0; t < steps; ++t) {
+      const vec* states = (const vec*)(rows + t * stride + head.last);
+      const int used = vectors(t);
+      for (int out = 0; out < head.outputs; ++out) {
+        const float* weights = head.weights + out * 2 * head.hidden;
+        union { vec sums[VECTORS]; float lanes[WIDTH]; };
+        for (int v = 0; v < used; ++v) sums[v] = ((const vec*)(tails + out * WIDTH))[v];
+        for (int j = 0; j < 2 * head.hidden; ++j)
+          for (int v = 0; v < used; ++v) sums[v] += weights[j] * states[j * VECTORS + v];
+        for (int lane = 0; lane < running[t]; ++lane)
+          all.y[(order[lane] * all.points + t) * head.outputs + out] = lanes[lane];
+      }
+    }
+  }
+
+  // Sketches whose last point this is start the reverse direction from 0. to: bytes from a row to the states of a side.
+  void start_reverse(int64_t t, int64_t to, int hidden) const {
+    if (t + 1 >= steps) return;  // the row of zeros
+    const int used = vectors(t + 1), now = vectors(t);
+    if (now > used)
+      for (int unit = 0; unit < hidden; ++unit)
+        memset(rows + (t + 1) * stride + to + unit * ROW + used * sizeof(vec), 0, (now - used) * sizeof(vec));
+  }
+};
+
+// work(number, thread) for each of `count` chunks, on so many threads; which one does which is left to chance.
+template <class Work>
+void over_threads(int64_t count, int threads, Work work) {
+  std::atomic<int64_t> next{0};
+  auto run = [&](int thread) {
+    for (int64_t number; (number = next++) < count;) work(number, thread);
+  };
+  std::vector<std::thread> others;
+  try {
+    for (int thread = 1; thread < threads && thread < count; ++thread) others.emplace_back(run, thread);
+  } catch (const std::system_error&) {  // the system gives no more threads: those there are do it all
+  }
+  run(0);
+  for (auto& other : others) other.join();
+}
+
+}  // namespace

@@ -1,0 +1,158 @@
+"""The sparse step predicts what ChiroDiff predicts and gives the gradients of its active weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from raysparse import rng
+from raysparse.diffusion.losses import eps_mse
+from raysparse.errors import UsageError
+from raysparse.models import chirodiff
+from raysparse.models.chirodiff import ChiroDiff, Config, sparse_step
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+
+def masked_model(sparsity: float, hidden: int, layers: int, classes: int | None = None, seed: int = 0):
+    """A model with biases far from 0, and random masks of all its GRU's weights, applied."""
+    model = chirodiff.build(Config(hidden=hidden, layers=layers, num_classes=classes), seed=0)
+    draw = rng.generator(seed, "test masks")
+    masks = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 1:
+                parameter += 0.5 * torch.randn(parameter.shape, generator=draw)
+            elif name.startswith("gru."):
+                masks[name] = torch.rand(parameter.shape, generator=draw) >= sparsity
+                parameter *= 2 * masks[name]
+    return model, masks
+
+
+def batch_of(lengths: list[int], classes: int | None = None) -> dict[str, Tensor]:
+    draw = rng.generator(1, "test input")
+    given = {
+        "x": torch.randn(len(lengths), max(lengths) + 1, 3, generator=draw),
+        "timesteps": torch.randint(0, 1000, (len(lengths),), generator=draw),
+        "lengths": torch.tensor(lengths),
+    }
+    if classes is not None:
+        given["labels"] = torch.randint(0, classes, (len(lengths),), generator=draw)
+    return given
+
+
+def gradients(
+    network: Callable[..., Tensor], model: ChiroDiff, given: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    eps = torch.randn(given["x"].shape, generator=rng.generator(2, "test eps"))
+    loss = eps_mse(network(**given), eps, given["lengths"])
+    loss.backward()
+    return loss.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(model: ChiroDiff, masks: dict[str, Tensor], given: dict[str, Tensor]) -> None:
+    want_loss, want = gradients(model, model, given)
+    loss, got = gradients(sparse_step(model, masks), model, given)
+    assert float(loss) == pytest.approx(float(want_loss), rel=1e-5)
+    assert got.keys() == want.keys()
+    for name, gradient in got.items():
+        dense = want[name]
+        if name in masks:
+            pruned = ~masks[name]
+            if name.startswith("gru.weight_ih_l0"):
+                pruned[:, 5:] = False  # of time and class: once per sketch, so dense at no cost
+            assert not gradient[pruned].any(), name
+            dense = dense.where(~pruned, 0)
+        assert float((gradient - dense).norm()) <= 1e-5 * float(want[name].norm()) + 1e-7, name
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 25), min_size=1, max_size=70),
+    st.integers(1, 16),
+    st.integers(1, 3),
+    st.sampled_from([0.0, 0.3, 0.75, 0.9, 0.97, 1.0]),
+    st.sampled_from([None, 1, 3]),
+)
+def test_equals_the_model(lengths: list[int], hidden: int, layers: int, sparsity: float, classes: int | None) -> None:
+    assert_equal(*masked_model(sparsity, hidden, layers, classes), batch_of(lengths, classes))
+
+
+def test_equals_the_model_at_the_papers_size() -> None:
+    lengths = (88.6 + 17 * torch.randn(33, generator=rng.generator(3, "test lengths"))).long().clamp(20, 165)
+    assert_equal(*masked_model(0.9, 96, 3), batch_of(lengths.tolist()))
+
+
+def test_a_weight_that_is_active_and_0_gets_its_gradient() -> None:
+    model, masks = masked_model(0.5, 8, 2)
+    model.gru.weight_hh_l1.data.zero_()
+    _, got = gradients(sparse_step(model, masks), model, batch_of([9, 4]))
+    mask = masks["gru.weight_hh_l1"]
+    assert torch.equal(got["gru.weight_hh_l1"] != 0, mask)
+
+
+def test_new_masks_are_followed() -> None:
+    model, masks = masked_model(0.5, 8, 2)
+    step = sparse_step(model, masks)
+    other, new = masked_model(0.8, 8, 2, seed=1)
+    model.load_state_dict(other.state_dict())
+    step.follow(new)
+    given = batch_of([9, 4, 17])
+    loss, got = gradients(step, model, given)
+    want_loss, want = gradients(sparse_step(other, new), other, given)
+    assert torch.equal(loss, want_loss)
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_any_number_of_threads_gives_the_same_bits() -> None:
+    model, masks = masked_model(0.8, 16, 2)
+    given, step = batch_of([1 + 13 * place % 40 for place in range(100)]), sparse_step(model, masks)
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5, 1):
+            torch.set_num_threads(count)
+            found.append(gradients(step, model, given)[1])
+    finally:
+        torch.set_num_threads(threads)
+    for other in found[1:]:
+        assert all(torch.equal(other[name], found[0][name]) for name in found[0])
+
+
+def test_an_old_backward_pass_is_refused() -> None:
+    model, masks = masked_model(0.5, 8, 1)
+    step, given = sparse_step(model, masks), batch_of([3, 2])
+    first = step(**given).sum()
+    step(**given).sum().backward()
+    with pytest.raises(RuntimeError, match="another forward pass came between"):
+        first.backward()
+
+
+def test_what_it_has_no_gradient_of_is_refused() -> None:
+    model, masks = masked_model(0.5, 8, 1)
+    given = batch_of([3, 2])
+    with pytest.raises(ValueError, match="no gradient of x"):
+        sparse_step(model, masks)(**given | {"x": given["x"].requires_grad_()})
+    with pytest.raises(UsageError, match="float64 on cpu"):
+        sparse_step(model.double(), masks)
+
+
+def test_nothing_finite_is_made_of_what_is_not() -> None:
+    model, masks = masked_model(0.5, 8, 2)
+    given = batch_of([5, 4])
+    given["x"][0, 2, 1] = torch.nan
+    loss, _ = gradients(sparse_step(model, masks), model, given)
+    assert loss.isnan()
+
+
+@pytest.mark.parametrize(
+    ("hidden", "sparsity", "pays"),
+    [(8, 0.0, True), (128, 0.0, False), (128, 0.5, True), (256, 0.5, False), (256, 0.75, True)],
+)
+def test_where_it_pays(hidden: int, sparsity: float, pays: bool) -> None:
+    assert sparse_step(*masked_model(sparsity, hidden, 2)).pays is pays

@@ -1,0 +1,39 @@
+"""benchmarks/inference.py and training.py run, and their runtimes compute the same. Speed is no claim of a test."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+
+def rows_of(script: str, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+    threads = torch.get_num_threads()
+    try:
+        runpy.run_path(str(BENCHMARKS / script))["main"](["--quick"])
+    finally:
+        torch.set_num_threads(threads)
+    printed = capsys.readouterr().out.splitlines()
+    return [line.strip("| ").split(" | ") for line in printed if line.startswith("| chirodiff")]
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+def test_quick_run_of_sampling_compares_all_runtimes(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = rows_of("inference.py", capsys)
+    names = ["dense", "dense kernel", "sparse", "torch.nn.utils.prune", "torch CSR", "scipy CSR"]
+    assert [row[3] for row in rows] == names
+    assert max(float(row[-1]) for row in rows) < 1e-5
+    assert {row[7] for row in rows} == {"0.100"}
+
+
+def test_quick_run_of_training_compares_all_runtimes(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = rows_of("training.py", capsys)
+    names = ["dense", "masked", "sparse", "rigl", "torch.nn.utils.prune"]
+    assert [row[3] for row in rows] == ["dense", "sparse", *names]
+    assert max(float(row[-1]) for row in rows if row[3] == "sparse") < 1e-5
