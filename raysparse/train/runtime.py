@@ -81,7 +81,9 @@ def for_training(model: nn.Module, config: TrialConfig, engine: SparseEngine, wo
 
 
 def _kernels(config: TrialConfig, function: str) -> Callable[..., Any]:
-    """The function of the model's file. UsageError where it has none."""
+    """The function of the model's file. UsageError where it has none, or does not compute what the method does."""
+    if plugins.load("methods", config.sparse.method).METHOD.by_timestep:
+        raise UsageError(f"method {config.sparse.method!r} has masks by timestep; the kernels take one set")
     found: Callable[..., Any] | None = getattr(plugins.load("models", config.model.name), function, None)
     if found is None:
         raise UsageError(f"there are no kernels for model {config.model.name!r}")

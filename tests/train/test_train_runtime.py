@@ -125,13 +125,18 @@ def test_several_workers_train_dense_only(tiny, rigl):
     ("sparse", "reason"),
     [
         ({"method": "nm_ste", "sparsity": 0.5}, "method 'nm_ste' trains the weights that the kernels would leave out"),
-        ({"method": "timesteps", "sparsity": 0.5}, "ByTimestep"),
+        ({"method": "timesteps", "sparsity": 0.5}, "method 'timesteps' has masks by timestep"),
     ],
 )
 def test_methods_whose_step_is_not_that_of_the_active_weights(tiny, sparse, reason):
     with pytest.raises(UsageError, match=f"train.runtime 'sparse' cannot run here.*{reason}"):
         setup.build(tiny({"sparse": sparse, "train.runtime": "sparse"}))
     assert setup.build(tiny({"sparse": sparse, "train.runtime": "auto"}))._sparse_step is None
+
+
+def test_masks_by_timestep_are_not_sampled_with(tiny):
+    with pytest.raises(UsageError, match=r"evaluate\.runtime 'sparse' cannot run here.*masks by timestep"):
+        setup.build(tiny({"sparse": {"method": "timesteps", "sparsity": 0.5}}, SPARSE))
 
 
 @pytest.mark.usefixtures("no_compiler")
