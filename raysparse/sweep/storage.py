@@ -89,7 +89,8 @@ class Store:
         try:
             key = (path, path.stat().st_mtime_ns)
             if key not in self._sizes:
-                self._sizes[key] = sum(entry.stat().st_size for entry in os.scandir(path) if entry.is_file())
+                with os.scandir(path) as entries:
+                    self._sizes[key] = sum(entry.stat().st_size for entry in entries if entry.is_file())
             size = self._sizes[key]
         except OSError:  # it has just been renamed
             size = 0
@@ -206,7 +207,8 @@ def _judged(row: Row | None, place: int, reason: str | None) -> tuple[bool, str]
 
 def _folders(parent: Path) -> list[Path]:
     try:
-        return sorted(Path(entry.path) for entry in os.scandir(parent) if entry.is_dir(follow_symlinks=False))
+        with os.scandir(parent) as entries:
+            return sorted(Path(entry.path) for entry in entries if entry.is_dir(follow_symlinks=False))
     except FileNotFoundError:
         return []
 
