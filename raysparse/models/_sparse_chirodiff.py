@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from raysparse import native
 from raysparse.models import _sparse_layout as layout
+from raysparse.models._sparse_memory import Memory
 
 _SOURCE = Path(__file__).parent / "native" / "chirodiff.cpp"
 # A direction of a layer with at least this density is computed with all its weights. Measured at h = 48 to 256:
@@ -56,7 +57,7 @@ class SparseChiroDiff(nn.Module):
         self._library = native.load(_SOURCE)
         self._library.raysparse_scratch.restype = ctypes.c_int64
         self._row = 4 * self._library.raysparse_width()  # bytes of one feature of a chunk of sketches
-        self._memory = layout.Memory()
+        self._memory = Memory()
         self._kept: list[Tensor] = []  # what the kernel's pointers point at
         self._active = self._weights = 0  # of the GRU
         with torch.no_grad():

@@ -16,7 +16,6 @@ from raysparse.errors import UsageError
 from raysparse.models.chirodiff import ChiroDiff
 
 SIDES = ("", "_reverse")
-ALIGNMENT = 64  # bytes, of the widest vector
 
 
 def fields(names: str, kind: type) -> list[tuple[str, type]]:
@@ -151,16 +150,3 @@ def sums(model: ChiroDiff, timesteps: Tensor, labels: Tensor | None) -> Sums:
         weight = nn.functional.pad(by_unit, (0, 0, 0, 1)).flatten(0, 1)  # q has none
         starts.append(torch.addmm(bias, by_sketch, weight.T))
     return Sums(torch.stack(starts, 1), tail, mixed @ model.mix.weight)
-
-
-class Memory:
-    """Memory for the kernels, kept from call to call and grown where more is asked for."""
-
-    def __init__(self) -> None:
-        self._bytes = torch.empty(0, dtype=torch.uint8)
-
-    def at_least(self, size: int) -> int:
-        """The address of so many bytes, on a vector's boundary."""
-        if len(self._bytes) < size + ALIGNMENT:
-            self._bytes = torch.empty(size + ALIGNMENT, dtype=torch.uint8)
-        return -(-self._bytes.data_ptr() // ALIGNMENT) * ALIGNMENT

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 
 from raysparse import native
 from raysparse.models import _sparse_layout as layout
+from raysparse.models._sparse_memory import Memory
 
 _SOURCE = Path(__file__).parent / "native" / "chirodiff_train.cpp"
 # Where it beats PyTorch (h = 48 to 256): a direction of a layer with so many active weights, at any density (1.04 times
@@ -64,7 +65,7 @@ class SparseStep(nn.Module):
         self._library = native.load(_SOURCE)
         self._library.raysparse_kept.restype = self._library.raysparse_scratch.restype = ctypes.c_int64
         self._width = int(self._library.raysparse_width())
-        self._kept, self._scratch = layout.Memory(), layout.Memory()
+        self._kept, self._scratch = Memory(), Memory()
         self._turn = 0  # forward passes so far
         self._masks: dict[str, Tensor] = {}
         self._scales = layout.gate_scales().repeat(checked.config.hidden)

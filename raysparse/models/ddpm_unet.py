@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from raysparse.errors import UsageError
 from raysparse.models import _unet
+from raysparse.models._sparse_products import with_sparse_products
 
 KIND = "denoiser"
 PAPER_CONVENTION = "latent_diffusion"  # of raysparse.metrics.flops: 2 FLOPs per MAC
@@ -40,6 +41,9 @@ def build(config: Config, seed: int) -> DDPMUNet:
 def example(config: Config, batch: int, points: int, device: str = "cpu") -> dict[str, Tensor]:
     """Keyword arguments of a forward pass over `batch` images, all 0; images have no points."""
     return _unet.example_inputs(config, batch, device)
+
+
+sparse_runtime = with_sparse_products
 
 
 class DDPMUNet(_unet.UNet):

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raysparse.models import _unet
+from raysparse.models._sparse_products import with_sparse_products
 
 KIND = "denoiser"
 PAPER_CONVENTION = "latent_diffusion"  # of raysparse.metrics.flops
@@ -65,6 +66,9 @@ def example(config: Config, batch: int, points: int, device: str = "cpu") -> dic
     if config.num_classes is not None:
         given["labels"] = torch.zeros(batch, dtype=torch.int64, device=device)
     return given
+
+
+sparse_runtime = with_sparse_products
 
 
 class LatentUNet(_unet.UNet):

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from raysparse import rng
 from raysparse.errors import UsageError
 from raysparse.models import _unet
+from raysparse.models._sparse_products import with_sparse_products
 
 KIND = "denoiser"
 PAPER_CONVENTION = "latent_diffusion"  # of raysparse.metrics.flops: 2 FLOPs per MAC
@@ -90,6 +91,9 @@ def example(config: Config, batch: int, points: int, device: str = "cpu") -> dic
     if config.num_classes is not None:
         given["labels"] = torch.zeros(batch, dtype=torch.int64, device=device)
     return given
+
+
+sparse_runtime = with_sparse_products
 
 
 class UViT(nn.Module):

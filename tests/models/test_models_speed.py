@@ -1,4 +1,4 @@
-"""benchmarks/inference.py and training.py run, and their runtimes compute the same. Speed is no claim of a test."""
+"""The benchmarks of runtimes run, and their runtimes compute the same. Speed is no claim of a test."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def rows_of(script: str, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
     finally:
         torch.set_num_threads(threads)
     printed = capsys.readouterr().out.splitlines()
-    return [line.strip("| ").split(" | ") for line in printed if line.startswith("| chirodiff")]
+    return [line.strip("| ").split(" | ") for line in printed if line.startswith(("| chirodiff", "| uvit", "| ddpm"))]
 
 
 @pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
@@ -37,3 +37,12 @@ def test_quick_run_of_training_compares_all_runtimes(capsys: pytest.CaptureFixtu
     names = ["dense", "masked", "sparse", "rigl", "torch.nn.utils.prune"]
     assert [row[3] for row in rows] == ["dense", "sparse", *names]
     assert max(float(row[-1]) for row in rows if row[3] == "sparse") < 1e-5
+
+
+def test_quick_run_of_sampling_pictures_compares_all_runtimes(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = rows_of("inference_pictures.py", capsys)
+    names = [(model, pattern) for model in ("uvit", "ddpm_unet") for pattern in ("element", "block", "diagonal")]
+    assert [(row[0], row[2]) for row in rows[::3]] == names
+    assert [row[3] for row in rows] == ["dense", "sparse", "torch.nn.utils.prune"] * 6
+    assert max(float(row[-1]) for row in rows) < 1e-5
+    assert all(" / " in row[6] for row in rows[1::3]), "each has sparse layers"

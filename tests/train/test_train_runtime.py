@@ -65,6 +65,19 @@ def test_a_trial_that_evaluates_with_it(tiny, rigl, trained_once, tmp_path):
 
 
 @pytest.mark.usefixtures("compiler")
+def test_a_trial_of_pictures_evaluates_with_it(pictures, rigl, tmp_path):
+    from raysparse import results
+
+    found = {}
+    for name in ("dense", "sparse"):
+        trial = pictures(rigl, {"sparse.sparsity": 0.8, "evaluate.runtime": name, "train.steps": 4})
+        run.train(trial, tmp_path / name, device="cpu")
+        (report,) = results.reports_of(results.read_trial(tmp_path / name / f"records/{trial.trial_id}.parquet"))
+        found[name] = report.validation_loss, report.fid
+    assert found["sparse"] == pytest.approx(found["dense"], rel=1e-3)
+
+
+@pytest.mark.usefixtures("compiler")
 def test_the_commands(trained, tmp_path, capsys, monkeypatch):
     _, out = trained
     drawn = {}

@@ -1,0 +1,176 @@
+// Products of sparse weights with many columns: a linear layer over tokens, a convolution over the pixels of an image.
+// See raysparse/models/_sparse_products.py, which packs the weights and checks what is handed over: nothing is checked
+// here.
+//
+// WIDTH columns (tokens or pixels) are a chunk, and lie side by side: each weight is then one number times two of the
+// CPU's vectors, wherever it stands in its row, so that every pattern is as fast as any other. Rows are walked block by
+// block of their inputs, whose columns of a chunk stay in the first cache meanwhile: 256 inputs are 32 KiB with AVX-512.
+// Measured there, linear layers and 3x3 convolutions, density .5: 256 are 1.05 times faster than 128, 1.3 times faster than
+// 512 and 1.5 times faster than no blocks.
+#include "gru.h"
+
+#include <algorithm>
+#include <atomic>
+#include <thread>
+#include <vector>
+
+namespace {
+
+typedef float quad __attribute__((vector_size(16)));
+typedef int32_t places __attribute__((vector_size(16)));
+
+#if defined(__clang__)
+#define PICK(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, places{i, j, k, l})
+#endif
+
+struct Layer {
+  const int32_t* starts;   // [blocks * outputs + 1] where each row's weights of a block begin
+  const int32_t* offsets;  // [weights] bytes from the block's first input to the one that the weight takes
+  const float* values;     // [weights]
+  const float* bias;       // [outputs]
+  int64_t inputs, outputs, block;
+};
+
+// A convolution's images are padded already.
+struct Images {
+  const float* x;  // [count, channels, height, width]
+  float* y;        // [count, outputs, out_height * out_width]
+  int64_t count, channels, height, width, out_height, out_width, kernel_height, kernel_width, down, across;
+};
+
+// out [outputs, WIDTH] = weights times in [inputs, WIDTH], plus the bias
+void multiply(const Layer& layer, const float* in, float* out) {
+  for (int64_t o = 0; o < layer.outputs; ++o)
+    for (int v = 0; v < VECTORS; ++v) ((vec*)out)[o * VECTORS + v] = splat(layer.bias[o]);
+  const int32_t* start = layer.starts;
+  for (int64_t first = 0; first < layer.inputs; first += layer.block) {
+    const char* base = (const char*)(in + first * WIDTH);
+    for (int64_t o = 0; o < layer.outputs; ++o, ++start) {
+      vec* y = (vec*)out + o * VECTORS;
+      vec even[VECTORS], odd[VECTORS] = {};  // two sums: a product need not wait for the one before it
+      for (int v = 0; v < VECTORS; ++v) even[v] = y[v];
+      int32_t i = start[0];
+      for (; i + 2 <= start[1]; i += 2) {
+        const vec* x = (const vec*)(base + layer.offsets[i]);
+        const vec* z = (const vec*)(base + layer.offsets[i + 1]);
+        for (int v = 0; v < VECTORS; ++v) even[v] += x[v] * layer.values[i], odd[v] += z[v] * layer.values[i + 1];
+      }
+      if (i < start[1])
+        for (int v = 0; v < VECTORS; ++v) even[v] += ((const vec*)(base + layer.offsets[i]))[v] * layer.values[i];
+      for (int v = 0; v < VECTORS; ++v) y[v] = even[v] + odd[v];
+    }
+  }
+}
+
+// to[c * to_row + r] = from[r * from_row + c] of a square of four
+inline void turn(const float* from, int64_t from_row, float* to, int64_t to_row) {
+  quad row[4];
+  for (int r = 0; r < 4; ++r) memcpy(&row[r], from + r * from_row, sizeof(quad));
+  const quad low = PICK(row[0], row[1], 0, 4, 1, 5), low2 = PICK(row[2], row[3], 0, 4, 1, 5);
+  const quad high = PICK(row[0], row[1], 2, 6, 3, 7), high2 = PICK(row[2], row[3], 2, 6, 3, 7);
+  const quad column[4] = {PICK(low, low2, 0, 1, 4, 5), PICK(low, low2, 2, 3, 6, 7), PICK(high, high2, 0, 1, 4, 5),
+                          PICK(high, high2, 2, 3, 6, 7)};
+  for (int c = 0; c < 4; ++c) memcpy(to + c * to_row, &column[c], sizeof(quad));
+}
+
+void transpose(const float* from, int64_t from_row, float* to, int64_t to_row, int64_t rows, int64_t columns) {
+  for (int64_t r = 0; r < rows; r += 4) {
+    int64_t c = 0;
+    if (r + 4 <= rows)
+      for (; c + 4 <= columns; c += 4) turn(from + r * from_row + c, from_row, to + c * to_row + r, to_row);
+    for (; c < columns; ++c)
+      for (int64_t k = r; k < std::min(r + 4, rows); ++k) to[c * to_row + k] = from[k * from_row + c];
+  }
+}
+
+struct Run {
+  int64_t from, to, length;  // pixels side by side in a row of an image: the first one's place in x, and its column
+  int64_t out;               // its place in y
+};
+
+// Of the pixels that are a chunk, the images end to end.
+std::vector<Run> runs_of(const Images& images, int64_t outputs, int64_t first, int64_t count) {
+  const int64_t pixels = images.out_height * images.out_width;
+  std::vector<Run> runs;
+  for (int64_t t = 0, length; t < count; t += length) {
+    const int64_t image = (first + t) / pixels, pixel = (first + t) % pixels;
+    const int64_t row = pixel / images.out_width, column = pixel % images.out_width;
+    length = std::min(count - t, images.out_width - column);
+    const int64_t corner = (image * images.channels * images.height + row * images.down) * images.width;
+    runs.push_back({corner + column * images.across, t, length, image * outputs * pixels + pixel});
+  }
+  return runs;
+}
+
+// Lengths that the compiler knows take a tenth of a call.
+inline void copy(const float* from, int64_t step, float* to, int64_t length) {
+  if (step != 1)
+    for (int64_t k = 0; k < length; ++k) to[k] = from[k * step];
+  else if (length == WIDTH)
+    memcpy(to, from, WIDTH * sizeof(float));
+  else if (length == 16)
+    memcpy(to, from, 64);
+  else if (length == 8)
+    memcpy(to, from, 32);
+  else if (length == 4)
+    memcpy(to, from, 16);
+  else
+    for (int64_t k = 0; k < length; ++k) to[k] = from[k];
+}
+
+// in [inputs, WIDTH]: what the kernel's window sees at each pixel of the chunk
+void gather(const Images& images, const std::vector<Run>& runs, float* in) {
+  for (int64_t c = 0; c < images.channels; ++c)
+    for (int64_t i = 0; i < images.kernel_height; ++i)
+      for (int64_t j = 0; j < images.kernel_width; ++j, in += WIDTH)
+        for (const Run& run : runs)
+          copy(images.x + (c * images.height + i) * images.width + j + run.from, images.across, in + run.to, run.length);
+}
+
+// work(number of the chunk, in, out) for all chunks, on this thread and others
+template <class Work>
+void in_chunks(const Layer& layer, int64_t chunks, char* memory, int threads, const Work& work) {
+  std::atomic<int64_t> next{0};
+  auto all = [&](int thread) {
+    float* in = (float*)(memory + thread * (layer.inputs + layer.outputs) * ROW);
+    memset(in, 0, layer.inputs * ROW);  // the columns beyond the last token or pixel are numbers, whatever they are
+    for (int64_t chunk; (chunk = next++) < chunks;) work(chunk, in, in + layer.inputs * WIDTH);
+  };
+  std::vector<std::thread> others;
+  for (int thread = 1; thread < std::min<int64_t>(threads, chunks); ++thread) others.emplace_back(all, thread);
+  all(0);
+  for (std::thread& other : others) other.join();
+}
+
+}  // namespace
+
+extern "C" {
+
+int32_t raysparse_width() { return WIDTH; }
+
+// x [tokens, inputs], y [tokens, outputs]; memory: threads x (inputs + outputs) x WIDTH floats
+void raysparse_linear(const Layer* layer, const float* x, float* y, int64_t tokens, char* memory, int32_t threads) {
+  const int64_t inputs = layer->inputs, outputs = layer->outputs;
+  in_chunks(*layer, (tokens + WIDTH - 1) / WIDTH, memory, threads, [&](int64_t chunk, float* in, float* out) {
+    const int64_t first = chunk * WIDTH, count = std::min<int64_t>(WIDTH, tokens - first);
+    transpose(x + first * inputs, inputs, in, WIDTH, count, inputs);
+    multiply(*layer, in, out);
+    for (int64_t o = 0; o < outputs; o += 64)  // narrow: a token's piece of y stays in the cache until it is whole
+      transpose(out + o * WIDTH, WIDTH, y + first * outputs + o, outputs, std::min<int64_t>(64, outputs - o), count);
+  });
+}
+
+void raysparse_convolve(const Layer* layer, const Images* images, char* memory, int32_t threads) {
+  const int64_t pixels = images->out_height * images->out_width, all = images->count * pixels;
+  in_chunks(*layer, (all + WIDTH - 1) / WIDTH, memory, threads, [&](int64_t chunk, float* in, float* out) {
+    const int64_t first = chunk * WIDTH, count = std::min<int64_t>(WIDTH, all - first);
+    const std::vector<Run> runs = runs_of(*images, layer->outputs, first, count);
+    gather(*images, runs, in);
+    multiply(*layer, in, out);
+    for (int64_t o = 0; o < layer->outputs; ++o)
+      for (const Run& run : runs) copy(out + o * WIDTH + run.to, 1, images->y + run.out + o * pixels, run.length);
+  });
+}
+}

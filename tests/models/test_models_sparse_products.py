@@ -1,0 +1,190 @@
+"""Layers that skip zero weights compute what those they stand for do; speed is the benchmarks' claim."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from raysparse import plugins
+from raysparse.errors import UsageError
+from raysparse.models import _sparse_products
+from raysparse.models._sparse_products import SparseProduct, with_sparse_products
+
+pytestmark = pytest.mark.usefixtures("compiler")
+seeds = st.integers(0, 2**31)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_layers_too() -> Iterator[None]:
+    """Layers of tests are so small that PyTorch would be faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_sparse_products, "_SMALL", 0)
+        patch.setattr(_sparse_products, "_LAID_OUT", 0)
+        yield
+
+
+def thinned(model: nn.Module, density: float, seed: int = 0) -> nn.Module:
+    """The model with that share of its layers' weights left, and biases drawn."""
+    draw = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                module.weight.normal_(generator=draw).div_(module.weight[0].numel() ** 0.5)
+                module.weight.mul_(torch.rand(module.weight.shape, generator=draw) < density)
+                if module.bias is not None:
+                    module.bias.normal_(generator=draw)
+    return model.eval()
+
+
+def products(model: nn.Module) -> list[SparseProduct]:
+    return [module for module in model.modules() if isinstance(module, SparseProduct)]
+
+
+def same(layer: nn.Module, x: Tensor) -> bool:
+    fast = with_sparse_products(nn.Sequential(layer))
+    assert len(products(fast)) == 1
+    got, want = fast(x), layer(x).detach()
+    assert got.shape == want.shape
+    return torch.allclose(got, want, rtol=0, atol=1e-5)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(1, 600), st.integers(1, 70), st.integers(24, 100)),
+    density=st.floats(0, 0.5),
+    bias=st.booleans(),
+    seed=seeds,
+)
+def test_a_linear_layer(sizes: tuple[int, int, int], density: float, bias: bool, seed: int) -> None:
+    inputs, outputs, tokens = sizes
+    layer = thinned(nn.Linear(inputs, outputs, bias=bias), density, seed)
+    if not _sparse_products._takes(layer):
+        return  # a small one of which more stayed than was asked for
+    x = torch.randn(2, tokens, inputs, generator=torch.Generator().manual_seed(seed))
+    assert same(layer, x)
+    assert same(layer, x.mT.contiguous().mT)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    channels=st.tuples(st.integers(1, 40), st.integers(1, 30)),
+    size=st.tuples(st.integers(5, 40), st.integers(5, 40)),
+    kernel=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
+    images=st.integers(1, 3),
+    seed=seeds,
+)
+def test_a_convolution(
+    channels: tuple[int, int],
+    size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    images: int,
+    seed: int,
+) -> None:
+    layer = thinned(nn.Conv2d(*channels, kernel, stride=stride, padding=padding), 0.3, seed)
+    if not _sparse_products._takes(layer):
+        return
+    x = torch.randn(images, channels[0], *size, generator=torch.Generator().manual_seed(seed))
+    assert same(layer, x)
+    assert same(layer, x.to(memory_format=torch.channels_last))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_threads_change_nothing(threads: int) -> None:
+    layer = thinned(nn.Conv2d(8, 8, 3, padding=1), 0.2)
+    fast, x = with_sparse_products(nn.Sequential(layer)), torch.randn(3, 8, 17, 9)
+    before, want = torch.get_num_threads(), fast(x)
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(fast(x), want)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_few_columns_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = thinned(nn.Linear(8, 8), 0.2)
+    fast = with_sparse_products(nn.Sequential(layer))
+    monkeypatch.setattr(SparseProduct, "_run", None)
+    assert torch.equal(fast(torch.ones(2, 8)), layer(torch.ones(2, 8)))
+    monkeypatch.setattr(_sparse_products, "_SMALL", 2_000_000)
+    assert torch.equal(fast(torch.ones(400, 8)), layer(torch.ones(400, 8)))
+
+
+def test_layers_that_are_not_worth_it_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sparse_products, "_LAID_OUT", 19)
+    wide, narrow = thinned(nn.Linear(256, 256), 0.5), thinned(nn.Linear(16, 16), 0.1)
+    assert [type(layer) for layer in with_sparse_products(nn.Sequential(wide, narrow))] == [SparseProduct, nn.Linear]
+
+
+def hooked() -> nn.Module:
+    layer = thinned(nn.Linear(8, 8), 0.2)
+    layer.register_forward_hook(lambda *_: None)
+    return layer
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        thinned(nn.Linear(64, 64), 0.9),
+        thinned(nn.Conv2d(8, 8, 3, groups=2), 0.2),
+        thinned(nn.Conv2d(8, 8, 3, dilation=2), 0.2),
+        thinned(nn.Conv2d(8, 8, 3, padding=1, padding_mode="reflect"), 0.2),
+        thinned(nn.Conv2d(8, 8, 3, padding="same"), 0.2),
+        thinned(nn.ConvTranspose2d(8, 8, 3), 0.2),
+        hooked(),
+    ],
+    ids=["dense", "groups", "dilation", "reflect", "same", "transposed", "hooked"],
+)
+def test_what_it_leaves_alone(layer: nn.Module) -> None:
+    assert not products(with_sparse_products(nn.Sequential(layer)))
+
+
+def test_a_copy_is_made_of_the_weights_as_they_are() -> None:
+    layer = thinned(nn.Linear(32, 32), 0.2)
+    fast, x = with_sparse_products(nn.Sequential(layer)), torch.randn(40, 32)
+    want = fast(x)
+    with torch.no_grad():
+        layer.weight.zero_()
+        assert layer.bias is not None
+    assert torch.equal(fast(x), want)
+    assert products(fast)[0].weight is not layer.weight
+
+
+def test_under_autocast_it_stays_float32() -> None:
+    layer = thinned(nn.Linear(32, 32), 0.2)
+    fast, x = with_sparse_products(nn.Sequential(layer)), torch.randn(40, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(fast(x), with_sparse_products(nn.Sequential(layer))(x))
+        assert fast(x.bfloat16()).dtype == torch.float32
+
+
+def test_other_types_and_devices_are_refused() -> None:
+    with pytest.raises(UsageError, match=r"computes float32 on the CPU .* the model is bfloat16 on cpu"):
+        with_sparse_products(nn.Linear(4, 4).bfloat16())
+    with pytest.raises(UsageError, match="the model is float32 on meta"):
+        with_sparse_products(nn.Linear(4, 4).to("meta"))
+
+
+@pytest.mark.parametrize("name", ["uvit", "ddpm_unet", "latent_unet"])
+@pytest.mark.parametrize("options", [{}, {"sample_size": 16}])
+def test_the_models_of_pictures(name: str, options: dict[str, Any]) -> None:
+    module = plugins.load("models", name)
+    model = thinned(module.build(module.Config(**module.SMALL | options), seed=0), 0.3)
+    given = module.example(model.config, batch=5, points=1)
+    given["x"].normal_(generator=torch.Generator().manual_seed(0))
+    given["timesteps"] += torch.arange(5) * 100
+    fast = module.sparse_runtime(model)
+    assert len(products(fast)) >= 10
+    with torch.no_grad():
+        want = model(**given)
+    got = fast(**given)
+    assert float((got - want).abs().max()) < 1e-5 * float(want.abs().max())
