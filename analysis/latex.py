@@ -7,7 +7,7 @@ from collections.abc import Sequence
 SPECIAL = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", '"': r"\textquotedbl{}", "Δ": r"$\Delta$", "±": r"$\pm$", "−": "$-$", "–": "--",
+    "|": r"\textbar{}", '"': "{''}", "Δ": r"$\Delta$", "±": r"$\pm$", "−": "$-$", "–": "--",
     "×": r"$\times$", "≤": r"$\leq$", "≥": r"$\geq$", "ρ": r"$\rho$", "τ": r"$\tau$", "·": r"$\cdot$",
     "\N{NO-BREAK SPACE}": "~", "“": "``", "”": "''",
 }  # fmt: skip

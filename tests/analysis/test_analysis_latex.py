@@ -16,6 +16,7 @@ from analysis.sections import Section, split
         ("a_b & 5 %", r"a\_b \& 5 \%"),
         (r"\input{x}", r"\textbackslash{}input\{x\}"),
         ("ΔTe ± −1\n2", r"$\Delta$Te $\pm$ $-$1 2"),
+        ('a "b"', "a {''}b{''}"),
         ("$x^2$ #1 ~", r"\$x\textasciicircum{}2\$ \#1 \textasciitilde{}"),
         ("漢字\x00\x1b[0m", "漢字[0m"),
     ],
