@@ -147,8 +147,7 @@ class SparseEngine:
         """
         if not self._ranges:
             return model
-        bounds: list[int] = self._settings.bounds()  # type: ignore[attr-defined]
-        return ByTimestep(model, self._ranges, bounds)
+        return ByTimestep(model, self._ranges, self._settings.bounds())
 
     def layer_density(self) -> dict[str, float]:
         """Parameter name -> share of active weights, in (0, 1]."""

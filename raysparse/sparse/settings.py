@@ -30,6 +30,10 @@ class Dense(BaseModel):
         """These settings with what they leave without effect at its default, so that equal trials have equal ids."""
         return self
 
+    def bounds(self) -> list[int]:
+        """The end of each range of timesteps that has masks of its own; none: the same masks for all."""
+        return []
+
     def _without(self, *names: str) -> Self:
         return self.model_copy(update={name: type(self).model_fields[name].default for name in names})
 

@@ -96,7 +96,7 @@ def _check_ranges(config: TrialConfig) -> None:
     """That masks per range of timesteps cover the trial's timesteps, and that one graph is not asked for."""
     if config.sparse.setting("ranges") is None:
         return
-    end = config.sparse.settings().bounds()[-1]  # type: ignore[attr-defined]
+    end = config.sparse.settings().bounds()[-1]
     if end != config.diffusion.timesteps:
         raise UsageError(
             f"ranges {config.sparse.setting('ranges')!r} end at {end}, but diffusion.timesteps is "

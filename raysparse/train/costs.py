@@ -52,7 +52,7 @@ class Costs:
         """The mean densities over timesteps: cost is linear in them. One for all where there are no ranges."""
         if not self.ranges:
             return self.densities
-        bounds = self.config.sparse.settings().bounds()  # type: ignore[attr-defined]
+        bounds = self.config.sparse.settings().bounds()
         share = [0] * len(bounds)
         for time in times:
             share[bisect.bisect_right(bounds, time)] += 1

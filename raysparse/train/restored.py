@@ -126,7 +126,7 @@ def _network(trial: TrialConfig, model: nn.Module, ranges: Sequence[Mapping[str,
         return model
     device = next(model.parameters()).device
     masks = [{name: mask.to(device) for name, mask in own.items()} for own in ranges]
-    return ByTimestep(model, masks, trial.sparse.settings().bounds())  # type: ignore[attr-defined]
+    return ByTimestep(model, masks, trial.sparse.settings().bounds())
 
 
 def _with_own_first_stage(config: Mapping[str, Any], place: Path) -> Mapping[str, Any]:
