@@ -26,6 +26,7 @@ _BLOCK = 256  # inputs that are walked before the next ones; see products.cpp
 # and 1.4 times, a 3x3 convolution of 256 channels .92, 1.08, 1.8, 3.2 times, of 32 at .5 and .1 .88 and 1.3 times.
 _ACTIVE = {nn.Linear: 1.2, nn.Conv2d: 1.65}
 _LAID_OUT = 19
+_GROUPS = 16  # of tokens, whose sums of weights' gradients are added in order, whichever thread made them
 _FEW = 24  # columns (tokens, or pixels of all images) that fill too little of the kernel's vectors
 _SMALL = 2_000_000  # columns x weights, which take PyTorch about 50 us: a call of the kernel costs 20 by itself
 
@@ -35,17 +36,27 @@ def with_sparse_products(model: nn.Module) -> nn.Module:
 
     UsageError: not float32 on the CPU, or no compiler (see `native.load`).
     """
-    parameter = next(model.parameters())
-    if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
-        kind = f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device}"
-        raise UsageError(f"it computes float32 on the CPU (--device cpu), the model is {kind}")
-    native.load(_SOURCE)
+    check(model)
     found, memory = copy.deepcopy(model), Memory()
     for owner in list(found.modules()):
         for name, layer in owner.named_children():
             if _takes(layer):
                 setattr(owner, name, SparseProduct(layer, memory))
     return found
+
+
+def check(model: nn.Module) -> None:
+    """UsageError as above."""
+    parameter = next(model.parameters())
+    if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+        kind = f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device}"
+        raise UsageError(f"it computes float32 on the CPU (--device cpu), the model is {kind}")
+    native.load(_SOURCE)
+
+
+def worth_it(columns: int, weight: Tensor) -> bool:
+    """Whether so many columns fill the kernel's vectors and take longer than its call."""
+    return columns >= _FEW and columns * weight.numel() >= _SMALL
 
 
 def _takes(layer: nn.Module) -> bool:
@@ -76,24 +87,106 @@ class _Images(ctypes.Structure):
     ]
 
 
+class Kernel:
+    """The compiled products with a weight [outputs, inputs] under a mask. Not thread-safe. memory: shared by layers."""
+
+    def __init__(self, inputs: int, outputs: int, memory: Memory) -> None:
+        self._library = native.load(_SOURCE)
+        self._width = int(self._library.raysparse_width())
+        self._deep = int(self._library.raysparse_deep())
+        self._inputs, self._outputs, self._memory = inputs, outputs, memory
+        self._starts = self._offsets = self._places = torch.empty(0)
+
+    def lay_out(self, mask: Tensor, places: Tensor) -> None:
+        """mask: bool [outputs, inputs]; places: int64, of the same shape, where `values` finds each weight."""
+        padded, blocks = -self._inputs % _BLOCK, -(-self._inputs // _BLOCK)
+        used = F.pad(mask, (0, padded)).view(self._outputs, blocks, _BLOCK).transpose(0, 1)
+        self._starts = torch.zeros(blocks * self._outputs + 1, dtype=torch.int32)
+        self._starts[1:] = used.sum(2).flatten().cumsum(0)
+        self._offsets = (used.nonzero()[:, 2] * (4 * self._width)).int()
+        self._places = F.pad(places, (0, padded)).view(self._outputs, blocks, _BLOCK).transpose(0, 1)[used]
+
+    def values(self, weight: Tensor) -> Tensor:
+        """The active weights in the kernel's order."""
+        return weight.flatten().index_select(0, self._places)
+
+    def linear(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
+        """x: float32 [..., inputs] -> [..., outputs]"""
+        x = x.contiguous()
+        y = x.new_empty(*x.shape[:-1], self._outputs)
+        tokens = ctypes.c_int64(y.numel() // self._outputs)
+        self._run("linear", values, bias, ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), tokens)
+        return y
+
+    def convolve(self, x: Tensor, values: Tensor, layer: nn.Conv2d) -> Tensor:
+        """x: float32 [B, C, H, W] -> as the layer."""
+        assert not isinstance(layer.padding, str)  # see _takes
+        (up, side), (down, across), kernel = layer.padding, layer.stride, layer.kernel_size
+        shape = x.shape
+        flat = kernel == layer.stride == (1, 1) and not (up or side)
+        x = x.flatten(2)[:, :, None] if flat else F.pad(x, (side, side, up, up))  # flat: no run of pixels ends early
+        x = x.contiguous()
+        count, channels, height, width = x.shape
+        out = (height - kernel[0]) // down + 1, (width - kernel[1]) // across + 1
+        y = x.new_empty(count, self._outputs, *out)
+        sizes = (count, channels, height, width, *out, *kernel, down, across)
+        self._run("convolve", values, layer.bias, ctypes.byref(_Images(x.data_ptr(), y.data_ptr(), *sizes)))
+        return y.view(count, self._outputs, *shape[2:]) if flat else y
+
+    def gradients(self, x: Tensor, dy: Tensor) -> Tensor:
+        """Of a linear layer's weights, [outputs, inputs], 0 where they are not active. x, dy: contiguous."""
+        tokens = x.numel() // self._inputs
+        groups = min(_GROUPS, -(-tokens // self._deep))
+        sums = torch.zeros(groups, len(self._places))
+        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, dy)]
+        sizes = [ctypes.c_int64(number) for number in (len(self._places), groups)]
+        packed = self._packed(sums, None)
+        memory = self._scratch(self._deep)
+        self._library.raysparse_gradients(
+            ctypes.byref(packed),
+            *pointers,
+            ctypes.c_int64(tokens),
+            ctypes.c_void_p(sums.data_ptr()),
+            *sizes,
+            memory,
+            ctypes.c_int32(torch.get_num_threads()),
+        )
+        found = torch.zeros(self._outputs * self._inputs)
+        found[self._places] = sums.sum(0)
+        return found.view(self._outputs, self._inputs)
+
+    def _run(self, name: str, values: Tensor, bias: Tensor | None, *arguments: object) -> None:
+        bias = values.new_zeros(self._outputs) if bias is None else bias.detach()
+        packed, threads = self._packed(values, bias), ctypes.c_int32(torch.get_num_threads())
+        getattr(self._library, f"raysparse_{name}")(
+            ctypes.byref(packed), *arguments, self._scratch(self._width), threads
+        )
+
+    def _packed(self, values: Tensor, bias: Tensor | None) -> _Layer:
+        pointers = (self._starts.data_ptr(), self._offsets.data_ptr(), values.data_ptr())
+        return _Layer(*pointers, None if bias is None else bias.data_ptr(), self._inputs, self._outputs, _BLOCK)
+
+    def _scratch(self, columns: int) -> ctypes.c_void_p:
+        size = 4 * torch.get_num_threads() * (self._inputs + self._outputs) * columns
+        return ctypes.c_void_p(self._memory.at_least(size))
+
+
 class SparseProduct(nn.Module):
-    """forward(x) as the nn.Linear or nn.Conv2d that it stands for, in float32, no gradients. Not thread-safe.
+    """forward(x) as the nn.Linear or nn.Conv2d that it stands for, in float32, no gradients.
 
     A weight that is 0 takes no part: an input that is not finite is not multiplied with it. Runs on
-    torch.get_num_threads() threads; what comes out does not depend on how many. memory: a model's layers share it.
+    torch.get_num_threads() threads; what comes out does not depend on how many.
     """
 
     def __init__(self, layer: nn.Module, memory: Memory) -> None:
         super().__init__()
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         self.layer = layer
-        self._library = native.load(_SOURCE)
-        self._width = int(self._library.raysparse_width())
-        self._memory = memory
-        with torch.no_grad():
-            self._kept = (*_packed(layer.weight.flatten(1), 4 * self._width), _bias(layer))
-        self._outputs, self._inputs = layer.weight.flatten(1).shape
-        self._packed = _Layer(*(tensor.data_ptr() for tensor in self._kept), self._inputs, self._outputs, _BLOCK)
+        weight = layer.weight.detach().flatten(1)
+        outputs, inputs = weight.shape
+        self._kernel = Kernel(inputs, outputs, memory)
+        self._kernel.lay_out(weight != 0, torch.arange(weight.numel()).view(weight.shape))
+        self._values = self._kernel.values(weight)
 
     @property
     def weight(self) -> Tensor:
@@ -106,58 +199,11 @@ class SparseProduct(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
+        layer, x = self.layer, x.float()
         with torch.autocast("cpu", enabled=False):
-            layer = self.layer
-            columns = x.numel() // x.shape[1 if isinstance(layer, nn.Conv2d) else -1]
-            if columns < _FEW or columns * self._inputs * self._outputs < _SMALL:
+            if not worth_it(x.numel() // x.shape[1 if isinstance(layer, nn.Conv2d) else -1], layer.weight):
                 found: Tensor = layer(x)
                 return found
-            return self._convolve(x, layer) if isinstance(layer, nn.Conv2d) else self._linear(x)
-
-    def _linear(self, x: Tensor) -> Tensor:
-        x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], self._outputs)
-        tokens = ctypes.c_int64(y.numel() // self._outputs)
-        self._run("linear", ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), tokens)
-        return y
-
-    def _convolve(self, x: Tensor, layer: nn.Conv2d) -> Tensor:
-        assert not isinstance(layer.padding, str)  # see _takes
-        (up, side), (down, across), kernel = layer.padding, layer.stride, layer.kernel_size
-        if kernel == layer.stride == (1, 1) and not (up or side):  # one long row: no run of pixels ends early
-            flat = x.flatten(2)[:, :, None]
-            return self._windows(flat, kernel, 1, 1).view(len(x), self._outputs, *x.shape[2:])
-        return self._windows(F.pad(x, (side, side, up, up)), kernel, down, across)
-
-    def _windows(self, x: Tensor, kernel: tuple[int, ...], down: int, across: int) -> Tensor:
-        """x: padded."""
-        x = x.contiguous()
-        count, channels, height, width = x.shape
-        out = (height - kernel[0]) // down + 1, (width - kernel[1]) // across + 1
-        y = x.new_empty(count, self._outputs, *out)
-        sizes = (count, channels, height, width, *out, *kernel, down, across)
-        self._run("convolve", ctypes.byref(_Images(x.data_ptr(), y.data_ptr(), *sizes)))
-        return y
-
-    def _run(self, name: str, *arguments: object) -> None:
-        threads = torch.get_num_threads()
-        size = 4 * threads * (self._inputs + self._outputs) * self._width
-        memory = ctypes.c_void_p(self._memory.at_least(size))
-        getattr(self._library, f"raysparse_{name}")(
-            ctypes.byref(self._packed), *arguments, memory, ctypes.c_int32(threads)
-        )
-
-
-def _packed(weight: Tensor, row: int) -> tuple[Tensor, Tensor, Tensor]:
-    """starts, offsets and values of products.cpp's Layer from a weight [outputs, inputs]. row: bytes of an input."""
-    outputs, inputs = weight.shape
-    blocks = F.pad(weight, (0, -inputs % _BLOCK)).view(outputs, -1, _BLOCK).transpose(0, 1)
-    used = blocks != 0
-    starts = torch.zeros(used.shape[0] * outputs + 1, dtype=torch.int32)
-    starts[1:] = used.sum(2).flatten().cumsum(0)
-    return starts, (used.nonzero()[:, 2] * row).int(), blocks[used]
-
-
-def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    return layer.weight.new_zeros(len(layer.weight)) if layer.bias is None else layer.bias.detach().clone()
+            if isinstance(layer, nn.Conv2d):
+                return self._kernel.convolve(x, self._values, layer)
+            return self._kernel.linear(x, self._values, layer.bias)

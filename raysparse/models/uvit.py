@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from raysparse import rng
 from raysparse.errors import UsageError
 from raysparse.models import _unet
+from raysparse.models._sparse_linear_training import SparseStep
 from raysparse.models._sparse_products import with_sparse_products
 
 KIND = "denoiser"
@@ -94,6 +95,7 @@ def example(config: Config, batch: int, points: int, device: str = "cpu") -> dic
 
 
 sparse_runtime = with_sparse_products
+sparse_step = SparseStep
 
 
 class UViT(nn.Module):

@@ -113,7 +113,7 @@ def test_threads_change_nothing(threads: int) -> None:
 def test_few_columns_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = thinned(nn.Linear(8, 8), 0.2)
     fast = with_sparse_products(nn.Sequential(layer))
-    monkeypatch.setattr(SparseProduct, "_run", None)
+    monkeypatch.setattr(_sparse_products.Kernel, "_run", None)
     assert torch.equal(fast(torch.ones(2, 8)), layer(torch.ones(2, 8)))
     monkeypatch.setattr(_sparse_products, "_SMALL", 2_000_000)
     assert torch.equal(fast(torch.ones(400, 8)), layer(torch.ones(400, 8)))

@@ -46,3 +46,11 @@ def test_quick_run_of_sampling_pictures_compares_all_runtimes(capsys: pytest.Cap
     assert [row[3] for row in rows] == ["dense", "sparse", "torch.nn.utils.prune"] * 6
     assert max(float(row[-1]) for row in rows) < 1e-5
     assert all(" / " in row[6] for row in rows[1::3]), "each has sparse layers"
+
+
+def test_quick_run_of_training_pictures_compares_all_runtimes(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = rows_of("training_pictures.py", capsys)
+    assert [(row[2], row[3]) for row in rows] == [
+        (pattern, runtime) for pattern in ("element", "diagonal") for runtime in ("dense", "masked", "sparse")
+    ]
+    assert max(float(row[-1]) for row in rows if row[3] == "sparse") < 1e-5

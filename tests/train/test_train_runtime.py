@@ -113,6 +113,28 @@ def test_sparse_kernels_train_to_the_same_weights(tiny, rigl, method):
 
 
 @pytest.mark.usefixtures("compiler")
+def test_linear_layers_of_pictures_train_to_the_same_weights(pictures, rigl, monkeypatch):
+    from raysparse.models import _sparse_linear_training, _sparse_products
+
+    monkeypatch.setattr(_sparse_products, "_SMALL", 0)  # these layers are so small that PyTorch is faster
+    monkeypatch.setattr(_sparse_linear_training, "_LAID_OUT", 0)
+    model = {
+        "name": "uvit",
+        "options": {"sample_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2},
+    }
+    made = {}
+    for name in ("dense", "auto"):
+        changes = {"model": model, "sparse.sparsity": 0.8, "train.runtime": name, "train.steps": 8}
+        made[name] = setup.build(pictures(rigl, changes))
+        made[name]._train_to(8)
+    dense, sparse = made.values()
+    assert sparse._step_network() is sparse._sparse_step
+    assert all(torch.equal(mask, sparse.engine.masks[name]) for name, mask in dense.engine.masks.items())
+    for ours, theirs in zip(sparse.model.parameters(), dense.model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("compiler")
 def test_dense_gradients_are_made_where_growth_looks_at_them(tiny, rigl):
     trainer = setup.build(tiny(rigl, {"train.runtime": "sparse"}))
     dense = []

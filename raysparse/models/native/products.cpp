@@ -40,6 +40,30 @@ struct Images {
   int64_t count, channels, height, width, out_height, out_width, kernel_height, kernel_width, down, across;
 };
 
+constexpr int DEEP = 8 * LANES;  // tokens of a chunk of which weights' gradients are summed: a row of dy is 8 vectors
+
+// sums [weights] += for each weight, dy of its output times x of its input, over a chunk: in [inputs, DEEP], dy
+// [outputs, DEEP]
+void add_gradients(const Layer& layer, const float* in, const float* dy, float* sums) {
+  const int32_t* start = layer.starts;
+  for (int64_t first = 0; first < layer.inputs; first += layer.block) {
+    const char* base = (const char*)(in + first * DEEP);
+    for (int64_t o = 0; o < layer.outputs; ++o, ++start) {
+      vec of_output[8];
+      memcpy(of_output, dy + o * DEEP, sizeof of_output);
+      for (int32_t i = start[0]; i < start[1]; ++i) {
+        const vec* x = (const vec*)(base + layer.offsets[i] * (DEEP / WIDTH));
+        vec even = x[0] * of_output[0], odd = x[1] * of_output[1];
+        for (int v = 2; v < 8; v += 2) even += x[v] * of_output[v], odd += x[v + 1] * of_output[v + 1];
+        even += odd;
+        float sum = 0;
+        for (int lane = 0; lane < LANES; ++lane) sum += even[lane];
+        sums[i] += sum;
+      }
+    }
+  }
+}
+
 // out [outputs, WIDTH] = weights times in [inputs, WIDTH], plus the bias
 void multiply(const Layer& layer, const float* in, float* out) {
   for (int64_t o = 0; o < layer.outputs; ++o)
@@ -129,6 +153,15 @@ void gather(const Images& images, const std::vector<Run>& runs, float* in) {
           copy(images.x + (c * images.height + i) * images.width + j + run.from, images.across, in + run.to, run.length);
 }
 
+// work(number of the thread), on this thread and others, no more than there are parts
+template <class Work>
+void on_threads(int threads, int64_t parts, const Work& work) {
+  std::vector<std::thread> others;
+  for (int thread = 1; thread < std::min<int64_t>(threads, parts); ++thread) others.emplace_back(work, thread);
+  work(0);
+  for (std::thread& other : others) other.join();
+}
+
 // work(number of the chunk, in, out) for all chunks, on this thread and others
 template <class Work>
 void in_chunks(const Layer& layer, int64_t chunks, char* memory, int threads, const Work& work) {
@@ -138,10 +171,7 @@ void in_chunks(const Layer& layer, int64_t chunks, char* memory, int threads, co
     memset(in, 0, layer.inputs * ROW);  // the columns beyond the last token or pixel are numbers, whatever they are
     for (int64_t chunk; (chunk = next++) < chunks;) work(chunk, in, in + layer.inputs * WIDTH);
   };
-  std::vector<std::thread> others;
-  for (int thread = 1; thread < std::min<int64_t>(threads, chunks); ++thread) others.emplace_back(all, thread);
-  all(0);
-  for (std::thread& other : others) other.join();
+  on_threads(threads, chunks, all);
 }
 
 }  // namespace
@@ -149,6 +179,7 @@ void in_chunks(const Layer& layer, int64_t chunks, char* memory, int threads, co
 extern "C" {
 
 int32_t raysparse_width() { return WIDTH; }
+int32_t raysparse_deep() { return DEEP; }
 
 // x [tokens, inputs], y [tokens, outputs]; memory: threads x (inputs + outputs) x WIDTH floats
 void raysparse_linear(const Layer* layer, const float* x, float* y, int64_t tokens, char* memory, int32_t threads) {
@@ -160,6 +191,27 @@ void raysparse_linear(const Layer* layer, const float* x, float* y, int64_t toke
     for (int64_t o = 0; o < outputs; o += 64)  // narrow: a token's piece of y stays in the cache until it is whole
       transpose(out + o * WIDTH, WIDTH, y + first * outputs + o, outputs, std::min<int64_t>(64, outputs - o), count);
   });
+}
+
+// sums [groups, weights], zeros: the gradients of the weights, of each group of tokens. x [tokens, inputs], dy
+// [tokens, outputs]; memory: threads x (inputs + outputs) x DEEP floats
+void raysparse_gradients(const Layer* layer, const float* x, const float* dy, int64_t tokens, float* sums, int64_t weights,
+                         int64_t groups, char* memory, int32_t threads) {
+  const int64_t inputs = layer->inputs, outputs = layer->outputs, chunks = (tokens + DEEP - 1) / DEEP;
+  std::atomic<int64_t> next{0};
+  auto all = [&](int thread) {
+    float* in = (float*)memory + thread * (inputs + outputs) * DEEP;
+    float* out = in + inputs * DEEP;
+    for (int64_t group; (group = next++) < groups;)
+      for (int64_t chunk = group * chunks / groups; chunk < (group + 1) * chunks / groups; ++chunk) {
+        const int64_t first = chunk * DEEP, count = std::min<int64_t>(DEEP, tokens - first);
+        if (count < DEEP) memset(in, 0, (inputs + outputs) * DEEP * sizeof(float));
+        transpose(x + first * inputs, inputs, in, DEEP, count, inputs);
+        transpose(dy + first * outputs, outputs, out, DEEP, count, outputs);
+        add_gradients(*layer, in, out, sums + group * weights);
+      }
+  };
+  on_threads(threads, groups, all);
 }
 
 void raysparse_convolve(const Layer* layer, const Images* images, char* memory, int32_t threads) {

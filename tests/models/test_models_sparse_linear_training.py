@@ -1,0 +1,136 @@
+"""Linear layers that train by their active weights have the gradients of the layers they stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from raysparse.errors import UsageError
+from raysparse.models import _sparse_linear_training, _sparse_products, uvit
+from raysparse.models._sparse_linear_training import SparseStep
+
+pytestmark = pytest.mark.usefixtures("compiler")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_layers_too() -> Iterator[None]:
+    """Layers of tests are so small that PyTorch would be faster."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_sparse_products, "_SMALL", 0)
+        patch.setattr(_sparse_linear_training, "_ACTIVE", 0)
+        patch.setattr(_sparse_linear_training, "_LAID_OUT", 0)
+        yield
+
+
+class OneLayer(nn.Module):
+    """Masked: bool [outputs, inputs]."""
+
+    def __init__(self, mask: Tensor, bias: bool = True) -> None:
+        super().__init__()
+        self.layer = nn.Linear(mask.shape[1], mask.shape[0], bias=bias)
+        with torch.no_grad():
+            self.layer.weight *= mask
+
+    def forward(self, x: Tensor, timesteps: Tensor | None = None) -> Tensor:
+        found: Tensor = self.layer(x)
+        return found
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def gradients(network: nn.Module, model: nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+    """y, dx, and those of the model's parameters."""
+    x = x.clone().requires_grad_()
+    model.zero_grad()
+    y = network(x, None)
+    y.backward(dy)
+    found = [y.detach(), x.grad, *(parameter.grad for parameter in model.parameters())]
+    return [tensor for tensor in found if tensor is not None]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(1, 600), st.integers(1, 70), st.integers(24, 500)),
+    density=st.floats(0, 1),
+    bias=st.booleans(),
+    seed=st.integers(0, 2**31),
+)
+def test_gradients_are_those_of_the_layer(sizes: tuple[int, int, int], density: float, bias: bool, seed: int) -> None:
+    inputs, outputs, tokens = sizes
+    mask = torch.rand(outputs, inputs, generator=torch.Generator().manual_seed(seed)) < density
+    model = OneLayer(mask, bias)
+    step = SparseStep(model, {"layer.weight": mask})
+    x, dy = drawn(2, tokens, inputs, seed=seed), drawn(2, tokens, outputs, seed=seed + 1)
+    want, got = gradients(model, model, x, dy), gradients(step, model, x, dy)
+    want[2] *= mask
+    assert not got[2][~mask].any()
+    for one, other in zip(got, want, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_threads_change_nothing(threads: int) -> None:
+    mask = torch.rand(40, 30, generator=torch.Generator().manual_seed(0)) < 0.3
+    model = OneLayer(mask)
+    step, x, dy = SparseStep(model, {"layer.weight": mask}), drawn(5, 999, 30), drawn(5, 999, 40)
+    before, want = torch.get_num_threads(), gradients(step, model, x, dy)
+    torch.set_num_threads(threads)
+    try:
+        got = gradients(step, model, x, dy)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(one, other) for one, other in zip(got[:3], want[:3], strict=True))
+
+
+def test_it_follows_masks_and_weights() -> None:
+    masks = [torch.rand(20, 30, generator=torch.Generator().manual_seed(seed)) < 0.3 for seed in (0, 1)]
+    model = OneLayer(masks[0])
+    step, x, dy = SparseStep(model, {"layer.weight": masks[0]}), drawn(40, 30), drawn(40, 20)
+    with torch.no_grad():
+        model.layer.weight.copy_(drawn(20, 30, seed=3) * masks[1])
+    step.follow({"layer.weight": masks[1]})
+    for one, other in zip(gradients(step, model, x, dy)[:2], gradients(model, model, x, dy)[:2], strict=True):
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_uvit_has_the_gradients_of_all_its_parameters() -> None:
+    model = uvit.build(uvit.Config(**uvit.SMALL), seed=0)
+    masks = {}
+    for name, weight in model.named_parameters():
+        if name.endswith(("qkv.weight", "proj.weight", "fc1.weight", "fc2.weight")):
+            masks[name] = torch.rand(weight.shape, generator=torch.Generator().manual_seed(len(masks))) < 0.4
+            weight.data *= masks[name]
+    step = SparseStep(model, masks)
+    assert step.pays
+    given = uvit.example(model.config, batch=6, points=1)
+    given["x"] = drawn(*given["x"].shape)
+    found = []
+    for network in (model, step):
+        model.zero_grad()
+        network(**given).square().sum().backward()
+        found.append(
+            {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+        )
+    assert found[0].keys() == found[1].keys()
+    for name, gradient in found[0].items():
+        want = gradient * masks[name] if name in masks else gradient
+        assert float((found[1][name] - want).norm()) <= 1e-5 * float(want.norm()), name
+
+
+def test_layers_that_are_not_worth_it_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sparse_linear_training, "_ACTIVE", 1.7)
+    full = torch.ones(64, 64, dtype=torch.bool)
+    assert not SparseStep(OneLayer(full), {"layer.weight": full}).pays
+
+
+def test_other_types_are_refused() -> None:
+    mask = torch.ones(4, 4, dtype=torch.bool)
+    with pytest.raises(UsageError, match="the model is bfloat16 on cpu"):
+        SparseStep(OneLayer(mask).bfloat16(), {"layer.weight": mask})
