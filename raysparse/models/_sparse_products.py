@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import ctypes
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -59,13 +60,19 @@ def worth_it(columns: int, weight: Tensor) -> bool:
     return columns >= _FEW and columns * weight.numel() >= _SMALL
 
 
-def _takes(layer: nn.Module) -> bool:
-    """Whether the kernel computes what the layer does, and faster."""
-    if type(layer) not in (nn.Linear, nn.Conv2d) or layer._forward_hooks or layer._forward_pre_hooks:
+def supported(layer: nn.Module) -> bool:
+    """Whether the kernel computes what the layer does."""
+    if layer._forward_hooks or layer._forward_pre_hooks:
         return False
-    if isinstance(layer, nn.Conv2d) and (
-        layer.groups != 1 or layer.dilation != (1, 1) or layer.padding_mode != "zeros" or isinstance(layer.padding, str)
-    ):
+    if type(layer) is nn.Conv2d:
+        plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
+        return plain and not isinstance(layer.padding, str)
+    return type(layer) is nn.Linear
+
+
+def _takes(layer: nn.Module) -> bool:
+    """Whether it does so, and faster."""
+    if not supported(layer):
         return False
     weight: Tensor = layer.weight  # type: ignore[assignment]
     active = int(weight.count_nonzero())
@@ -87,6 +94,10 @@ class _Images(ctypes.Structure):
     ]
 
 
+class _Sums(ctypes.Structure):
+    _fields_ = [("values", ctypes.c_void_p), ("weights", ctypes.c_int64), ("groups", ctypes.c_int64)]
+
+
 class Kernel:
     """The compiled products with a weight [outputs, inputs] under a mask. Not thread-safe. memory: shared by layers."""
 
@@ -95,7 +106,7 @@ class Kernel:
         self._width = int(self._library.raysparse_width())
         self._deep = int(self._library.raysparse_deep())
         self._inputs, self._outputs, self._memory = inputs, outputs, memory
-        self._starts = self._offsets = self._places = torch.empty(0)
+        self._starts = self._offsets = self._places = self._weights = torch.empty(0)
 
     def lay_out(self, mask: Tensor, places: Tensor) -> None:
         """mask: bool [outputs, inputs]; places: int64, of the same shape, where `values` finds each weight."""
@@ -104,7 +115,10 @@ class Kernel:
         self._starts = torch.zeros(blocks * self._outputs + 1, dtype=torch.int32)
         self._starts[1:] = used.sum(2).flatten().cumsum(0)
         self._offsets = (used.nonzero()[:, 2] * (4 * self._width)).int()
-        self._places = F.pad(places, (0, padded)).view(self._outputs, blocks, _BLOCK).transpose(0, 1)[used]
+        self._places, self._weights = (
+            F.pad(numbers, (0, padded)).view(self._outputs, blocks, _BLOCK).transpose(0, 1)[used]
+            for numbers in (places, torch.arange(mask.numel()).view(mask.shape))
+        )
 
     def values(self, weight: Tensor) -> Tensor:
         """The active weights in the kernel's order."""
@@ -118,41 +132,35 @@ class Kernel:
         self._run("linear", values, bias, ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), tokens)
         return y
 
-    def convolve(self, x: Tensor, values: Tensor, layer: nn.Conv2d) -> Tensor:
-        """x: float32 [B, C, H, W] -> as the layer."""
-        assert not isinstance(layer.padding, str)  # see _takes
-        (up, side), (down, across), kernel = layer.padding, layer.stride, layer.kernel_size
-        shape = x.shape
-        flat = kernel == layer.stride == (1, 1) and not (up or side)
-        x = x.flatten(2)[:, :, None] if flat else F.pad(x, (side, side, up, up))  # flat: no run of pixels ends early
-        x = x.contiguous()
-        count, channels, height, width = x.shape
-        out = (height - kernel[0]) // down + 1, (width - kernel[1]) // across + 1
-        y = x.new_empty(count, self._outputs, *out)
-        sizes = (count, channels, height, width, *out, *kernel, down, across)
-        self._run("convolve", values, layer.bias, ctypes.byref(_Images(x.data_ptr(), y.data_ptr(), *sizes)))
-        return y.view(count, self._outputs, *shape[2:]) if flat else y
+    def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None, window: Window) -> Tensor:
+        """x: float32 [B, C, H, W] -> [B, outputs, ...]"""
+        padded, out = window.of(x)
+        y = x.new_empty(len(x), self._outputs, *out)
+        self._run("convolve", values, bias, ctypes.byref(window.images(padded, y)))
+        return y
 
-    def gradients(self, x: Tensor, dy: Tensor) -> Tensor:
-        """Of a linear layer's weights, [outputs, inputs], 0 where they are not active. x, dy: contiguous."""
+    def linear_gradients(self, x: Tensor, dy: Tensor) -> Tensor:
+        """Of the weights, [outputs, inputs], 0 where they are not active. x, dy: float32, contiguous."""
         tokens = x.numel() // self._inputs
-        groups = min(_GROUPS, -(-tokens // self._deep))
+        pointers = (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(dy.data_ptr()), ctypes.c_int64(tokens))
+        return self._gradients("linear", tokens, *pointers)
+
+    def convolve_gradients(self, x: Tensor, dy: Tensor, window: Window) -> Tensor:
+        """The same of a convolution's, [outputs, inputs]. dy: contiguous."""
+        padded, _ = window.of(x)
+        columns = dy.numel() // self._outputs
+        return self._gradients("convolve", columns, ctypes.byref(window.images(padded, dy)))
+
+    def _gradients(self, name: str, columns: int, *arguments: object) -> Tensor:
+        groups = min(_GROUPS, -(-columns // self._deep))
         sums = torch.zeros(groups, len(self._places))
-        pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, dy)]
-        sizes = [ctypes.c_int64(number) for number in (len(self._places), groups)]
-        packed = self._packed(sums, None)
-        memory = self._scratch(self._deep)
-        self._library.raysparse_gradients(
-            ctypes.byref(packed),
-            *pointers,
-            ctypes.c_int64(tokens),
-            ctypes.c_void_p(sums.data_ptr()),
-            *sizes,
-            memory,
-            ctypes.c_int32(torch.get_num_threads()),
+        handed = _Sums(sums.data_ptr(), len(self._places), groups)
+        threads = ctypes.c_int32(torch.get_num_threads())
+        getattr(self._library, f"raysparse_{name}_gradients")(
+            ctypes.byref(self._packed(sums, None)), *arguments, ctypes.byref(handed), self._scratch(self._deep), threads
         )
         found = torch.zeros(self._outputs * self._inputs)
-        found[self._places] = sums.sum(0)
+        found[self._weights] = sums.sum(0)
         return found.view(self._outputs, self._inputs)
 
     def _run(self, name: str, values: Tensor, bias: Tensor | None, *arguments: object) -> None:
@@ -169,6 +177,34 @@ class Kernel:
     def _scratch(self, columns: int) -> ctypes.c_void_p:
         size = 4 * torch.get_num_threads() * (self._inputs + self._outputs) * columns
         return ctypes.c_void_p(self._memory.at_least(size))
+
+
+class Window(NamedTuple):
+    """How a convolution looks at its images."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+
+    @classmethod
+    def of_layer(cls, layer: nn.Conv2d) -> Window:
+        assert not isinstance(layer.padding, str)  # see supported
+        return cls(layer.kernel_size, layer.stride, layer.padding)
+
+    def of(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """x [B, C, H, W] padded and contiguous, and height and width of what comes out."""
+        up, side = self.padding
+        x = F.pad(x, (side, side, up, up)).contiguous()
+        height, width = ((x.shape[2 + i] - self.kernel[i]) // self.stride[i] + 1 for i in (0, 1))
+        return x, (height, width)
+
+    def images(self, padded: Tensor, y: Tensor) -> _Images:
+        """y: contiguous."""
+        pointers, (height, width) = (padded.data_ptr(), y.data_ptr()), y.shape[2:]
+        count, channels, *size = padded.shape
+        if self.kernel == self.stride == (1, 1):  # rows end to end: no run of pixels ends early
+            size, height, width = [1, size[0] * size[1]], 1, height * width
+        return _Images(*pointers, count, channels, *size, height, width, *self.kernel, *self.stride)
 
 
 class SparseProduct(nn.Module):
@@ -205,5 +241,5 @@ class SparseProduct(nn.Module):
                 found: Tensor = layer(x)
                 return found
             if isinstance(layer, nn.Conv2d):
-                return self._kernel.convolve(x, self._values, layer)
+                return self._kernel.convolve(x, self._values, layer.bias, Window.of_layer(layer))
             return self._kernel.linear(x, self._values, layer.bias)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from raysparse.errors import UsageError
 from raysparse.models import _unet
+from raysparse.models._sparse_product_training import SparseStep
 from raysparse.models._sparse_products import with_sparse_products
 
 KIND = "denoiser"
@@ -44,6 +45,7 @@ def example(config: Config, batch: int, points: int, device: str = "cpu") -> dic
 
 
 sparse_runtime = with_sparse_products
+sparse_step = SparseStep
 
 
 class DDPMUNet(_unet.UNet):

@@ -15,6 +15,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from raysparse.models import _unet
+from raysparse.models._sparse_product_training import SparseStep
 from raysparse.models._sparse_products import with_sparse_products
 
 KIND = "denoiser"
@@ -69,6 +70,7 @@ def example(config: Config, batch: int, points: int, device: str = "cpu") -> dic
 
 
 sparse_runtime = with_sparse_products
+sparse_step = SparseStep
 
 
 class LatentUNet(_unet.UNet):

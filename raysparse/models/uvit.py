@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from raysparse import rng
 from raysparse.errors import UsageError
 from raysparse.models import _unet
-from raysparse.models._sparse_linear_training import SparseStep
+from raysparse.models._sparse_product_training import SparseStep
 from raysparse.models._sparse_products import with_sparse_products
 
 KIND = "denoiser"

@@ -40,7 +40,7 @@ struct Images {
   int64_t count, channels, height, width, out_height, out_width, kernel_height, kernel_width, down, across;
 };
 
-constexpr int DEEP = 8 * LANES;  // tokens of a chunk of which weights' gradients are summed: a row of dy is 8 vectors
+constexpr int DEEP = 8 * LANES;  // columns of a chunk of which weights' gradients are summed: a row of dy is 8 vectors
 
 // sums [weights] += for each weight, dy of its output times x of its input, over a chunk: in [inputs, DEEP], dy
 // [outputs, DEEP]
@@ -144,11 +144,11 @@ inline void copy(const float* from, int64_t step, float* to, int64_t length) {
     for (int64_t k = 0; k < length; ++k) to[k] = from[k];
 }
 
-// in [inputs, WIDTH]: what the kernel's window sees at each pixel of the chunk
-void gather(const Images& images, const std::vector<Run>& runs, float* in) {
+// in [inputs, columns]: what the kernel's window sees at each pixel of the chunk
+void gather(const Images& images, const std::vector<Run>& runs, int columns, float* in) {
   for (int64_t c = 0; c < images.channels; ++c)
     for (int64_t i = 0; i < images.kernel_height; ++i)
-      for (int64_t j = 0; j < images.kernel_width; ++j, in += WIDTH)
+      for (int64_t j = 0; j < images.kernel_width; ++j, in += columns)
         for (const Run& run : runs)
           copy(images.x + (c * images.height + i) * images.width + j + run.from, images.across, in + run.to, run.length);
 }
@@ -174,6 +174,29 @@ void in_chunks(const Layer& layer, int64_t chunks, char* memory, int threads, co
   on_threads(threads, chunks, all);
 }
 
+struct Sums {
+  float* values;
+  int64_t weights, groups;
+};
+
+// fill(first column, how many, in, dy) for each chunk of each group, then its gradients
+template <class Fill>
+void in_groups(const Layer& layer, int64_t columns, const Sums& sums, char* memory, int threads, const Fill& fill) {
+  const int64_t rows = layer.inputs + layer.outputs, chunks = (columns + DEEP - 1) / DEEP;
+  std::atomic<int64_t> next{0};
+  on_threads(threads, sums.groups, [&](int thread) {
+    float* in = (float*)memory + thread * rows * DEEP;
+    float* dy = in + layer.inputs * DEEP;
+    for (int64_t group; (group = next++) < sums.groups;)
+      for (int64_t chunk = group * chunks / sums.groups; chunk < (group + 1) * chunks / sums.groups; ++chunk) {
+        const int64_t first = chunk * DEEP, count = std::min<int64_t>(DEEP, columns - first);
+        if (count < DEEP) memset(in, 0, rows * DEEP * sizeof(float));
+        fill(first, count, in, dy);
+        add_gradients(layer, in, dy, sums.values + group * sums.weights);
+      }
+  });
+}
+
 }  // namespace
 
 extern "C" {
@@ -193,25 +216,28 @@ void raysparse_linear(const Layer* layer, const float* x, float* y, int64_t toke
   });
 }
 
-// sums [groups, weights], zeros: the gradients of the weights, of each group of tokens. x [tokens, inputs], dy
-// [tokens, outputs]; memory: threads x (inputs + outputs) x DEEP floats
-void raysparse_gradients(const Layer* layer, const float* x, const float* dy, int64_t tokens, float* sums, int64_t weights,
-                         int64_t groups, char* memory, int32_t threads) {
-  const int64_t inputs = layer->inputs, outputs = layer->outputs, chunks = (tokens + DEEP - 1) / DEEP;
-  std::atomic<int64_t> next{0};
-  auto all = [&](int thread) {
-    float* in = (float*)memory + thread * (inputs + outputs) * DEEP;
-    float* out = in + inputs * DEEP;
-    for (int64_t group; (group = next++) < groups;)
-      for (int64_t chunk = group * chunks / groups; chunk < (group + 1) * chunks / groups; ++chunk) {
-        const int64_t first = chunk * DEEP, count = std::min<int64_t>(DEEP, tokens - first);
-        if (count < DEEP) memset(in, 0, (inputs + outputs) * DEEP * sizeof(float));
-        transpose(x + first * inputs, inputs, in, DEEP, count, inputs);
-        transpose(dy + first * outputs, outputs, out, DEEP, count, outputs);
-        add_gradients(*layer, in, out, sums + group * weights);
-      }
-  };
-  on_threads(threads, groups, all);
+// Gradients of the weights: sums [groups, weights], zeros at first, of each group of tokens or pixels; memory: threads x
+// (inputs + outputs) x DEEP floats. x [tokens, inputs], dy [tokens, outputs]:
+void raysparse_linear_gradients(const Layer* layer, const float* x, const float* dy, int64_t tokens, const Sums* sums,
+                                char* memory, int32_t threads) {
+  const int64_t inputs = layer->inputs, outputs = layer->outputs;
+  in_groups(*layer, tokens, *sums, memory, threads, [&](int64_t first, int64_t count, float* in, float* out) {
+    transpose(x + first * inputs, inputs, in, DEEP, count, inputs);
+    transpose(dy + first * outputs, outputs, out, DEEP, count, outputs);
+  });
+}
+
+// images: y is dy
+void raysparse_convolve_gradients(const Layer* layer, const Images* images, const Sums* sums, char* memory,
+                                  int32_t threads) {
+  const int64_t pixels = images->out_height * images->out_width;
+  in_groups(*layer, images->count * pixels, *sums, memory, threads,
+            [&](int64_t first, int64_t count, float* in, float* out) {
+              const std::vector<Run> runs = runs_of(*images, layer->outputs, first, count);
+              gather(*images, runs, DEEP, in);
+              for (int64_t o = 0; o < layer->outputs; ++o)
+                for (const Run& run : runs) copy(images->y + run.out + o * pixels, 1, out + o * DEEP + run.to, run.length);
+            });
 }
 
 void raysparse_convolve(const Layer* layer, const Images* images, char* memory, int32_t threads) {
@@ -219,7 +245,7 @@ void raysparse_convolve(const Layer* layer, const Images* images, char* memory, 
   in_chunks(*layer, (all + WIDTH - 1) / WIDTH, memory, threads, [&](int64_t chunk, float* in, float* out) {
     const int64_t first = chunk * WIDTH, count = std::min<int64_t>(WIDTH, all - first);
     const std::vector<Run> runs = runs_of(*images, layer->outputs, first, count);
-    gather(*images, runs, in);
+    gather(*images, runs, WIDTH, in);
     multiply(*layer, in, out);
     for (int64_t o = 0; o < layer->outputs; ++o)
       for (const Run& run : runs) copy(out + o * WIDTH + run.to, 1, images->y + run.out + o * pixels, run.length);
