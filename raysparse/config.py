@@ -6,6 +6,7 @@ Options of a data set or a model are declared in that plugin's own file and chec
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -43,7 +44,12 @@ def method_settings(method: str) -> frozenset[str]:
 
 def all_settings() -> frozenset[str]:
     """The names of all settings that any method has."""
-    return frozenset().union(*(method_settings(name) for name in plugins.names("methods")))
+    return _all_settings(tuple(plugins.names("methods")))
+
+
+@functools.cache  # every trial asks twice
+def _all_settings(methods: tuple[str, ...]) -> frozenset[str]:
+    return frozenset().union(*(method_settings(name) for name in methods))
 
 
 class Section(BaseModel):
