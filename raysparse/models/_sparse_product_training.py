@@ -22,6 +22,9 @@ from raysparse.models._sparse_memory import Memory
 # channels .79, 1.2, 1.7, 3.5 times.
 _ACTIVE = {nn.Linear: 1.7, nn.Conv2d: 2.4}
 _LAID_OUT = 40
+# Weights are gathered and their gradients spread at each step, however few tokens: at S = .5 with 1,000 it took 1.19 of
+# the dense time.
+_SPARE = 0.8
 
 
 class SparseStep(nn.Module):
@@ -92,7 +95,7 @@ class SparseLayer(nn.Module):
         """Take over the mask, bool, of the weight's shape."""
         rows = mask.flatten(1)
         cost = _ACTIVE[type(self.layer)] * int(mask.count_nonzero()) + _LAID_OUT * sum(rows.shape)
-        self.pays = cost < mask.numel()
+        self.pays = cost < _SPARE * mask.numel()
         if self.pays:
             places = torch.arange(mask.numel()).view(mask.shape)
             self.kernel.lay_out(rows, places.flatten(1))
