@@ -1,6 +1,7 @@
-"""Many figures as files: half of them drawn by a second process, for drawing is what takes longest in a large report.
+"""Many figures as files: most are drawn by a second process, for drawing is what takes longest in a large report.
 
-One process beside this one and not one per core: each weighs 150 MB, and a report has to fit into 1 GB. Not
+It draws each as it is found, while this one still reads and counts; then both draw what is left, from either end. One
+process beside this one and not one per core: each weighs 150 MB, and a report has to fit into 1 GB. Not
 multiprocessing, which would run the caller's main script again. `python -m analysis.drawing` is that process.
 """
 
@@ -12,6 +13,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from collections import deque
 
 from analysis import vector
 
@@ -27,27 +29,49 @@ class Helper:
         self._process = subprocess.Popen(
             [sys.executable, "-m", "analysis.drawing"], env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
+        self._figures: Figures = {}
+        self._left: deque[str] = deque()
+        self._found: dict[str, Files] = {}
+        self._more = threading.Semaphore(0)  # one for each figure that was added, and one for the end
+        self._feeding = threading.Thread(target=self._feed, daemon=True)
+        self._feeding.start()
 
-    def draw(self, figures: Figures) -> dict[str, Files]:
-        """Every figure as SVG and PDF. What the helper did not bring (it was killed) is drawn here."""
-        names = list(figures)
-        theirs, found = names[1::2], {}
-        answers: list[bytes] = []
-        waiting = threading.Thread(target=self._ask, args=({name: figures[name] for name in theirs}, answers))
-        waiting.start()
-        try:
-            found = {name: vector.files(figures[name]) for name in names[0::2]}
-        finally:
-            waiting.join()
-        if answers and self._process.returncode == 0:
-            found |= pickle.loads(answers[0])  # noqa: S301  of our own process, by a pipe
-        return {name: found[name] if name in found else vector.files(figures[name]) for name in names}
+    def add(self, name: str, figure: vector.Description) -> None:
+        """One more to draw."""
+        self._figures[name] = figure
+        self._left.append(name)
+        self._more.release()
 
-    def _ask(self, figures: Figures, answers: list[bytes]) -> None:
-        try:
-            answers.append(self._process.communicate(pickle.dumps(figures))[0])
-        except OSError:  # it is gone
-            self._process.wait()
+    def finish(self) -> dict[str, Files]:
+        """All that were added as SVG and PDF, in that order. What the helper did not bring is drawn here."""
+        self._more.release()
+        while self._left:
+            try:
+                name = self._left.pop()
+            except IndexError:  # the helper has just taken the last one
+                break
+            self._found[name] = vector.files(self._figures[name])
+        self._feeding.join()
+        return {
+            name: self._found[name] if name in self._found else vector.files(figure)
+            for name, figure in self._figures.items()
+        }
+
+    def _feed(self) -> None:
+        """Hand over one figure after the other, from the first, until none is left; in a thread of its own."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        while self._more.acquire():
+            try:
+                name = self._left.popleft()
+            except IndexError:
+                return
+            try:
+                pickle.dump(self._figures[name], self._process.stdin)
+                self._process.stdin.flush()
+                self._found[name] = pickle.load(self._process.stdout)  # noqa: S301  of our own process, by a pipe
+            except (OSError, EOFError, ValueError, pickle.UnpicklingError):  # it is gone
+                return
 
     def __enter__(self) -> Helper:
         return self
@@ -64,8 +88,13 @@ class Helper:
 def _serve() -> None:
     importlib.import_module("matplotlib.backends.backend_pdf")  # while the other process still reads
     importlib.import_module("matplotlib.figure")
-    figures: Figures = pickle.load(sys.stdin.buffer)  # noqa: S301  of the process that started this one, by a pipe
-    sys.stdout.buffer.write(pickle.dumps({name: vector.files(figure) for name, figure in figures.items()}))
+    while True:
+        try:
+            figure: vector.Description = pickle.load(sys.stdin.buffer)  # noqa: S301  of what started this, by a pipe
+        except EOFError:
+            return
+        pickle.dump(vector.files(figure), sys.stdout.buffer)
+        sys.stdout.buffer.flush()
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ none), and frames of tables columns `method`, `sparsity`, `prune_ratio`: a page 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import plotly.graph_objects as go
@@ -35,8 +35,8 @@ class Part:
     folded: bool = False  # tables that are long: shown when asked for
 
 
-def parts(section: Section) -> list[Part]:
-    """All parts of a section in the order of the page, those with nothing to show left out."""
+def parts(section: Section) -> Iterator[Part]:
+    """All parts of a section in the order of the page, each when it is made; those with nothing to show left out."""
     from analysis import (
         absent,
         by_sparsity,
@@ -78,12 +78,12 @@ def parts(section: Section) -> list[Part]:
     return _shown(part for topic in topics for part in topic(section))
 
 
-def overall(sections: Sequence[Section]) -> list[Part]:
+def overall(sections: Sequence[Section]) -> Iterator[Part]:
     """The parts above all sections, where there are several."""
     from analysis import overall as across
 
     return _shown(across.parts(sections))
 
 
-def _shown(found: Iterable[Part]) -> list[Part]:
-    return [part for part in found if part.figure or part.sentences or part.pictures or part.tables]
+def _shown(found: Iterable[Part]) -> Iterator[Part]:
+    return (part for part in found if part.figure or part.sentences or part.pictures or part.tables)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from analysis import drawing, headline, page, vector
 from analysis.load import Records, read
@@ -19,6 +18,13 @@ from raysparse.files import atomic_path, write_text
 
 WRITTEN = "files.json"  # names of the files of the last report, so that the next one knows which are its own
 OWN = re.compile(r"(figures/)?[a-z0-9_]+(-[0-9a-f]{6})?\.[a-z]+")
+
+
+class Contents(NamedTuple):
+    """What the page and its tables show."""
+
+    overall: list[Part]  # above all sections, where there are several
+    chapters: list[page.Chapter]  # of each section
 
 
 @dataclass(frozen=True)
@@ -39,16 +45,6 @@ class Report:
         """What could not be read, and what will be missing."""
         return [*self.records.warnings, *filter(None, [vector.missing()])]
 
-    @cached_property
-    def parts(self) -> tuple[list[Part], ...]:
-        """The parts of each section."""
-        return tuple(parts(section) for section in self.sections)
-
-    @cached_property
-    def overall(self) -> list[Part]:
-        """The parts above all sections."""
-        return overall(self.sections)
-
     def write(self, output: Path) -> Path:
         """Tables, figures, then the page (last, so that it never names files that are not there); the page's path.
 
@@ -56,11 +52,17 @@ class Report:
         """
         output.mkdir(parents=True, exist_ok=True)  # a file in its place is found out before the work, not after
         if vector.missing():
-            files, text = self._tables(), self.html()
+            contents = self._contents(lambda name, part: None)
+            files, text = self._tables(contents), self._page(contents)
         else:
             with drawing.Helper() as helper:
-                files, text = self._tables(), self.html()
-                files |= self._figures(helper)
+                contents = self._contents(lambda name, part: _draw(helper, name, part))
+                files, text = self._tables(contents), self._page(contents)
+                files |= {
+                    f"{name}.{kind}": content
+                    for name, drawn in helper.finish().items()
+                    for kind, content in drawn.items()
+                }
         for name, content in files.items():
             with atomic_path(output / name) as temporary:
                 temporary.write_bytes(content)
@@ -73,8 +75,7 @@ class Report:
 
     def html(self) -> str:
         """The whole page as text; it makes no request."""
-        chapters = [page.Chapter(section, found, self.suffix(section)) for section, found in self._found()]
-        return page.html(self.records, chapters, self.overall, self.warnings, beside=vector.missing() is None)
+        return self._page(self._contents(lambda name, part: None))
 
     def suffix(self, section: Section) -> str:
         """What the names of a section's files end with: nothing, or `-3fa1c2` where several share the folder."""
@@ -84,27 +85,33 @@ class Report:
         """For `--json`."""
         return {"warnings": self.warnings, "sections": [headline.summary(section) for section in self.sections]}
 
-    def _found(self) -> Iterator[tuple[Section, list[Part]]]:
-        return zip(self.sections, self.parts, strict=True)
+    def _contents(self, seen: Callable[[str, Part], None]) -> Contents:
+        """All parts. seen: told each as soon as it is made, with the name of its figure's files without an ending."""
+        chapters = []
+        for section in self.sections:
+            chapters.append(page.Chapter(section, [], self.suffix(section)))
+            for part in parts(section):
+                chapters[-1].parts.append(part)
+                seen(f"figures/{part.name}{chapters[-1].suffix}", part)
+        return Contents(list(overall(self.sections)), chapters)
 
-    def _tables(self) -> dict[str, bytes]:
+    def _page(self, contents: Contents) -> str:
+        beside = vector.missing() is None
+        return page.html(self.records, contents.chapters, contents.overall, self.warnings, beside=beside)
+
+    def _tables(self, contents: Contents) -> dict[str, bytes]:
         texts: dict[str, str] = {}
-        named = [("", self.overall), *((self.suffix(section), found) for section, found in self._found())]
+        named = [("", contents.overall), *((chapter.suffix, chapter.parts) for chapter in contents.chapters)]
         for suffix, found in named:
             for table in (table for part in found for table in part.tables):
                 name = f"{table.name}{suffix}"
                 texts |= {f"{name}.csv": table.csv(), f"{name}.md": table.markdown(), f"{name}.tex": table.latex()}
         return {name: text.encode() for name, text in texts.items()}
 
-    def _figures(self, helper: drawing.Helper) -> dict[str, bytes]:
-        figures = {
-            f"figures/{part.name}{self.suffix(section)}": vector.describe(part.figure)
-            for section, found in self._found()
-            for part in found
-            if part.figure is not None
-        }
-        drawn = helper.draw(figures)
-        return {f"{name}.{kind}": content for name, files in drawn.items() for kind, content in files.items()}
+
+def _draw(helper: drawing.Helper, name: str, part: Part) -> None:
+    if part.figure is not None:
+        helper.add(name, vector.describe(part.figure))
 
 
 def write(results: Path, output: Path | None = None) -> Path:

@@ -28,7 +28,7 @@ def check(found: list[Part]) -> None:
 
 
 def test_a_whole_grid_has_all_parts(grid: Section) -> None:
-    found = parts(grid)
+    found = list(parts(grid))
     check(found)
     names = [part.name for part in found]
     assert names[:2] == ["summary", "sparsity"]
@@ -69,7 +69,7 @@ def test_every_state_of_a_sweep_has_parts(
     for method, sparsity, stage, curve in trials:
         folder.add(facts(method, sparsity, stage=stage), curve, state)
     (section,) = split(read(folder.path))
-    check(parts(section))
+    check(list(parts(section)))
 
 
 def test_without_kid_losses_or_flops(folder: Folder) -> None:
@@ -80,7 +80,7 @@ def test_without_kid_losses_or_flops(folder: Folder) -> None:
                 [(200, 9.0), (400, 8.0 + seed)], kid=None, kid_std=None, validation_loss=None, train_loss=None,
             )  # fmt: skip
     (section,) = split(read(folder.path))
-    found = parts(section)
+    found = list(parts(section))
     check(found)
     assert "kid" not in {part.name for part in found}
     assert "losses" not in {part.name for part in found}
@@ -90,7 +90,7 @@ def test_hostile_names_stay_text_everywhere(folder: Folder) -> None:
     sections = split(read(hostile(folder).path))
     assert len(sections) == 2
     for section in sections:
-        found = parts(section)
+        found = list(parts(section))
         check(found)
         for part in found:
             if part.figure is not None:
@@ -103,7 +103,7 @@ def test_hostile_names_stay_text_everywhere(folder: Folder) -> None:
             for table in part.tables:
                 assert not re.search(r"(?<!\\)<(script|img)", table.markdown())
                 assert not re.search(r"\\(input|write|href)", table.latex())
-    check(overall(sections))
+    check(list(overall(sections)))
 
 
 @pytest.mark.slow

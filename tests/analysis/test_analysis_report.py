@@ -199,7 +199,7 @@ def test_without_matplotlib_all_but_the_files_of_figures_is_written(
 def test_printed_main_table_and_path(
     sweep: Folder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Report, "_figures", lambda *_: {})  # they take seconds
+    monkeypatch.setattr(report, "_draw", lambda *_: None)  # figures take seconds
     (sweep.path / "records" / "bad.parquet").write_bytes(b"x")
     assert main([str(sweep.path)]) == 0
     printed = capsys.readouterr()
@@ -211,7 +211,7 @@ def test_printed_main_table_and_path(
 
 def test_json_summary(sweep: Folder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vector, "missing", lambda: None)
-    monkeypatch.setattr(Report, "_figures", lambda *_: {})  # they take seconds
+    monkeypatch.setattr(report, "_draw", lambda *_: None)  # figures take seconds
     assert main([str(sweep.path), "--json"]) == 0
     summary = json.loads(capsys.readouterr().out)
     (section,) = summary["sections"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import time
 import xml.etree.ElementTree as ElementTree
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from synthetic_records import Folder, hostile
 
 from analysis import drawing, style, vector, vector_traces
+from analysis.parts import parts
 from analysis.report import Report
 from raysparse.errors import UsageError
 
@@ -105,8 +107,8 @@ def test_a_legend_has_as_many_columns_as_fit() -> None:
 
 
 def test_every_figure_of_a_hostile_sweep_is_drawn_as_text_and_repeats_bit_for_bit(folder: Folder) -> None:
-    report = Report.of(hostile(folder).path)
-    figures = [part.figure for parts in report.parts for part in parts if part.figure is not None]
+    sections = Report.of(hostile(folder).path).sections
+    figures = [part.figure for section in sections for part in parts(section) if part.figure is not None]
     assert len(figures) >= 10
     for figure in figures[::3]:
         files = vector.files(vector.describe(figure))
@@ -125,11 +127,34 @@ def test_the_helper_draws_the_same_and_is_not_needed() -> None:
     }
     alone = {name: vector.files(figure) for name, figure in figures.items()}
     with drawing.Helper() as helper:
-        assert helper.draw(figures) == alone
+        for name, figure in figures.items():
+            helper.add(name, figure)
+        found = helper.finish()
+    assert found == alone
+    assert list(found) == list(figures)
     with drawing.Helper() as helper:
+        helper.add("a", figures["a"])
         os.kill(helper._process.pid, signal.SIGKILL)
         helper._process.wait()
-        assert helper.draw(figures) == alone
+        for name in ("b", "c"):
+            helper.add(name, figures[name])
+        assert helper.finish() == alone
+    with drawing.Helper() as helper:
+        assert helper.finish() == {}
+
+
+def test_the_helper_draws_while_this_process_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = vector.describe(style.figure("a", "y").add_scatter(x=np.arange(3), y=np.arange(3.0), mode="lines"))
+    alone = vector.files(figure)
+    monkeypatch.setattr(vector, "files", None)
+    with drawing.Helper() as helper:
+        for name in ("a", "b"):
+            helper.add(name, figure)
+        deadline = time.monotonic() + 60
+        while len(helper._found) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert helper.finish() == {"a": alone, "b": alone}
 
 
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
