@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import ctypes
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -60,7 +60,7 @@ def worth_it(columns: int, weight: Tensor) -> bool:
     return columns >= _FEW and columns * weight.numel() >= _SMALL
 
 
-def supported(layer: nn.Module) -> bool:
+def supported(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
     """Whether the kernel computes what the layer does."""
     if layer._forward_hooks or layer._forward_pre_hooks:
         return False
@@ -74,9 +74,8 @@ def _takes(layer: nn.Module) -> bool:
     """Whether it does so, and faster."""
     if not supported(layer):
         return False
-    weight: Tensor = layer.weight  # type: ignore[assignment]
-    active = int(weight.count_nonzero())
-    return _ACTIVE[type(layer)] * active + _LAID_OUT * sum(weight.flatten(1).shape) < weight.numel()
+    active = int(layer.weight.count_nonzero())
+    return _ACTIVE[type(layer)] * active + _LAID_OUT * sum(layer.weight.flatten(1).shape) < layer.weight.numel()
 
 
 class _Layer(ctypes.Structure):
