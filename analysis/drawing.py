@@ -7,6 +7,7 @@ multiprocessing, which would run the caller's main script again. `python -m anal
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import pickle
@@ -77,12 +78,16 @@ class Helper:
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._process.poll() is None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(BrokenPipeError):  # it was killed, with a figure under way
+            self._process.stdin.close()  # the sign to end, which lets it remove its files
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
             self._process.kill()
-        for stream in (self._process.stdin, self._process.stdout):
-            if stream is not None and not stream.closed:
-                stream.close()
-        self._process.wait()
+            self._process.wait()
+        self._process.stdout.close()
 
 
 def _serve() -> None:

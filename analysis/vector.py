@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from analysis import vector_traces
+from analysis import vector_font, vector_traces
 from analysis.vector_traces import FAINT, INK, PX, plain, points
 from raysparse.errors import UsageError
 
@@ -41,8 +41,7 @@ AXIS = {"title", "type", "range", "rangemode", "tickvals", "ticktext", "tickform
 AXIS_ON_SCREEN = {"automargin", "showline", "ticklen", "zeroline"}
 
 STYLE = {
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],  # ships with matplotlib: the same letters on every machine
+    "font.family": list(vector_font.FAMILY),
     "font.size": 9.0,
     "legend.fontsize": 8.5,
     "axes.labelsize": 9.0,
@@ -95,6 +94,7 @@ def draw(described: Description) -> Any:
     """The figure as a matplotlib Figure. ValueError names what this module cannot draw."""
     from matplotlib.figure import Figure
 
+    vector_font.register()
     layout = described["layout"]
     vector_traces.refuse_unknown(layout, DRAWN | ON_SCREEN, "layout")
     drawn = Figure(figsize=(WIDTH_IN, layout.get("height", 440) / PX_PER_IN), layout="constrained")
