@@ -68,6 +68,22 @@ def processes(home: Path) -> list[int]:
     return found
 
 
+def left_after(seconds: float, home: Path) -> dict[int, str]:
+    """Those of them that such a time does not end: process -> name. Ray has killed its own, a busy core buries late."""
+    deadline = time.monotonic() + seconds
+    while (left := {process: name_of(process) for process in processes(home)}) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def name_of(process: int) -> str:
+    """Empty where it has ended."""
+    try:
+        return Path(f"/proc/{process}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
 def driver(kind: str, out: Path, home: Path, sweep: Sweep) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-c", DRIVER, kind, str(out), str(home), sweep.model_dump_json()], start_new_session=True

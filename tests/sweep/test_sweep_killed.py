@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import yaml
-from driven import check_records, no_step_back, processes, study_is_true
+from driven import check_records, left_after, name_of, no_step_back, processes, study_is_true
 
 from raysparse.space import Sweep
 from raysparse.sweep.board import Board, Ledger
@@ -80,7 +80,7 @@ def go_through(file: Path, out: Path, seed: int, home: Path, blows: Sequence[int
             assert "note: interrupted: the trials that run save themselves" in said.read_text()
             assert said.read_text().endswith(f"interrupted; go on with: raysparse resume {out}\n")
             assert list(read(out / "journal.jsonl"))[-1].kind == "interrupted"
-            assert not processes(home)
+            assert not left_after(10, home)
         if number == 0:
             _ended(home)
     last = done("resume", out)
@@ -94,16 +94,9 @@ def _ended(home: Path) -> None:
     Ray's two idle agents per node first try to tell the dead head for a minute, and are not waited for.
     """
     deadline = time.monotonic() + 60
-    while left := [name for each in processes(home) if (name := _name(each)) and not name.startswith(AGENTS)]:
+    while left := [name for each in processes(home) if (name := name_of(each)) and not name.startswith(AGENTS)]:
         assert time.monotonic() < deadline, f"left after a minute: {left}"
         time.sleep(0.2)
-
-
-def _name(process: int) -> str:
-    try:
-        return Path(f"/proc/{process}/comm").read_text().strip()
-    except OSError:  # it has ended
-        return ""
 
 
 def _check_trials(out: Path) -> None:

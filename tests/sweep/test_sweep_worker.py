@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driven import check_records, driver, files, no_step_back, processes, wait_for
+from driven import check_records, driver, files, left_after, no_step_back, processes, wait_for
 
 from raysparse import space
 from raysparse.space import Sweep
@@ -93,7 +93,7 @@ def test_ctrl_c_saves_trials_of_two_workers_a_second_one_ends_at_once_and_both_g
         wait_for(out, process, reports=2)
         process.send_signal(signal.SIGTERM)
         assert process.wait(timeout=90) == 130
-    assert not processes(ray_home)
+    assert not left_after(10, ray_home)
     (row,) = Board.load(out).rows.values()
     saved = state.latest(out / "checkpoints" / row.trial_id)
     assert saved is not None
