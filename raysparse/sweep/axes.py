@@ -19,7 +19,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from raysparse import rng
 from raysparse.space import Axis, Point, Range, Search
-from raysparse.sweep.tpe import WHOLE, Best, ParetoTPE, WindowedTPE
+from raysparse.sweep.tpe import WHOLE, ParetoTPE, WindowedTPE
 
 METHOD = "method"
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # the terminal is the command line's
@@ -90,16 +90,17 @@ def all_points(search: Search) -> list[Point] | None:
     return points
 
 
-def sampler(search: Search, number: int, best: Best) -> optuna.samplers.BaseSampler:
-    """The sampler of the trial with this number. Fresh for each, so that a resumed search draws what it would have.
+def sampler(search: Search, number: int, windowed: WindowedTPE) -> optuna.samplers.BaseSampler:
+    """The sampler of the trial with this number: as if made for it alone, so that a resumed search draws the same.
 
-    best: of the study so far, kept up to date by the caller. Beyond tpe.WHOLE trials Optuna's own TPE grows too slow.
+    windowed: told by the caller of all that has ended. Beyond tpe.WHOLE trials Optuna's own TPE grows too slow.
     """
     seed = rng.key(search.seed, "optuna", step=number) % 2**32
     if search.sampler == "random":
         return optuna.samplers.RandomSampler(seed=seed)
     if number >= WHOLE and len(search.objectives) == 1:
-        return WindowedTPE(distributions(search), best, seed)
+        windowed.reseed(seed)
+        return windowed
     with quiet():
         if len(search.objectives) > 1:
             return ParetoTPE(search.objectives, seed)

@@ -21,7 +21,7 @@ from raysparse.sweep import chances, objectives
 from raysparse.sweep.axes import all_points, distributions, first_points, quiet, sampler, suggest, to_params
 from raysparse.sweep.board import Ledger, Repeat, Row
 from raysparse.sweep.journal import Event, event
-from raysparse.sweep.tpe import Best
+from raysparse.sweep.tpe import WindowedTPE
 
 TuneConfig = dict[str, Any]  # what Tune hands to a trial
 
@@ -117,12 +117,12 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
         self._told: set[int] = set()  # numbers that have ended in the study
         self._count = 0  # trials of the study
         self._exhausted = False  # every point has been tried
-        self._best = Best()  # of these
+        self._windowed = WindowedTPE(distributions(sweep.search))  # knows of these
         super().__init__(
             space=lambda trial: suggest(trial, self._search),
             metric=list(sweep.search.objectives) if self._several else "fid",
             mode=["min"] * len(sweep.search.objectives) if self._several else "min",
-            sampler=sampler(sweep.search, 0, self._best),
+            sampler=sampler(sweep.search, 0, self._windowed),
             study_name=sweep.name,
             storage=storage,
         )
@@ -215,7 +215,7 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
         """An Optuna trial and its point: `fresh`, or one of the first points, or drawn."""
         number = self._count
         wanted = fresh or (self._first[number] if number < len(self._first) else None)
-        self.study.sampler = sampler(self._search, number, self._best)
+        self.study.sampler = sampler(self._search, number, self._windowed)
         if wanted is not None:
             self.study.enqueue_trial(to_params(self._search, wanted))
         with quiet():
@@ -250,7 +250,7 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
                 self.study.tell(trial, state=TrialState.FAIL)
             if not row.open:
                 self._told.add(trial.number)
-                self._best.add(self.study._storage.get_trial(trial._trial_id))
+                self._windowed.learn(self.study._storage.get_trial(trial._trial_id))
 
     def _report(self, trial: optuna.Trial, step: int, fid: float) -> None:
         if self._several:  # trial.report refuses

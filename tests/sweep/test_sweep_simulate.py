@@ -21,13 +21,14 @@ from recorded_trials import record
 from raysparse import space
 from raysparse.errors import UsageError
 from raysparse.space import Sweep
+from raysparse.sweep import axes, tpe
 from raysparse.sweep.board import Board, Ledger
 from raysparse.sweep.curves import PUBLISHED_STEPS, Curve, Descent, Published, Recorded, evaluations
 from raysparse.sweep.journal import Event
 from raysparse.sweep.scheduler import Rungs
 from raysparse.sweep.search import Suggested
 from raysparse.sweep.simulate import Pace, grid_fids, in_world, simulate
-from raysparse.sweep.tpe import BEST, LATEST, SPREAD, WHOLE, Best, _view
+from raysparse.sweep.tpe import BEST, LATEST, SPREAD, WHOLE, WindowedTPE
 
 SPACES = Path(__file__).resolve().parents[2] / "tune_spaces"
 CURVES = Published("kanjivg")
@@ -260,17 +261,31 @@ def test_recorded_curves_of_two_protocols_are_refused(sweep_of: Callable[..., Sw
 
 
 def test_tpe_sees_all_trials_of_a_short_search_and_the_best_and_a_sample_of_a_long_one() -> None:
-    study, best = optuna.create_study(), Best()
+    study, sampler = optuna.create_study(), WindowedTPE({})
     for number in range(2 * WHOLE):
         trial = study.ask()
         if number % 10:
             study.tell(trial, float((number * 37) % 601))
-            best.add(study.get_trials(deepcopy=False)[number])
-        assert number >= WHOLE or len(_view(study, best).get_trials()) == number + 1
-    seen = _view(study, best).get_trials()
+            sampler.learn(study.get_trials(deepcopy=False)[number])
+        assert number >= WHOLE or len(sampler.window(study).get_trials()) == number + 1
+    seen = sampler.window(study).get_trials()
     assert BEST + SPREAD / 2 < len(seen) <= BEST + SPREAD + LATEST
     values = sorted(trial.value for trial in study.get_trials() if trial.value is not None)
     assert set(values[:BEST]) <= {trial.value for trial in seen}
     numbers = [trial.number for trial in seen]
     assert numbers == sorted(set(numbers))
     assert sum(trial.state == TrialState.RUNNING for trial in seen) == LATEST
+
+
+def test_what_tpe_keeps_in_numbers_changes_no_suggestion(
+    sweep_of: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (axes, tpe):
+        monkeypatch.setattr(module, "WHOLE", 12)
+    ranges = {"sparsity": {"low": 0.1, "high": 0.9}, "update_interval": {"low": 2, "high": 9}}
+    search = {"trials": 60, "sampler": "tpe", "axes": {"dense": {}, "static": {"sparsity": [0.5, 0.9]}, "rigl": ranges}}
+    sweep = sweep_of(search=search, confirm=None)
+    found = decisions(simulate(sweep, CURVES, workers=7).board)
+    assert len(found) > 40
+    monkeypatch.delattr(WindowedTPE, "_get_internal_repr")
+    assert decisions(simulate(sweep, CURVES, workers=7).board) == found
