@@ -17,12 +17,15 @@ here are dense. The ways:
     one by one        in one process, a step of each in turn
     stacked           in one process, prediction and gradients in batched products over a leading trial dimension
     ... CUDA graph    the whole step recorded once and replayed, over sketches padded to the longest there may be
+
+The ways that need a GPU have not been run yet; tests/models/test_models_packing.py checks them where there is one.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import subprocess
 import sys
@@ -140,13 +143,19 @@ class Graph:
                 stack.run(self.inputs)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=pool()):
             stack.run(self.inputs)
 
     def step(self, batches: Sequence[Batch]) -> None:
         for here, new in zip(self.inputs.tensors(), stacked(batches, "cpu", padded=True).tensors(), strict=True):
             here.copy_(new, non_blocking=True)
         self.graph.replay()
+
+
+@functools.cache
+def pool() -> Any:
+    """Memory that all graphs work in: they are replayed one after the other, and nothing in it outlives a replay."""
+    return torch.cuda.graph_pool_handle()
 
 
 class Processes:
@@ -201,12 +210,13 @@ Stepper = Callable[[int], None]  # takes the step's number
 
 @dataclasses.dataclass
 class Way:
-    """A row of the table. run(steps): so many steps of each of its trials; None: not on this machine."""
+    """A row of the table. run(steps): so many steps of each of its trials; None: unmeasured."""
 
     name: str
     trials: int
     run: Callable[[int], None] | None
     peak_bytes: int = 0
+    unmeasured: str = ""  # why
     rates: list[float] = dataclasses.field(default_factory=list)  # trial-steps per second, by turn
 
 
@@ -235,18 +245,22 @@ class Ways:
 
     def _add(self, name: str, count: int, make: Callable[[], list[Stepper]], needs_gpu: bool = False) -> None:
         if needs_gpu and self.work.device != "cuda":
-            self.rows.append(Way(name, count, None))
+            self.rows.append(Way(name, count, None, unmeasured="no GPU"))
             return
         before = start_of_peak(self.work)
-        steppers = make()
+        try:
+            steppers = make()
 
-        def run(steps: int) -> None:
-            for step in range(steps):
-                for stepper in steppers:
-                    stepper(step)
+            def run(steps: int) -> None:
+                for step in range(steps):
+                    for stepper in steppers:
+                        stepper(step)
 
-        run(1)  # makes the optimizer's state and picks kernels
-        self.work.synchronise()
+            run(1)  # makes the optimizer's state and picks kernels
+            self.work.synchronise()
+        except torch.OutOfMemoryError:
+            self.rows.append(Way(name, count, None, unmeasured="out of memory"))
+            return
         self.rows.append(Way(name, count, run, peak_bytes(self.work) - before))
 
     def _at(self, step: int, numbers: Sequence[int]) -> list[Batch]:
@@ -299,7 +313,7 @@ def line_of(way: Way, alone: Way, work: Work) -> str:
     spread = f"{min(sparsities):g}" if len(set(sparsities)) == 1 else f"{min(sparsities):g} to {max(sparsities):g}"
     cells = [parameters(work), spread, "element", way.name, str(way.trials)]
     if not way.rates:
-        return " | ".join([*cells, "unmeasured (no GPU)", "", "", "", ""])
+        return " | ".join([*cells, f"unmeasured ({way.unmeasured})", "", "", "", ""])
     ratios = [one / other for one, other in zip(way.rates, alone.rates, strict=True)]
     return " | ".join(
         [
@@ -323,8 +337,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="HxL", help="h x layers (default: the papers')")
     parser.add_argument("--trials", nargs="+", type=int, default=[8, 32] if HAS_GPU else [4], help="trials together")
-    parser.add_argument("--turns", type=int, default=7, help="measured turns (default 7)")
-    parser.add_argument("--steps", type=int, default=10 if HAS_GPU else 1, help="steps of each trial in a turn")
+    parser.add_argument("--turns", type=int, default=5, help="measured turns (default 5)")
+    parser.add_argument("--steps", type=int, default=5 if HAS_GPU else 1, help="steps of each trial in a turn")
     parser.add_argument("--batch", type=int, default=128, help="sketches of each trial and step (default 128)")
     parser.add_argument(
         "--longest", type=int, default=LONGEST, help="points of a sketch at most; shorter in proportion"
