@@ -152,6 +152,8 @@ def print_plan(sweep: Sweep, plan: dict[str, Any]) -> None:
         "early stopping, on a machine like this one",
         highlight=False,
     )
+    if plan["caution"]:
+        console.print(plan["caution"], highlight=False)
 
 
 def _wide_console() -> Console:

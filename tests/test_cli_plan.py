@@ -13,6 +13,7 @@ from recorded_trials import record
 
 from raysparse import cli, space
 from raysparse.sweep import price
+from raysparse.train import plan as plans
 
 SPACES = Path(__file__).resolve().parents[1] / "tune_spaces"
 SMALL = [
@@ -61,6 +62,30 @@ def test_the_figures_add_up(run: Callable[..., tuple[int, str, str]]) -> None:
     assert found["timed"].startswith("the step is given")
     assert "standing in for hershey" in found["curves"]
     assert (found["unit"], found["workers"], found["worlds"]) == ("CPU", 2, 3)
+
+
+@pytest.mark.parametrize(("gpus", "words"), [(0.125, "what 8 that share it lose to each other"), (1, None), (0, None)])
+def test_seconds_of_a_trial_alone_are_not_passed_off_as_those_of_trials_that_share_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., tuple[int, str, str]], gpus: float, words: str | None
+) -> None:
+    monkeypatch.setattr(plans, "measure", lambda *_: (0.5, 3.0))
+    monkeypatch.setattr(plans.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(plans.torch.cuda, "device_count", lambda: 1)
+    asked = [*SMALL[:1], *SMALL[3:], "--worlds=1", "--cpus=16", f"--set=resources.gpus_per_worker={gpus}"]
+    found = as_json(run, *asked)
+    assert found["workers"] == {0.125: 8, 1: 1, 0: 16}[gpus]
+    said = " ".join(run(*asked)[1].split())
+    assert words in said if words else "alone on the GPU" not in said
+    assert as_json(run, *asked, "--step-seconds=.5")["plan"]["caution"] is None
+
+
+def test_a_plan_for_gpus_made_without_one_says_so(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[..., tuple[int, str, str]]
+) -> None:
+    monkeypatch.setattr(plans, "measure", lambda *_: (0.5, 3.0))
+    monkeypatch.setattr(plans.torch.cuda, "is_available", lambda: False)
+    _, out, _ = run(*SMALL, "--worlds=1", "--set=resources.gpus_per_worker=0.125")
+    assert "asks for GPUs and this machine has none" in " ".join(out.split())
 
 
 def test_without_a_price_there_is_no_money_and_without_asha_nothing_is_saved(

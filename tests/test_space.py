@@ -95,6 +95,9 @@ def test_the_digest_is_of_what_is_computed() -> None:
         ({"confirm": {"seeds": [0, 1]}}, ["the search's own seed 0"]),
         ({"confirm": {"seeds": []}}, ["seeds"]),
         ({"resources": {"workers": 3}}, ["batch_size 128", "3 workers"]),
+        ({"resources": {"gpus_per_worker": 1.5}}, ["gpus_per_worker above 1 must be a whole number", "1.5"]),
+        ({"resources": {"gpus_per_worker": 1e-5}}, ["at least 0.0001", "1e-05"]),
+        ({"resources": {"workers": 2, "gpus_per_worker": 0.5}}, ["2 workers cannot share a GPU", "workers: 1"]),
         ({"name": "../up"}, ["name", "../up"]),
     ],
 )

@@ -123,6 +123,8 @@ def _notes(sweep: Sweep, found: dict[str, Any]) -> str:
     """Where the figures come from."""
     planned, saved = found["plan"], found["saved_share"]
     lines = [f"seconds: {planned['step_s']:.3g} a step, {planned['evaluation_s']:.3g} an evaluation; {found['timed']}"]
+    if planned["caution"]:
+        lines.append(f"  {planned['caution']}")
     if sweep.asha:
         stopped = ", ".join(f"{count:.1f} at step {step:,}" for step, count in found["stopped_at"].items())
         lines.append(

@@ -122,7 +122,7 @@ class ChiroDiff(nn.Module):
     def forward(
         self, x: Tensor, timesteps: Tensor, lengths: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
-        """lengths: each in 1 .. L; None: all L. labels: where, and only where, the model has classes.
+        """lengths: each in 1 .. L, best on the host; None: all L. labels: where, and only where, the model has classes.
 
         The prediction is float32 also under autocast. ValueError: a length out of range. UsageError: labels.
         """
@@ -159,8 +159,8 @@ class ChiroDiff(nn.Module):
 def _packing(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """How to pack x [B, L, ...]: rows int64 [points] of its first two dimensions, flattened, and batch_sizes (host).
 
-    Time-major, longest sketch first. The host needs the lengths, to cut time into steps; that is the one wait for a
-    GPU in a forward pass. Meta tensors have no values: there all sketches have all points.
+    Time-major, longest sketch first. The host needs the lengths, to cut time into steps: on a GPU they would be waited
+    for, so keep them on the host. Meta tensors have no values: there all sketches have all points.
     """
     batch, points, _ = x.shape
     with torch.device("cpu"):
@@ -172,4 +172,4 @@ def _packing(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         running = torch.arange(int(host[0]))[:, None] < host
         time, place = running.nonzero(as_tuple=True)
         rows = order[place] * points + time
-    return rows.to(x.device), running.sum(1)
+    return rows.to(x.device, non_blocking=True), running.sum(1)

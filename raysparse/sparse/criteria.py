@@ -67,7 +67,7 @@ def gradient(layer: Layer) -> Tensor:
 def random(layer: Layer) -> Tensor:
     """Uniform [0, 1) draws, a function of (seed, layer, step); drawn on the CPU, so that every device agrees."""
     generator = rng.generator(layer.seed, f"sparse/{layer.name}", step=layer.step)
-    return torch.rand(layer.pattern.units, generator=generator).to(layer.weight.device)
+    return torch.rand(layer.pattern.units, generator=generator).to(layer.weight.device, non_blocking=True)
 
 
 def mixed(layer: Layer) -> Tensor:

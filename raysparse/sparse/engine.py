@@ -85,7 +85,7 @@ class SparseEngine:
         self.seed = seed
         self.step = 0  # optimizer steps that were not skipped
         self.updates = 0  # topology updates
-        self.replaced = 0  # connections that topology updates made where there was none
+        self._replaced: int | Tensor = 0
         self._averaged = 0  # updates that the moving average has seen
         self._optimizer = optimizer
         self._mask_weights = not keeps_zeros(optimizer)
@@ -129,6 +129,11 @@ class SparseEngine:
         """Share of zeros over all maskable weights, as achieved; 0 for the dense method."""
         total = sum(weight.numel() for weight in self._weights.values())
         return 1 - sum(self._layout.counts.values()) / total if total else 0.0
+
+    @property
+    def replaced(self) -> int:
+        """Connections that topology updates made where there was none; counted on the device until it is asked for."""
+        return int(self._replaced)
 
     @property
     def pattern(self) -> str:
@@ -280,7 +285,7 @@ class SparseEngine:
             self._clock.load_state_dict(state.get("clock", {}), state["step"])
         self._masked = False
         self._impose(masks, loaded=True)
-        self.step, self.updates, self.replaced = state["step"], state["updates"], state["replaced"]
+        self.step, self.updates, self._replaced = state["step"], state["updates"], state["replaced"]
         self._averaged = self.updates
 
     def check_state(self, state: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -334,7 +339,7 @@ class SparseEngine:
             self._agreement.give_up(step, len(self._weights))  # the other ranks raise instead of waiting for this one
             raise
         self._agreement.check(step, masks)
-        self.replaced += self._replace(masks)
+        self._replaced += self._replace(masks)
         self.updates += 1
 
     def _new_mask(self, name: str, step: int, ratio: float, gradient: Tensor | None) -> Tensor:
@@ -356,7 +361,7 @@ class SparseEngine:
         units = pattern.of_mask(mask)
         kept = pattern.pruned(units, CRITERIA[prune](self._layer(name, step, gradient, units, count)), count)
         scores = CRITERIA[grow](self._layer(name, step, gradient, ~kept, count))
-        return self._mask_of(name, pattern, pattern.grown(kept, scores, units))
+        return self._mask_of(name, pattern, pattern.grown(kept, scores, count))
 
     def _replace(self, masks: dict[str, Tensor]) -> int:
         """Put new masks in place, zero what they prune, and return how many connections are new.
@@ -383,7 +388,7 @@ class SparseEngine:
             masks = dense.masks(step)
             if self.updates % CHECK_EVERY == 0:
                 self._agreement.check(step, masks)
-            self.replaced += sum(int((mask & ~self._masks[name]).count_nonzero()) for name, mask in masks.items())
+            self._replaced += sum((mask & ~self._masks[name]).count_nonzero() for name, mask in masks.items())
             self._masks, self._bits = masks, {name: all_bits(mask) for name, mask in masks.items()}
             self._layout = dense.layout(step)
             self.updates += 1

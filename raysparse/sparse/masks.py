@@ -158,13 +158,11 @@ def _highest_numpy(scores: Tensor, count: int, allowed: Tensor, index: Tensor) -
 
 
 def _highest_torch(scores: Tensor, count: int, allowed: Tensor, index: Tensor) -> Tensor:
-    """The same on any device."""
+    """The same on any device, without waiting for it."""
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
     threshold = scores[index].topk(count, sorted=False).values.amin()
-    chosen = (scores > threshold) & allowed
-    ties = ((scores == threshold) & allowed).nonzero().squeeze(1)
-    chosen[ties[: count - int(chosen.count_nonzero())]] = True
-    return chosen
+    above, ties = (scores > threshold) & allowed, (scores == threshold) & allowed
+    return above | (ties & (ties.cumsum(0, dtype=torch.int32) <= count - above.sum()))
 
 
 def _nth_highest(values: np.ndarray[Any, Any], count: int) -> Any:

@@ -63,14 +63,11 @@ class Pattern:
 
         return units & ~lowest(scores, count, units)
 
-    def grown(self, kept: Tensor, scores: Tensor, before: Tensor) -> Tensor:
-        """`kept` and as many more as were pruned, of the highest scores among what is not kept.
-
-        before: the units before pruning.
-        """
+    def grown(self, kept: Tensor, scores: Tensor, count: int) -> Tensor:
+        """`kept` and `count` more, as many as were pruned, of the highest scores among what is not kept."""
         from raysparse.sparse.masks import highest
 
-        return kept | highest(scores, int(before.count_nonzero()) - int(kept.count_nonzero()), ~kept)
+        return kept | highest(scores, count, ~kept)
 
 
 def matrix(shape: Shape) -> tuple[int, int] | None:

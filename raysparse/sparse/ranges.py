@@ -59,7 +59,9 @@ class ByTimestep(nn.Module):
         for index in present:
             rows = (which == index).nonzero().squeeze(1)
             places.append(rows)
-            parts.append(self._range(index, x[rows], timesteps[rows], {name: c[rows] for name, c in cond.items()}))
+            parts.append(
+                self._range(index, x[rows], timesteps[rows], {name: c[rows.to(c.device)] for name, c in cond.items()})
+            )
         order = torch.cat(places).argsort()
         if x.ndim == 3:  # sketches: a part may be cut at its own longest one
             parts = [nn.functional.pad(part, (0, 0, 0, x.shape[1] - part.shape[1])) for part in parts]

@@ -117,12 +117,7 @@ def concurrency(resources: Resources) -> int:
 
 def _check_fits(nodes: list[dict[str, float]], resources: Resources, where: str) -> int:
     """Trials that fit on nodes with these resources. A worker lies on one node, a trial's workers on any."""
-    slots = 0
-    for node in nodes:
-        cpus = math.floor(node.get("CPU", 0) / resources.cpus_per_worker + 1e-9)
-        per_gpu = resources.gpus_per_worker
-        gpus = node.get("GPU", 0) / per_gpu + 1e-9 if per_gpu else math.inf
-        slots += int(min(cpus, gpus))
+    slots = sum(resources.workers_on(node.get("CPU", 0), node.get("GPU", 0)) for node in nodes)
     if slots >= resources.workers:
         return slots // resources.workers
     need = f"{resources.workers} worker{'s' * (resources.workers > 1)} x {resources.cpus_per_worker:g} CPUs"

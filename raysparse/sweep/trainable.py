@@ -85,6 +85,7 @@ def failure(folder: Path, error: BaseException) -> Metrics:
 
 
 def _metrics(config: dict[str, Any], folder: Path, rank: int, world_size: int, device: str) -> Iterator[Metrics]:
+    keep_to_share(config.get("gpus_per_worker", 0))
     trial = settings.parse(json.loads((folder / "trial.json").read_text(encoding="utf-8")), config["trial_id"])
     hung = pulse.hung(folder)
     limit_s = config.get("hung_after_s", Resources().hung_after_s)
@@ -145,6 +146,18 @@ def _trained(
             leaving.leave(results, folder, trainer.step, answers=rank == 0)
     elif rank == 0:
         leaving.clean_start(folder)
+
+
+def keep_to_share(gpus: float) -> None:
+    """Of a GPU that trials share, this process may hold its share of the memory and no more; gpus: `gpus_per_worker`.
+
+    PyTorch keeps what it has freed, as much as there is: without a limit the trial that fails for want of memory may be
+    the modest one beside the greedy one. Each process's CUDA context, some hundred MB, is not counted.
+    """
+    if 0 < gpus < 1:
+        import torch
+
+        torch.cuda.set_per_process_memory_fraction(gpus)
 
 
 def give_memory_back() -> None:

@@ -26,6 +26,7 @@ from raysparse.diffusion.schedule import NoiseSchedule
 from raysparse.metrics import fidelity
 from raysparse.metrics.reference import Reference
 from raysparse.train import distributed, runtime
+from raysparse.train.conditions import placed
 from raysparse.train.sampling import Sampler, autocast
 
 VALIDATION_EXAMPLES = 1024  # at most so many: the first ones of the split
@@ -118,7 +119,7 @@ class Evaluator:
             if number % self.world_size != self.rank:
                 continue
             batch = self.validation.batch(np.arange(start, min(start + size, count)))
-            x, cond = batch["x"].to(self.device), self._to_device(batch["cond"])
+            x, cond = batch["x"].to(self.device), placed(batch["cond"], self.device)
             draw = rng.generator(VALIDATION_SEED, "validation noise", step=number)
             t = torch.randint(0, self.config.diffusion.timesteps, (len(x),), generator=draw).to(self.device)
             eps = torch.randn(x.shape, generator=draw).to(self.device)
@@ -171,9 +172,6 @@ class Evaluator:
             subset_size=self.protocol.kid_subset_size,
             seed=self.config.seed,
         )
-
-    def _to_device(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {name: value.to(self.device) for name, value in cond.items()}
 
 
 def grid_png(images: Tensor) -> bytes:

@@ -22,6 +22,7 @@ from raysparse.data.loader import batch_indices
 from raysparse.diffusion import losses
 from raysparse.results import Report
 from raysparse.train import distributed, mask_sample, runtime
+from raysparse.train.conditions import placed
 from raysparse.train.ema import Ema
 from raysparse.train.lr import learning_rate
 from raysparse.train.sampling import autocast
@@ -211,8 +212,7 @@ class Trainer:
         x = batch["x"]
         if train.channels_last and x.ndim == 4:
             x = x.to(memory_format=torch.channels_last)
-        cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
-        return x.to(self.device, non_blocking=True), cond, rows
+        return x.to(self.device, non_blocking=True), placed(cond, self.device), rows
 
     def _flips(self, rows: slice) -> dict[str, Any]:
         """Which examples of the rows are mirrored; of a set whose recipe flips (PAPER: p = .5)."""

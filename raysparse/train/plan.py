@@ -55,6 +55,7 @@ def plan(sweep: Sweep, *, cpus: int | None = None, seconds: tuple[float, float] 
         "mean_points": mean_points if len(checks.value_shape(base)) == 2 else None,
         "step_s": step_s,
         "evaluation_s": evaluation_s,
+        "caution": None if seconds else _caution(sweep),
         "concurrent": concurrent,
         "hours_full": (count + confirmed) * trial_s / concurrent / 3600,
         "hours_asha": (count * _expected_share(sweep, base.train.steps) + confirmed) * trial_s / concurrent / 3600,
@@ -145,10 +146,21 @@ def _settings(trial: TrialConfig) -> dict[str, Any]:
 
 def _concurrent(sweep: Sweep, cpus: int) -> int:
     wanted = sweep.resources
-    fit = int(cpus // (wanted.workers * wanted.cpus_per_worker))
-    if wanted.gpus_per_worker:
-        fit = min(fit, int(torch.cuda.device_count() / (wanted.workers * wanted.gpus_per_worker)))
+    fit = wanted.workers_on(cpus, torch.cuda.device_count()) // wanted.workers
     return max(1, min(fit, wanted.max_concurrent or fit))
+
+
+def _caution(sweep: Sweep) -> str | None:
+    """What seconds that were measured here leave out."""
+    together = sweep.resources.workers_per_gpu
+    if sweep.resources.gpus_per_worker and not torch.cuda.is_available():
+        return "the sweep asks for GPUs and this machine has none: seconds and trials at a time are those of its CPUs"
+    if together > 1:
+        return (
+            f"the seconds are those of one trial alone on the GPU: what {together} that share it lose to each other is "
+            "not measured here (benchmarks/packing.py does that)"
+        )
+    return None
 
 
 def _expected_share(sweep: Sweep, steps: int) -> float:

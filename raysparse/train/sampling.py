@@ -17,6 +17,7 @@ from raysparse.diffusion.guidance import guided
 from raysparse.diffusion.schedule import NoiseSchedule
 from raysparse.errors import UsageError
 from raysparse.train import runtime
+from raysparse.train.conditions import placed
 
 
 class Source(Protocol):
@@ -67,7 +68,7 @@ class Sampler:
         """
         seed, settings = self.config.seed, self.config.evaluate
         shape, drawn = self.source.draw_conditions(count, rng.numpy_generator(seed, "conditions", step=number))
-        cond = {name: value.to(self.device) for name, value in drawn.items()}
+        cond = placed(drawn, self.device)
         if labels is not None:
             cond["labels"] = torch.tensor(labels, device=self.device)
         noise = torch.randn(shape, generator=rng.generator(seed, "sample noise", step=number)).to(self.device)

@@ -57,7 +57,7 @@ def test_masks_keep_the_pattern_and_the_count(name):
             kept = pattern.pruned(units, torch.rand(pattern.units, generator=draw), count // 2)
             assert int(kept.sum()) == count - count // 2
             assert not (kept & ~units).any()
-            units = pattern.grown(kept, torch.rand(pattern.units, generator=draw), units)
+            units = pattern.grown(kept, torch.rand(pattern.units, generator=draw), count // 2)
             assert not (kept & ~units).any()
 
 

@@ -37,7 +37,7 @@ def test_one_in_two_of_four_inputs_moves_inside_its_group():
     assert units.int().tolist() == [[0, 0, 1, 1, 1, 1, 0, 0]]
     kept = pattern.pruned(units, torch.tensor([[0.0, 0, 1, 5, 2, 6, 0, 0]]), 2)  # 1 and 2 go, one in each group
     assert kept.int().tolist() == [[0, 0, 0, 1, 0, 1, 0, 0]]
-    grown = pattern.grown(kept, torch.tensor([[9.0, 3, 1, 0, 0, 0, 5, 7]]), units)
+    grown = pattern.grown(kept, torch.tensor([[9.0, 3, 1, 0, 0, 0, 5, 7]]), 2)
     assert grown.int().tolist() == [[1, 0, 0, 1, 0, 1, 0, 1]]
 
 

@@ -1,12 +1,18 @@
-"""What fits on which nodes."""
+"""What fits on which nodes, by our count and by Ray's."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 
+from raysparse import space
 from raysparse.errors import UsageError
-from raysparse.space import Resources
-from raysparse.sweep import cluster
+from raysparse.space import Resources, Sweep
+from raysparse.sweep import cluster, trainable, tuner
 from raysparse.sweep.cluster import Shortage, _check_fits
 
 
@@ -20,11 +26,73 @@ from raysparse.sweep.cluster import Shortage, _check_fits
         ([{"CPU": 3}, {"CPU": 3}], Resources(workers=2, cpus_per_worker=2), 1),  # a trial's workers on any
         ([{"CPU": 16, "GPU": 2}], Resources(gpus_per_worker=1), 2),
         ([{"CPU": 16, "GPU": 1}], Resources(gpus_per_worker=0.25), 4),
+        ([{"CPU": 16, "GPU": 2}], Resources(gpus_per_worker=2), 1),
+        ([{"CPU": 16, "GPU": 2}], Resources(gpus_per_worker=0.4), 4),  # a share lies on one GPU
+        ([{"CPU": 16, "GPU": 1}], Resources(gpus_per_worker=1 / 7), 7),  # as Ray counts: .1428
+        ([{"CPU": 16, "GPU": 1}], Resources(gpus_per_worker=0.1429), 6),
         ([{"CPU": 2, "GPU": 8}, {"CPU": 0}], Resources(gpus_per_worker=1), 2),
+        ([{"CPU": 2}], Resources(cpus_per_worker=0.1), 20),
     ],
 )
 def test_as_many_trials_as_fit(nodes: list[dict[str, float]], resources: Resources, trials: int) -> None:
     assert _check_fits(nodes, resources, "here") == trials
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_ray_counts_shares_of_a_gpu_as_we_do(tmp_path: Path, ray_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 2}')  # Ray takes our word for them
+    shares = {0.125: 16, 1 / 7: 14, 0.1429: 12, 0.4: 4}
+    with cluster.ray_for(tmp_path, Resources(), num_cpus=20, temp_dir=ray_home):
+        from ray.util import placement_group, placement_group_table, remove_placement_group
+
+        for share, expected in shares.items():
+            resources = Resources(gpus_per_worker=share)
+            assert cluster.concurrency(resources) == expected
+            asked = [placement_group([{"CPU": 1, "GPU": share}]) for _ in range(expected + 1)]
+
+            def there(asked: list[Any] = asked) -> int:
+                return sum(placement_group_table(one)["state"] == "CREATED" for one in asked)
+
+            deadline = time.monotonic() + 60
+            while there() < expected and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(0.5)  # one more would be there by then
+            assert there() == expected
+            for one in asked:
+                remove_placement_group(one)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_eight_trials_at_an_eighth_of_a_gpu_run_at_once(
+    tmp_path: Path, sweep_of: Callable[..., Sweep], ray_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each waits until all eight have begun; what they would train needs a real GPU and is left out."""
+
+    def meet(config: dict[str, Any]) -> None:
+        import os
+        import time
+        from pathlib import Path
+
+        from ray import tune
+
+        folder = Path(config["results"]) / "met"
+        folder.mkdir(exist_ok=True)
+        (folder / config["trial_id"]).write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+        deadline = time.monotonic() + 200
+        while len(list(folder.iterdir())) < 8 and time.monotonic() < deadline:
+            time.sleep(0.1)
+        tune.report({"step": 0, "fid": None, "failed": f"{len(list(folder.iterdir()))} met"})
+
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 1}')
+    monkeypatch.setattr(trainable, "train", meet)
+    grid = {"dense": {}, "static": {"sparsity": [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]}}
+    shared = {"cpus_per_worker": 0.25, "gpus_per_worker": 0.125}
+    sweep = sweep_of(search=None, asha=None, confirm=None, grid=grid, resources=shared)
+    summary = tuner.run(sweep, tmp_path / "out", command="", num_cpus=2, temp_dir=ray_home)
+    assert [row.reason for row in summary.failed] == ["8 met"] * space.trial_count(sweep)
+    assert {path.read_text() for path in (tmp_path / "out" / "met").iterdir()} == {"0"}, "all on one GPU"
 
 
 def test_what_is_missing_is_said() -> None:

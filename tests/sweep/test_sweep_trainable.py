@@ -19,7 +19,7 @@ from raysparse.diffusion import losses
 from raysparse.metrics import fidelity
 from raysparse.space import Sweep
 from raysparse.sweep import patience
-from raysparse.sweep.trainable import claimed, read_reports, train_rank
+from raysparse.sweep.trainable import claimed, keep_to_share, read_reports, train_rank
 from raysparse.train import state
 
 POINT = {"method": "rigl", "sparsity": 0.5, "prune_ratio": 0.5, "update_interval": 2}
@@ -60,6 +60,31 @@ def run(told: dict[str, Any], kill_at: int | None = None) -> list[dict[str, Any]
 
 def fids(said: list[dict[str, Any]]) -> list[tuple[int, float]]:
     return [(metrics["step"], metrics["fid"]) for metrics in said]
+
+
+@pytest.mark.parametrize(("gpus", "limits"), [(0, []), (0.125, [0.125]), (1, []), (2, [])])
+def test_a_trial_on_a_share_of_a_gpu_keeps_to_its_share_of_the_memory(
+    told: dict[str, Any], monkeypatch: pytest.MonkeyPatch, gpus: float, limits: list[float]
+) -> None:
+    given: list[float] = []
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", given.append)
+    run(told | {"gpus_per_worker": gpus}, kill_at=2)
+    assert given == limits
+
+
+@pytest.mark.gpu
+def test_what_is_beyond_the_share_of_the_memory_is_refused() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    whole = torch.cuda.get_device_properties(0).total_memory
+    keep_to_share(0.125)
+    try:
+        torch.empty(whole // 10, dtype=torch.uint8, device="cuda")
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(whole // 6, dtype=torch.uint8, device="cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
 
 
 def test_a_restarted_trial_says_all_again_and_goes_on_to_the_same_bits(told: dict[str, Any], tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ class Groups(Pattern):
         assert count * self.m == scores.numel() * self.n
         return self._best(scores, torch.full_like(self.grouped(scores)[..., :1], self.n, dtype=torch.int64))
 
-    def grown(self, kept: Tensor, scores: Tensor, before: Tensor) -> Tensor:
+    def grown(self, kept: Tensor, scores: Tensor, count: int) -> Tensor:
         lost = self.n - self.grouped(kept).sum(-1, keepdim=True)
         scores = scores.float().nan_to_num(nan=-3e38).masked_fill(kept, -float("inf"))
         return kept | self._best(scores, lost)
@@ -60,8 +60,8 @@ class Groups(Pattern):
     def _best(self, scores: Tensor, counts: Tensor) -> Tensor:
         """Mask of the `counts` [groups, 1] highest scores of each group; ties go to the lower index."""
         values = self.grouped(scores).float()
-        if bool(values.isnan().any()):
-            values = values.nan_to_num(nan=-3e38)
+        if values.device.type != "cpu" or bool(values.isnan().any()):  # a look at a GPU costs more than the pass
+            values = values.nan_to_num(nan=-3e38, posinf=float("inf"), neginf=-float("inf"))
         if self.m > FEW:
             place = values.argsort(dim=-1, descending=True, stable=True).argsort(-1)
             return self.spread_groups(place < counts)

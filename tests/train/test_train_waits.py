@@ -1,0 +1,119 @@
+"""Nothing in a training step reads a value from the device: a GPU's host would stand still until all before it is done.
+
+On a CPU a wait cannot be seen, but what makes one can: the operators whose result or its shape the host needs.
+"""
+
+from __future__ import annotations
+
+import collections
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from raysparse import plugins
+from raysparse.config import TrialConfig
+from raysparse.diffusion.losses import eps_mse
+from raysparse.models.chirodiff import Config, build
+from raysparse.sparse import masks
+from raysparse.train import setup
+
+WAITS = ("_local_scalar_dense", "nonzero", "_unique", "masked_select", "equal", "repeat_interleave.Tensor", "bincount")
+# Of lengths, which never leave the host; _steps is of the recurrence that only a CPU runs.
+ON_THE_HOST = {"_packing", "_steps"}
+RIGL = {"sparse.method": "rigl", "sparse.sparsity": 0.5, "sparse.update_interval": 3}
+
+
+class Waits(TorchDispatchMode):
+    """Counts what a GPU's host would have to wait for, by the function of raysparse that asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: collections.Counter[tuple[str, str]] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func).removeprefix("aten.")
+        if name.startswith(WAITS):
+            frames = [frame for frame in traceback.extract_stack() if "/raysparse/" in frame.filename]
+            self.seen[name, frames[-1].name if frames else ""] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def waits_of(config: TrialConfig, step: int) -> dict[tuple[str, str], int]:
+    """Of step number `step`."""
+    trainer = setup.build(config)
+    trainer.model.train()
+    for _ in range(step - 1):
+        trainer._train_step()
+    with Waits() as waits:
+        trainer._train_step()
+    assert trainer.step == step
+    return {place: count for place, count in waits.seen.items() if place[1] not in ON_THE_HOST}
+
+
+def test_what_counts_waits_sees_them() -> None:
+    with Waits() as waits:
+        float(torch.ones(1))
+        bool(torch.ones(1).isnan().any())
+        torch.ones(3).nonzero()
+        torch.ones(3).sum()
+    assert {name: count for (name, _), count in waits.seen.items()} == {
+        "_local_scalar_dense.default": 2,
+        "nonzero.default": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"train.accumulate": 2, "optimizer.clip_norm": None, "optimizer.name": "sgd"},
+        RIGL,  # updates at steps 3, 6, ...
+        RIGL | {"sparse.method": "momentum"},
+        {"sparse.method": "static", "sparse.sparsity": 0.5, "sparse.pattern": "diagonal"},
+    ],
+)
+def test_a_step_of_sketches_waits_for_nothing(tiny: Callable[..., TrialConfig], changes: dict[str, Any]) -> None:
+    assert waits_of(tiny(changes), 2) == {}
+
+
+def test_a_step_of_pictures_waits_for_nothing(pictures: Callable[..., TrialConfig]) -> None:
+    assert waits_of(pictures(RIGL), 2) == {}
+
+
+def test_a_step_with_masks_by_magnitude_waits_for_nothing(tiny: Callable[..., TrialConfig]) -> None:
+    """Its masks are new at each step. A CPU looks for NaN first, to save a pass; other devices make the pass."""
+    found = waits_of(tiny({"sparse.method": "nm_ste", "sparse.sparsity": 0.5}), 2)
+    assert {function for _, function in found} == {"_best"}
+    pattern = plugins.load("patterns", "nm").Groups((8, 12), 2, 4)
+    assert pattern.first(torch.rand(8, 12, device="meta"), 48).device.type == "meta"
+
+
+def test_lengths_stay_on_the_host_and_all_else_goes_to_the_device(tiny: Callable[..., TrialConfig]) -> None:
+    trainer = setup.build(tiny())
+    trainer.device = torch.device("meta")
+    x, cond, _ = trainer._share(0)
+    assert (x.device.type, cond["lengths"].device.type) == ("meta", "cpu")
+
+
+def test_with_lengths_on_the_host_prediction_and_loss_read_nothing_from_the_device() -> None:
+    """A meta tensor has no values: what would read one raises."""
+    model = build(Config(hidden=8, layers=2), seed=0).to("meta")
+    x, timesteps = torch.zeros(3, 7, 3, device="meta"), torch.zeros(3, dtype=torch.int64, device="meta")
+    lengths = torch.tensor([7, 2, 5])
+    prediction = model(x, timesteps, lengths)
+    loss = eps_mse(prediction, torch.zeros_like(x), lengths)
+    assert (prediction.shape, loss.device.type) == ((3, 7, 3), "meta")
+
+
+def test_a_choice_of_the_highest_on_a_gpu_waits_once_for_its_candidates() -> None:
+    draw = torch.Generator().manual_seed(0)
+    scores, allowed = torch.rand(1000, generator=draw).round(decimals=2), torch.rand(1000, generator=draw) < 0.7
+    index = allowed.nonzero().squeeze(1)
+    with Waits() as waits:
+        chosen = masks._highest_torch(scores, 200, allowed, index)
+    assert not waits.seen
+    assert torch.equal(chosen, masks.highest(scores, 200, allowed))
