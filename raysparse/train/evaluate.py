@@ -34,18 +34,27 @@ VALIDATION_SEED = 0  # the same noise and timesteps for every trial, so that val
 
 
 @dataclasses.dataclass(frozen=True)
+class Seconds:
+    """Where this rank's time went."""
+
+    validation: float = 0.0
+    sampling: float = 0.0
+    extraction: float = 0.0  # drawing included
+    fid: float = 0.0
+    kid: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """validation_loss, fid: finite unless `wrong` says which is not. Seconds are this rank's."""
+    """validation_loss, fid: finite unless `wrong` says which is not."""
 
     validation_loss: float
     fid: float
     kid: float
     kid_std: float
     samples_png: bytes | None
-    sampling_s: float = 0.0
-    extraction_s: float = 0.0  # drawing included
-    fidelity_s: float = 0.0
     wrong: str | None = None  # what is not finite, in words
+    seconds: Seconds = Seconds()
 
 
 class Evaluator:
@@ -90,24 +99,27 @@ class Evaluator:
 
         should_stop: asked before each batch of samples; any rank's yes ends it on all, with None.
         """
+        start = time.perf_counter()
         loss = self.validation_loss(model)
+        validation_s = time.perf_counter() - start
         if not math.isfinite(loss):
-            return Evaluation(loss, math.nan, math.nan, math.nan, None, wrong=f"validation loss became {loss}")
+            return Evaluation(loss, math.nan, math.nan, math.nan, None, f"validation loss became {loss}")
         sampled = self._sample_features(model, should_stop)
         if sampled is None:
             return None
         features, images, sampling_s, extraction_s = sampled
-        start = time.perf_counter()
         if self.rank != 0 or not bool(torch.isfinite(features).all()):
             wrong = None if self.rank else "the samples' features are not finite"
-            return Evaluation(loss, math.nan, math.nan, math.nan, None, sampling_s, extraction_s, wrong=wrong)
+            return Evaluation(loss, math.nan, math.nan, math.nan, None, wrong)
         values = features.numpy()
+        start = time.perf_counter()
         fid = fidelity.fid(fidelity.statistics(values), self.reference.statistics)
+        middle = time.perf_counter()
         kid, kid_std = self._kid(values)
+        seconds = Seconds(validation_s, sampling_s, extraction_s, middle - start, time.perf_counter() - middle)
         picture = grid_png(images) if len(images) else None
-        seconds = (sampling_s, extraction_s, time.perf_counter() - start)
         wrong = None if math.isfinite(fid) else f"FID became {fid}"
-        return Evaluation(loss, fid, kid, kid_std, picture, *seconds, wrong=wrong)
+        return Evaluation(loss, fid, kid, kid_std, picture, wrong, seconds)
 
     @torch.inference_mode()
     def validation_loss(self, model: nn.Module) -> float:
