@@ -74,6 +74,7 @@ def report_line(trial: TrialConfig, report: Report) -> str:
         ("loss", report.train_loss, "{:.4f}"),
         ("validation", report.validation_loss, "{:.4f}"),
         (f"FID ({trial.evaluate.extractor})", report.fid, "{:.3f}"),
+        ("intermediate FID", report.intermediate_fid, "{:.3f}"),
         ("KID", report.kid, "{:.5f}"),
         ("density", report.density, "{:.4f}"),
         ("replaced", report.topology_changed, "{:.1%}"),
