@@ -2,15 +2,17 @@
 
     python benchmarks/fid.py                                # ChiroDiff of the paper's KanjiVG study, one thread
     python benchmarks/fid.py --kanjivg kanji.rdp100.npz     # on real sketches instead of doodles of their length
+    python benchmarks/fid.py --cpu-time --seeds 0           # CPU seconds on a machine in use; times only, no FIDs
     python benchmarks/fid.py --device cuda                  # fp32 and bf16 on a GPU, under 8 minutes
 
 Needs PyTorch, diffusers, safetensors, numpy, pydantic and pillow, and this checkout; no Ray, nothing installed.
 
-One row per sparsity, runtime and precision, for each protocol (samples x DDIM steps). Measured are a training step, and
-an evaluation by raysparse's own Evaluator of fewer samples and steps, after one that warms up: sampling is scaled to
-the protocol by samples x steps, drawing and extraction by samples; the validation loss, FID and KID are measured at
-their full counts. `share` is that of all evaluations in a trial of --trial-steps steps: the first protocol at each
---every, or another one there and both at the last step.
+One row per sparsity, runtime and precision, for each protocol (samples x DDIM steps). In each turn a training step is
+timed, and an evaluation by raysparse's own Evaluator of fewer samples and steps; seconds are medians of the turns.
+Sampling is scaled to the protocol by samples x steps, drawing and extraction by samples; the validation loss, FID and
+KID are measured at their full counts. `share` is that of all evaluations in a trial of --trial-steps steps, of one turn
+(min / median / max): the first protocol at each --every, or another one there (`evaluate.intermediate`, which has no
+KID) and both at the last step.
 
 FIDs are of one dense model, trained here for --train-steps, at --fid-samples and --fid-ddim-steps: mean and standard
 deviation over sampling seeds (the noise), and the difference to fp32 from the same noise and weights. On a CPU the GRU
@@ -68,8 +70,8 @@ class Data:
 
 
 @dataclasses.dataclass(frozen=True)
-class Measured:
-    """One sparsity, runtime and precision. seconds: of an evaluation of the measured counts."""
+class Turn:
+    """Seconds of a training step, and an evaluation of the measured counts."""
 
     step_s: float
     found: Evaluation
@@ -199,16 +201,12 @@ class Runner:
             self.engine.after_step()
             self.engine.after_average(dict(self.average.named_parameters()))
 
-    def step_s(self, turns: int) -> float:
-        self.train(2)
-        taken = []
-        for _ in range(turns):
-            self._wait()
-            start = time.perf_counter()
-            self.train(1)
-            self._wait()
-            taken.append(time.perf_counter() - start)
-        return statistics.median(taken)
+    def step_s(self, clock: Callable[[], float]) -> float:
+        self._wait()
+        start = clock()
+        self.train(1)
+        self._wait()
+        return clock() - start
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -230,7 +228,7 @@ class Bf16GRU(nn.Module):
         return found._replace(data=found.data.float())
 
 
-def measure(options: argparse.Namespace, known: Data, sparsity: float, runtime: str, precision: str) -> Measured:
+def measure(options: argparse.Namespace, known: Data, sparsity: float, runtime: str, precision: str) -> list[Turn]:
     """UsageError where the runtime cannot run here."""
     sparse = {"method": "static", "sparsity": sparsity} if sparsity else {"method": "dense"}
     of = trial(
@@ -240,13 +238,17 @@ def measure(options: argparse.Namespace, known: Data, sparsity: float, runtime: 
         evaluate={"generated": options.samples, "ddim_steps": options.ddim_steps, "runtime": runtime},
     )
     judge = evaluator(of, known, options.device)
+    judge.clock = options.clock
     runner = Runner(of, known, options.device)
-    step_s = runner.step_s(options.turns)
+    runner.train(2)
     least = {"generated": min(options.batch, options.samples), "ddim_steps": 1, "runtime": runtime}
     evaluator(trial(options, evaluate=least), known, options.device).evaluate(runner.average)  # warms up
-    found = judge.evaluate(runner.average)
-    assert found is not None
-    return Measured(step_s, found)
+    turns = []
+    for _ in range(options.turns):
+        step_s, found = runner.step_s(options.clock), judge.evaluate(runner.average)
+        assert found is not None
+        turns.append(Turn(step_s, found))
+    return turns
 
 
 def maths(options: argparse.Namespace, known: Data, generated: int) -> tuple[float, float]:
@@ -254,29 +256,36 @@ def maths(options: argparse.Namespace, known: Data, generated: int) -> tuple[flo
     rows = rng.numpy_generator(0, "fid benchmark rows").integers(0, len(known.reference.features), generated)
     features = known.reference.features[rows]
     size = min(trial(options).evaluate.kid_subset_size, generated, len(known.reference.features))
-    start = time.perf_counter()
+    start = options.clock()
     fidelity.fid(fidelity.statistics(features), known.reference.statistics)
-    middle = time.perf_counter()
+    middle = options.clock()
     fidelity.kid(features, known.reference.features, subsets=options.kid_subsets, subset_size=size)
-    return middle - start, time.perf_counter() - middle
+    return middle - start, options.clock() - middle
 
 
-def parts_of(options: argparse.Namespace, measured: Measured, protocol: tuple[int, int], known: Data) -> list[float]:
-    """Seconds of validation loss, sampling, drawing and extraction, FID, KID under a protocol."""
+def parts_of(
+    options: argparse.Namespace, turns: Sequence[Turn], protocol: tuple[int, int], known: Data
+) -> list[list[float]]:
+    """Of each turn the seconds of validation loss, sampling, drawing and extraction, FID, KID under a protocol."""
     generated, steps = protocol
-    seconds, scale = measured.found.seconds, generated / options.samples
+    fid_s, kid_s = maths(options, known, generated)
+    scale = generated / options.samples
     return [
-        seconds.validation,
-        seconds.sampling * scale * steps / options.ddim_steps,
-        seconds.extraction * scale,
-        *maths(options, known, generated),
+        [
+            turn.found.seconds.validation,
+            turn.found.seconds.sampling * scale * steps / options.ddim_steps,
+            turn.found.seconds.extraction * scale,
+            fid_s,
+            kid_s if protocol == options.protocols[0] else 0.0,
+        ]
+        for turn in turns
     ]
 
 
-def share(options: argparse.Namespace, step_s: float, full_s: float, early_s: float | None) -> float:
-    """Of all evaluations in a trial's time. early_s: of those before the last step, and once more there; None: full."""
+def share(options: argparse.Namespace, step_s: float, full: list[float], early: list[float] | None) -> float:
+    """Of all evaluations in a trial's time. full, early: the parts of each; early None: each is a full one."""
     count = -(-options.trial_steps // options.every)
-    evaluations = count * full_s if early_s is None else count * early_s + full_s
+    evaluations = count * sum(full) if early is None else count * sum(early) + sum(full[1:])  # one validation loss each
     return evaluations / (evaluations + options.trial_steps * step_s)
 
 
@@ -336,22 +345,27 @@ def rows(options: argparse.Namespace, known: Data, found: dict[str, list[float]]
         head = [f"{sparsity:g}", runtime, precision]
         quality = fid_cells(found, precision) if not sparsity else ["–", "–"]
         try:
-            measured = measure(options, known, sparsity, runtime, precision)
+            turns = measure(options, known, sparsity, runtime, precision)
         except UsageError as error:
             why = f"{UNMEASURED}: {str(error).splitlines()[0]}"
             table.append([*head, why, *[UNMEASURED] * 8, *quality])
             continue
-        full_s = 0.0
+        full: list[list[float]] = []
         for number, protocol in enumerate(options.protocols):
-            parts = parts_of(options, measured, protocol, known)
-            full_s = full_s or sum(parts)
+            each = parts_of(options, turns, protocol, known)
+            full = full or each
+            parts = [statistics.median(part) for part in zip(*each, strict=True)]
+            shares = sorted(
+                share(options, turn.step_s, own, early if number else None)
+                for turn, own, early in zip(turns, full, each, strict=True)
+            )
             table.append([
                 *head,
                 f"{protocol[0]} x {protocol[1]}",
                 *(f"{part:.3f}" for part in parts),
                 f"{sum(parts):.2f}",
-                f"{measured.step_s * 1e3:.2f}",
-                f"{share(options, measured.step_s, full_s, sum(parts) if number else None):.1%}",
+                f"{statistics.median(turn.step_s for turn in turns) * 1e3:.2f}",
+                f"{shares[0]:.1%} / {statistics.median(shares):.1%} / {shares[-1]:.1%}",
                 *(quality if number == 0 else ["–", "–"]),
             ])  # fmt: skip
     if GRU_TOO in found:
@@ -390,7 +404,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=256, help="samples drawn at a time (default 256)")
     parser.add_argument("--samples", type=int, default=256, help="measured samples; time is scaled (default 256)")
     parser.add_argument("--ddim-steps", type=int, default=5, help="measured DDIM steps; time is scaled (default 5)")
-    parser.add_argument("--turns", type=int, default=5, help="measured training steps (default 5)")
+    parser.add_argument("--turns", type=int, default=5, help="measured turns (default 5)")
     parser.add_argument(
         "--protocols",
         type=protocol_of,
@@ -407,13 +421,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--fid-ddim-steps", type=int, default=20, help="of each FID (default 20)")
     parser.add_argument("--seeds", type=int, default=3, help="sampling seeds of the FIDs (default 3; 0: no FIDs)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--cpu-time", action="store_true", help="CPU seconds: for one thread on a machine in use")
     parser.add_argument("--quick", action="store_true", help="one small model, a few samples: does it run?")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error("there is no CUDA device here")
+    if options.cpu_time and (options.device == "cuda" or options.threads > 1):
+        parser.error("--cpu-time counts the seconds of one CPU thread")
+    options.clock = time.process_time if options.cpu_time else time.perf_counter
     if options.quick:
         options.hidden, options.layers, options.sparsity, options.sketches = 8, 1, [0.5], 400
-        options.samples, options.ddim_steps, options.turns, options.batch_size = 16, 2, 1, 16
+        options.samples, options.ddim_steps, options.turns, options.batch_size = 16, 2, 3, 16
         options.protocols, options.kid_subsets = [(400, 4), (384, 2)], 2
         options.train_steps, options.fid_samples, options.fid_ddim_steps, options.seeds = 2, 384, 2, 2
     torch.set_num_threads(options.threads)
@@ -424,9 +442,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(
         f"torch {torch.__version__}, {place}; ChiroDiff h={options.hidden} l={options.layers}, "
         f"{'KanjiVG' if options.kanjivg else 'doodles'} of {known.training.lengths.mean():.1f} points, batch "
-        f"{options.batch_size}; trial of {options.trial_steps:,} steps, evaluated every {options.every:,}; measured on "
-        f"{options.samples} samples of {options.ddim_steps} DDIM steps\nFID (glyph_cnn) after {options.train_steps} "
-        f"steps: {options.fid_samples} samples of {options.fid_ddim_steps} DDIM steps, {options.seeds} sampling seeds"
+        f"{options.batch_size}; trial of {options.trial_steps:,} steps, evaluated every {options.every:,}; "
+        f"{options.turns} turns of {options.samples} samples and {options.ddim_steps} DDIM steps, "
+        f"{'CPU' if options.cpu_time else 'wall'} time\nFID (glyph_cnn) after {options.train_steps} steps: "
+        f"{options.fid_samples} samples of {options.fid_ddim_steps} DDIM steps, {options.seeds} sampling seeds"
     )
     if options.device == "cpu":
         print(f"on a GPU: {UNMEASURED} in this run (--device cuda)")

@@ -43,11 +43,14 @@ def test_quick_run_measures_each_runtime_and_precision(quick: str) -> None:
     assert rows[-1]["precision"] == "bf16, GRU too"
     assert [row["protocol"] for row in rows[:-1]] == ["400 x 4", "384 x 2"] * 4
     for full, early in zip(rows[:-1:2], rows[1:-1:2], strict=True):
-        # Sampling is scaled by samples x steps from one measurement, and 20 full evaluations are the most.
+        # Sampling is scaled by samples x steps from one measurement; its median scales as it does.
         assert float(full["sampling s"]) == pytest.approx(float(early["sampling s"]) * 800 / 384, abs=0.002)
         parts = ("validation s", "sampling s", "drawing + extraction s", "FID s", "KID s")
         assert sum(float(full[name]) for name in parts) == pytest.approx(float(full["evaluation s"]), abs=0.01)
-        assert 0 < float(full["share of a trial"].rstrip("%")) < 100
+        assert float(early["KID s"]) == 0
+        shares = [[float(share.rstrip("% ")) for share in row["share of a trial"].split("/")] for row in (early, full)]
+        assert all(0 < one <= other < 100 for one, other in zip(*shares, strict=True))
+        assert shares[1] == sorted(shares[1])
     for row in (rows[0], rows[2], rows[-1]):
         assert float(row["FID"].split(" ± ")[0]) > 0
     assert float(rows[2]["minus fp32, same noise"].split(" ± ")[0]) != 0
@@ -57,8 +60,23 @@ def test_quick_run_measures_each_runtime_and_precision(quick: str) -> None:
 def test_the_share_of_a_trial_by_hand() -> None:
     options = argparse.Namespace(trial_steps=100, every=30)  # at 30, 60, 90 and 100
     share = runpy.run_path(str(SCRIPT))["share"]
-    assert share(options, 0.1, 5.0, None) == pytest.approx(20 / 30)
-    assert share(options, 0.1, 5.0, 0.5) == pytest.approx(7 / 17)  # four early ones and one full
+    full, early = [0.5, 4.0, 0.2, 0.2, 0.1], [0.5, 0.1, 0.1, 0.05, 0.0]
+    assert share(options, 0.1, full, None) == pytest.approx(20 / 30)
+    # Four early ones, and the full one at the end, whose validation loss is the early one's.
+    assert share(options, 0.1, full, early) == pytest.approx(7.5 / 17.5)
+
+
+def test_how_well_a_protocol_ranks_by_hand() -> None:
+    script = runpy.run_path(str(SCRIPT.with_name("intermediate_fid.py")))
+    final = [10.0, 20.0, 30.0, 40.0]
+    middle, end = [3.0, 1.0, 2.0, 4.0], [2.0, 1.0, 3.0, 4.0]  # two and one pairs the wrong way round
+    protocols = [(n, steps) for n in script["SAMPLES"] for steps in script["DDIM_STEPS"]]
+    measured = []
+    for trial, fid in enumerate(final):
+        at = [{(*one, seed): of[trial] + seed for one in protocols for seed in (0, 1)} for of in (middle, end)]
+        measured.append((at[0], at[1] | {(2000, 50, 0): fid}))
+    rows = {row[0]: row[1:] for row in script["table"](argparse.Namespace(full=2000), measured)}
+    assert rows["500 x 20"] == ["0.1000", "0.80 and 0.80", "0.40 and 0.40", "0.548", "0 of 2"]
 
 
 @pytest.mark.slow
