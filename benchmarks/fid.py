@@ -169,11 +169,11 @@ class Runner:
     def __init__(self, of: TrialConfig, known: Data, device: str) -> None:
         self.of, self.known, self.device, self.step = of, known, torch.device(device), 0
         self.model = chirodiff.build(chirodiff.Config(**of.model.options), seed=0).to(self.device)
-        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, weight_decay=1e-2, fused=True)
         settings = of.sparse.settings().model_dump()
         settings.pop("update_end_fraction", None)
         self.engine = SparseEngine(self.model, self.optimizer, method=of.sparse.method, **settings, seed=0)
+        self.average = copy.deepcopy(self.model).eval().requires_grad_(False)  # masked as the model now is
         self.network: Callable[..., Tensor] = self.model
         if of.train.runtime == "sparse":
             self.network = chirodiff.sparse_step(self.model, self.engine.masks)

@@ -66,6 +66,17 @@ def test_the_share_of_a_trial_by_hand() -> None:
     assert share(options, 0.1, full, early) == pytest.approx(7.5 / 17.5)
 
 
+def test_what_samples_is_as_sparse_as_what_trains() -> None:
+    script = runpy.run_path(str(SCRIPT))
+    options = argparse.Namespace(hidden=8, layers=1, threads=1, batch_size=4, batch=4, kid_subsets=1)
+    data = script["Data"](script["doodles"]("train", 16), None, None, None)
+    runner = script["Runner"](script["trial"](options, sparse={"method": "static", "sparsity": 0.5}), data, "cpu")
+    runner.train(2)
+    shadow = dict(runner.average.named_parameters())
+    zeros = sum(int((shadow[name] == 0).sum()) for name in runner.engine.masks)
+    assert zeros >= sum(int((~mask).sum()) for mask in runner.engine.masks.values()) > 0
+
+
 def test_how_well_a_protocol_ranks_by_hand() -> None:
     script = runpy.run_path(str(SCRIPT.with_name("intermediate_fid.py")))
     final = [10.0, 20.0, 30.0, 40.0]
