@@ -46,7 +46,7 @@ def parts(section: Section) -> list[Part]:
     who = "Dense and the best configuration of each method"
     band = "mean over seeds, band one standard deviation" if points["seeds"].gt(1).any() else "one seed each, no claim"
     found = [
-        Part(axis.name, f"{section.fid_name} during training, over {axis.title}", figure(section, points, axis),
+        Part(axis.name, f"{section.early_name} during training, over {axis.title}", figure(section, points, axis),
              f"{who}: {band}. {_reading(axis)}")
         for axis in AXES
     ]  # fmt: skip
@@ -56,7 +56,7 @@ def parts(section: Section) -> list[Part]:
         same = section.ranked[section.ranked["sparsity"].eq(sparsity) | section.ranked["method"].eq(DENSE)]
         same = same.sort_values("fid_mean", kind="stable").drop_duplicates("method")
         if set(same["configuration"]) != set(best["configuration"]):
-            title = f"{section.fid_name} during training at S = {words.plain_number(sparsity)}"
+            title = f"{section.early_name} during training at S = {words.plain_number(sparsity)}"
             caption = f"Dense and the best configuration of each method at this sparsity: {band}."
             found.append(Part("dynamics_one_s", title, figure(section, curves(section, same), AXES[0]), caption))
     return found
@@ -79,7 +79,7 @@ def common_sparsity(section: Section) -> float | None:
 
 
 def curves(section: Section, configurations: pd.DataFrame) -> pd.DataFrame:
-    """A row per configuration and step: fid_mean, fid_std, seeds, and the means of the other axes' columns.
+    """A row per configuration and step: fid_mean, fid_std (of early_fid), seeds, the means of the other axes' columns.
 
     Only the trials that stand behind the configurations (their stage, at full budget), and only steps that all of them
     reported: a mean over fewer seeds would jump.
@@ -92,9 +92,9 @@ def curves(section: Section, configurations: pd.DataFrame) -> pd.DataFrame:
         if row["trial_id"] is not None and not words.missing(row["trial_id"]):
             mine &= trials["trial_id"].eq(row["trial_id"])
         chosen = trials[mine].drop_duplicates("seed", keep="last")["trial_id"]
-        reports = section.reports[section.reports["trial_id"].isin(chosen) & section.reports["fid"].notna()]
+        reports = section.reports[section.reports["trial_id"].isin(chosen) & section.reports["early_fid"].notna()]
         by_step = reports.groupby("step").agg(
-            fid_mean=("fid", "mean"), fid_std=("fid", "std"), seeds=("fid", "count"),
+            fid_mean=("early_fid", "mean"), fid_std=("early_fid", "std"), seeds=("early_fid", "count"),
             flops_spent_true=("flops_spent_true", "mean"), train_s=("train_s", "mean"),
         )  # fmt: skip
         by_step = by_step[by_step["seeds"].eq(len(chosen))].reset_index()
@@ -115,7 +115,7 @@ def figure(section: Section, points: pd.DataFrame, axis: Axis) -> go.Figure | No
     """A curve per configuration of `points` (see `curves`) over one axis."""
     if points.empty:
         return None
-    drawn = style.figure(axis.axis, plain(section.fid_name))
+    drawn = style.figure(axis.axis, plain(section.early_name))
     looks = style.looks(section.methods())
     for (method, _), rows in points.groupby(["method", "configuration"], sort=False, dropna=False):
         colour, symbol = looks[method]
@@ -143,9 +143,9 @@ def table(section: Section, points: pd.DataFrame) -> Table:
         Column("train FLOPs", lambda row: words.scientific(row["flops_spent_true"])),
         Column("train time", lambda row: words.duration(row["train_s"])),
         Column("seeds", lambda row: str(row["seeds"])),
-        Column(section.fid_name, lambda row: words.spread(row["fid_mean"], row["fid_std"])),
+        Column(section.early_name, lambda row: words.spread(row["fid_mean"], row["fid_std"])),
     )
-    frame = points.assign(model=section.model, dataset=section.dataset, protocol=section.protocol_text)
+    frame = points.assign(model=section.model, dataset=section.dataset, protocol=section.early_text)
     caption = "Mean ± standard deviation over seeds at each report that all seeds have."
     return Table("dynamics", "Training dynamics in numbers", caption, frame, columns)
 

@@ -49,8 +49,8 @@ def _with_ratio(rows: pd.DataFrame, prune_ratio: float | None, value: str) -> pd
     return rows if prune_ratio is None else rows[rows["prune_ratio"].isna() | rows["prune_ratio"].eq(prune_ratio)]
 
 
-def training_curves(section: Section, value: str = "fid") -> go.Figure | None:
-    """`value` ("fid" or "validation_loss") over steps, a line per trial, a cross where one was stopped or failed.
+def training_curves(section: Section, value: str = "early_fid") -> go.Figure | None:
+    """`value` ("early_fid" or "validation_loss") over steps, a line per trial, a cross where one was stopped or failed.
 
     Of more than MOST_POINTS reports every n-th is drawn, and each trial's last.
     """
@@ -58,7 +58,7 @@ def training_curves(section: Section, value: str = "fid") -> go.Figure | None:
     if whole.empty:
         return None
     reports = thinned(whole)
-    name = {"fid": plain(section.fid_name), "validation_loss": "validation loss"}[value]
+    name = {"early_fid": plain(section.early_name), "validation_loss": "validation loss"}[value]
     figure = style.figure("optimizer step", name)
     mode = "lines+markers" if len(reports) <= MANY_POINTS else "lines"
     for method in section.methods():

@@ -28,7 +28,7 @@ def samples(section: Section) -> list[Part]:
 def curves(section: Section) -> list[Part]:
     """FID and validation loss of every trial."""
     return [
-        Part("curves", f"{section.fid_name} of every trial", figures.training_curves(section, "fid"),
+        Part("curves", f"{section.early_name} of every trial", figures.training_curves(section),
              "A line per trial, confirmed ones stronger; a cross where a trial was stopped or failed."),
         Part("losses", "Validation loss of every trial", figures.training_curves(section, "validation_loss"),
              "Masked EMA weights on fixed noise and timesteps."),

@@ -6,6 +6,8 @@ without the large ones (LARGE), which are read where they are needed. `fid` and 
 whatever stand-in was written for the trial scheduler. Added are
 
     path            str    the record file
+    early_fid       float  what trials are compared by while they train: `intermediate_fid` where the trial has an
+                           intermediate protocol, at its last step too, else `fid`. Never compared with a `fid`.
     configuration   str    ten hex digits: the same for trials that differ only in seed, folders and threads
     other_settings  str    settings beside method, S, p, ΔTe and steps that vary among the trials that share protocol,
                            model, data set and variant, `name=value, ...`
@@ -15,7 +17,7 @@ whatever stand-in was written for the trial scheduler. Added are
 `read(results)` gives that table, one row per trial, and the warnings. A trial's row has Facts, Outcome and
 
     reports         int    how many there are
-    step, train_loss, validation_loss, fid, kid, kid_std, density, topology_updates, train_s, evaluate_s,
+    step, train_loss, validation_loss, fid, early_fid, kid, kid_std, density, topology_updates, train_s, evaluate_s,
     peak_memory_bytes, flops_spent_paper, flops_spent_true      of the last report (NaN without one)
     diverged        bool   the last report says so
     full_budget     bool   the last report is at total_steps (or later) and the trial neither failed nor diverged
@@ -49,7 +51,7 @@ FACTS = [field.name for field in dataclasses.fields(records.Facts)]
 OUTCOME = [field.name for field in dataclasses.fields(records.Outcome)]
 LARGE = ("samples_png", "layer_density", "mask_sample")
 REPORT = [field.name for field in dataclasses.fields(records.Report) if field.name not in LARGE]
-OPTIONAL = ("allocation", "prune_ratio", "update_interval_steps")  # facts that may be null
+OPTIONAL = ("allocation", "prune_ratio", "update_interval_steps", "intermediate_protocol")  # facts that may be null
 TASK = ["protocol", "model", "dataset", "variant"]  # where all of these are equal, two FIDs are comparable
 EVALUATIONS = "evaluations"  # the folder of what `raysparse evaluate` measured
 
@@ -183,8 +185,8 @@ def _measured(rows: pd.DataFrame) -> pd.DataFrame:
     """Numbers that are no measurements as NaN: infinities, and the stand-ins that a diverged trial reports."""
     floats = rows.select_dtypes("float64")
     rows = rows.assign(**floats.where(np.isfinite(floats)))
-    rows.loc[rows["diverged"].eq(True), ["fid", "kid", "kid_std"]] = np.nan
-    return rows
+    rows.loc[rows["diverged"].eq(True), ["fid", "intermediate_fid", "kid", "kid_std"]] = np.nan
+    return rows.assign(early_fid=rows["fid"].where(rows["intermediate_protocol"].isna(), rows["intermediate_fid"]))
 
 
 def _with_configurations(rows: pd.DataFrame) -> pd.DataFrame:

@@ -43,19 +43,21 @@ def saved(section: Section) -> str:
 
 
 def correlations(section: Section) -> pd.DataFrame:
-    """A row per rung: Spearman's rho between FID there and FID at full budget, over search trials that have both.
+    """A row per rung: Spearman's rho between the early FID there and FID at full budget, over search trials with both.
 
     Rungs: the steps at which trials were stopped, else (nothing was) the steps that all trials reported. Intervals
     hold together (Bonferroni).
     """
     trials = section.trials[section.trials["stage"].ne("confirm")]
     finished = trials[trials["result_fid"].notna()].set_index("trial_id")
-    reports = section.reports[section.reports["trial_id"].isin(trials["trial_id"]) & section.reports["fid"].notna()]
+    reports = section.reports[
+        section.reports["trial_id"].isin(trials["trial_id"]) & section.reports["early_fid"].notna()
+    ]
     rungs = _rungs(section, reports, len(trials))
     confidence = stats.simultaneous(CONFIDENCE, len(rungs))
     rows = []
     for rung in rungs:
-        at = reports[reports["step"].eq(rung)].set_index("trial_id")["fid"]
+        at = reports[reports["step"].eq(rung)].set_index("trial_id")["early_fid"]
         both = finished[finished["total_steps"].gt(rung)].join(at.rename("fid_at_rung"), how="inner")
         found = robust.rank_correlation(both["fid_at_rung"], both["result_fid"], confidence)
         if len(both) >= 3:
@@ -63,6 +65,7 @@ def correlations(section: Section) -> pd.DataFrame:
                 "step": rung, "trials_there": len(at), "trials": len(both), "rho": found.estimate,
                 "rho_low": found.low, "rho_high": found.high, "best_kept": _best_kept(both),
                 "model": section.model, "dataset": section.dataset, "protocol": section.protocol_text,
+                "intermediate_protocol": None if section.early_protocol is None else section.early_text,
             })  # fmt: skip
     return pd.DataFrame(rows)
 
@@ -77,10 +80,11 @@ def table(section: Section, rows: pd.DataFrame) -> Table:
         Column("best at the end was", lambda row: f"number {row['best_kept']}"),
     )
     caption = (
-        f"Spearman's ρ between {section.fid_name} at the rung and at full budget, Fisher's interval (Bonett and "
-        f"Wright), all together at {words.percent(CONFIDENCE)}. Only trials that were not stopped have both: they are "
-        "the rung's own choice and lie closer together than all trials did, so that ρ over all would likely be higher. "
-        "Last column: the place at this rung, among the same trials, of the one that was best in the end."
+        f"Spearman's ρ between {section.early_name} at the rung and {section.fid_name} at full budget, Fisher's "
+        f"interval (Bonett and Wright), all together at {words.percent(CONFIDENCE)}. Only trials that were not stopped "
+        "have both: they are the rung's own choice and lie closer together than all trials did, so that ρ over all "
+        "would likely be higher. Last column: the place at this rung, among the same trials, of the one that was best "
+        "in the end."
     )
     return Table("rungs", "Rank correlation between rungs and the end", caption, rows, columns)
 

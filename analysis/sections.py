@@ -1,7 +1,8 @@
 """The comparable parts of a results folder, and what each part says.
 
 Two FIDs are comparable where protocol, model, data set and variant are the same: one Section each, and no table,
-figure or ranking ever joins two sections. Within a section, configurations come from two stages:
+figure or ranking ever joins two sections. What trials are compared by while they train may be under a protocol of its
+own: `early_fid`, which has its own figures and tables. Within a section, configurations come from two stages:
 
     confirm   one row per configuration: mean and standard deviation over seeds, and a verdict against dense
     search    (and `single`) one row per trial, one seed each: a value, no spread, no claim
@@ -57,11 +58,29 @@ class Section:
     @cached_property
     def protocol(self) -> dict[str, Any]:
         """The protocol's fields; `{"protocol": text}` where the text is not a JSON object."""
-        try:
-            fields = json.loads(self.protocol_text)
-        except ValueError:
-            fields = None
-        return fields if isinstance(fields, dict) else {"protocol": self.protocol_text}
+        return _fields(self.protocol_text)
+
+    @property
+    def early_name(self) -> str:
+        """Of `early_fid`: `fid_name`, or with the samples and steps of the intermediate protocol where there is one."""
+        early = self.early_protocol
+        if early is None:
+            return self.fid_name
+        generated, steps = early.get("generated"), early.get("ddim_steps")
+        whole = isinstance(generated, int) and isinstance(steps, int)
+        how = f"{generated:,} samples, {steps:,} DDIM steps" if whole else "another protocol"
+        return f"intermediate {self.fid_name}, {how}"
+
+    @cached_property
+    def early_protocol(self) -> dict[str, Any] | None:
+        """The protocol of `early_fid` where it is another one than that of the results, and of most trials here."""
+        text = _usual(self.trials["intermediate_protocol"])
+        return None if text is None else _fields(text)
+
+    @property
+    def early_text(self) -> str:
+        """The text of the protocol of `early_fid`."""
+        return _usual(self.trials["intermediate_protocol"]) or self.protocol_text
 
     @property
     def title(self) -> str:
@@ -153,8 +172,29 @@ def split(records: Records) -> list[Section]:
             rows[rows["trial_id"].isin(trials["trial_id"])].reset_index(drop=True)
             for rows in (records.reports, records.evaluations)
         )
+        trials, reports = (_one_early_protocol(rows, trials) for rows in (trials, reports))
         sections.append(Section(protocol, model, dataset, trials, reports, variant, again))
     return sorted(sections, key=lambda section: -len(section.trials))
+
+
+def _fields(protocol: str) -> dict[str, Any]:
+    try:
+        fields = json.loads(protocol)
+    except ValueError:
+        fields = None
+    return fields if isinstance(fields, dict) else {"protocol": protocol}
+
+
+def _usual(protocols: pd.Series) -> str | None:
+    """The intermediate protocol of most trials, None where that is none."""
+    counts = protocols.fillna("").value_counts()
+    return str(counts.index[0]) or None if len(counts) else None
+
+
+def _one_early_protocol(rows: pd.DataFrame, trials: pd.DataFrame) -> pd.DataFrame:
+    """`rows` with `early_fid` under one protocol: that of most trials; the others, of another sweep, have none."""
+    usual = _usual(trials["intermediate_protocol"])
+    return rows.assign(early_fid=rows["early_fid"].where(rows["intermediate_protocol"].fillna("").eq(usual or "")))
 
 
 def _aggregate(group: pd.DataFrame) -> dict[str, Any]:

@@ -33,6 +33,8 @@ def html(section: Section, folders: Sequence[Path], anchor: str) -> Html:
         (name, value if isinstance(value, str) else json.dumps(value)) for name, value in section.protocol.items()
     ]
     protocol = [join(tag("dt", name), tag("dd", value or words.NONE)) for name, value in pairs]
+    early = section.early_protocol or {}
+    early_pairs = [join(tag("dt", name), tag("dd", json.dumps(value))) for name, value in early.items()]
     versions = [tag("li", _versions(text)) for text in section.trials["versions"].dropna().unique()[:5]]
     rows = [("dense", section.dense), ("best sparse", section.best)]
     settings = [
@@ -46,6 +48,7 @@ def html(section: Section, folders: Sequence[Path], anchor: str) -> Html:
         tag("h3", "Protocol", id=anchor),
         tag("p", f"Two values of {section.fid_name} compare only where all of this is equal.", class_="caption"),
         tag("dl", *protocol),
+        *([tag("h3", f"Protocol of the {section.early_name}"), tag("dl", *early_pairs)] if early else []),
         tag("h3", "To get this again"),
         *(tag("pre", command, tabindex="0") for command in commands),
         tag("ul", *versions, class_="versions"),

@@ -198,11 +198,11 @@ def trials(section: Section) -> Table:
     keep = [
         "trial_id", "stage", "seed", "method", "sparsity", "prune_ratio", "update_interval_steps", "allocation",
         "other_settings", "configuration", "state", "state_reason", "step", "total_steps", "stopped_at_step", "fid",
-        "kid", "kid_std", "result_fid", "result_kid", "train_loss", "validation_loss", "density", "topology_updates",
-        "params_total", "params_active", "flops_inference_true", "flops_inference_paper", "flops_train_true",
-        "flops_train_paper", "flops_spent_true", "flops_spent_paper", "train_s", "evaluate_s", "peak_memory_bytes",
-        "batch_size", "world_size", "reports", "sweep", "command",
-        "model", "dataset", "protocol",
+        "early_fid", "kid", "kid_std", "result_fid", "result_kid", "train_loss", "validation_loss", "density",
+        "topology_updates", "params_total", "params_active", "flops_inference_true", "flops_inference_paper",
+        "flops_train_true", "flops_train_paper", "flops_spent_true", "flops_spent_paper", "train_s", "evaluate_s",
+        "peak_memory_bytes", "batch_size", "world_size", "reports", "sweep", "command",
+        "model", "dataset", "protocol", "intermediate_protocol",
     ]  # fmt: skip
     columns = (
         Column("trial", lambda row: row["trial_id"], numeric=False),
@@ -213,6 +213,7 @@ def trials(section: Section) -> Table:
         Column("state", lambda row: words.text(row["state"]).lower(), numeric=False),
         Column("step", lambda row: f"{words.integer(row['step'])} / {words.integer(row['total_steps'])}"),
         Column(f"last {section.fid_name}", lambda row: words.number(row["fid"])),
+        *_early(section),
         Column("validation loss", lambda row: words.number(row["validation_loss"])),
         Column("density", lambda row: words.ratio(row["density"])),
         Column("train time", lambda row: words.duration(row["train_s"])),
@@ -222,6 +223,13 @@ def trials(section: Section) -> Table:
     frame = section.trials[keep].sort_values(["stage", "method", "sparsity", "trial_id"], kind="stable")
     caption = "The last report of each trial. Values of trials that ended early are not results."
     return Table("trials", "Trials", caption, frame, columns)
+
+
+def _early(section: Section) -> tuple[Column, ...]:
+    """The last FID of the intermediate protocol, where there is one."""
+    if section.early_protocol is None:
+        return ()
+    return (Column(f"last {section.early_name}", lambda row: words.number(row["early_fid"])),)
 
 
 def stopped(section: Section) -> Table:
@@ -235,7 +243,7 @@ def stopped(section: Section) -> Table:
         Column("of steps", lambda row: words.integer(row["total_steps"])),
         Column("steps saved", lambda row: words.integer(row["steps_saved"])),
         Column("train FLOPs saved", lambda row: words.scientific(row["flops_saved_true"])),
-        Column(f"{section.fid_name} then", lambda row: words.number(row["fid"])),
+        Column(f"{section.early_name} then", lambda row: words.number(row["early_fid"])),
         Column("reason", lambda row: words.text(row["state_reason"]), numeric=False),
     )
     caption = "Trials ended early by the trial scheduler, earliest first; FLOPs in the true convention."
@@ -252,8 +260,8 @@ def stopped_trials(section: Section) -> pd.DataFrame:
     )
     keep = [
         "trial_id", "stage", "seed", "method", "sparsity", "prune_ratio", "update_interval_steps", "other_settings",
-        "configuration", "stopped_at_step", "total_steps", "steps_saved", "flops_saved_true", "fid", "kid",
-        "state_reason", "model", "dataset", "protocol",
+        "configuration", "stopped_at_step", "total_steps", "steps_saved", "flops_saved_true", "fid", "early_fid",
+        "kid", "state_reason", "model", "dataset", "protocol", "intermediate_protocol",
     ]  # fmt: skip
     return frame[keep].sort_values(["stopped_at_step", "trial_id"], kind="stable", ignore_index=True)
 

@@ -171,6 +171,13 @@ class TrainConfig(Section):
         return self
 
 
+class IntermediateConfig(Section):
+    """The cheaper protocol of the evaluations before the last step."""
+
+    generated: int = Field(1_000, ge=2)  # samples per FID
+    ddim_steps: int = Field(20, ge=1)
+
+
 class EvaluateConfig(Section):
     every_steps: int = Field(2_040, ge=1)  # a Report and a checkpoint at each multiple, and at the last step
     extractor: str = "glyph_cnn"  # a file in raysparse/metrics/extractors/
@@ -188,6 +195,19 @@ class EvaluateConfig(Section):
     kid_subsets: int = Field(100, ge=1)
     kid_subset_size: int = Field(1000, ge=2)
     grid: int = Field(16, ge=0)  # samples kept as a picture in each record
+    # By which trials are compared while they train (ASHA, curves): a FID of its own, measured at the last step too,
+    # never compared with the trial's FID, which is measured there alone. None: each evaluation is a full one
+    intermediate: IntermediateConfig | None = None
+
+    @model_validator(mode="after")
+    def _cheaper(self) -> Self:
+        for name in ("generated", "ddim_steps") if self.intermediate else ():
+            mine, own = getattr(self.intermediate, name), getattr(self, name)
+            if mine > own:
+                raise ValueError(
+                    f"intermediate.{name} {mine} is above {name} {own}; the intermediate FID is the cheap one"
+                )
+        return self
 
 
 class TrialConfig(Section):
@@ -214,7 +234,18 @@ class TrialConfig(Section):
             del content["first_stage"]["weights"]  # then the hash says which they are
         for section, name in PLACES:
             del content[section][name]
+        if self.evaluate.intermediate is None:
+            del content["evaluate"]["intermediate"]  # a later setting: the ids of known trials stay what they were
         return content
+
+    @property
+    def intermediate(self) -> TrialConfig | None:
+        """The trial as its evaluations before the last step see it; None: as they all do."""
+        cheaper = self.evaluate.intermediate
+        if cheaper is None:
+            return None
+        evaluate = self.evaluate.model_copy(update={**cheaper.model_dump(), "intermediate": None})
+        return self.model_copy(update={"evaluate": evaluate})
 
     def dump_json(self) -> str:
         """Canonical JSON; `parse(json.loads(text))` gives the same trial back."""

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from raysparse.screen import TrialTable, print_lines
+from raysparse.screen import TrialTable, intermediate_hint, intermediate_words, print_lines
 from raysparse.sweep.trial_log import printable
 from raysparse.terminal import duration
 
@@ -56,6 +56,7 @@ def print_trials(sweep: Facts, rows: Sequence[Row]) -> None:
         soft_wrap=True,
     )
     console.print(TrialTable(rows))
+    print_lines(console, *intermediate_hint(rows))
     for line in (*best_lines(sweep["best"]), *front_lines(sweep["front"])):
         print_lines(console, line)
     if sweep["what_to_do"]:
@@ -79,8 +80,9 @@ def best_lines(best: Sequence[Facts]) -> list[str]:
         mean = f" on average of {seeds} seeds ({min(one['fids']):.3f} to {max(one['fids']):.3f})" if seeds > 1 else ""
         how = "" if one["state"] == "COMPLETED" else f" at step {one['step']}, {one['state'].lower()}"
         other = f"; measured in way {one['protocol']}" if one["protocol"] else ""
+        fid = f"FID {one['fid']:.3f}" if one["fid"] is not None else f"intermediate FID {one['intermediate_fid']:.3f}"
         trials = one["trials"][0] + (f" and {seeds - 1} more" if seeds > 1 else "")
-        lines.append(f"best of {one['method']} ({one['stage']}): FID {one['fid']:.3f}{mean}, {trials}{how}{other}")
+        lines.append(f"best of {one['method']} ({one['stage']}): {fid}{mean}, {trials}{how}{other}")
     return lines
 
 
@@ -102,6 +104,8 @@ def print_trial(page: Facts) -> None:
             f"FID: {protocol['extractor']}, {protocol['generated']} samples of {protocol['ddim_steps']} DDIM steps "
             f"against {protocol['reference_examples']} examples",
         )
+    if page["intermediate_protocol"]:
+        print_lines(console, intermediate_words(page["intermediate_protocol"]))
     if page["reports"]:
         console.print(_course(page))
     for item in page["events"]:
@@ -123,18 +127,21 @@ def print_trial(page: Facts) -> None:
 def _course(page: Facts) -> Table:
     """A line per report; the rung that it counted at, with the place among all that have been there."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for name in ("step", "FID", "KID", "loss", "validation", "density", "replaced", "time"):
+    early = ("intermediate FID",) if page["intermediate_protocol"] else ()
+    for name in ("step", "FID", *early, "KID", "loss", "validation", "density", "replaced", "time"):
         table.add_column(name, justify="right")
     table.add_column("rung, place there now")
     rungs = {rung["rung"]: rung for rung in page["rungs"]}
     for report in page["reports"]:
-        reached = [rung for rung in rungs.values() if rung["fid"] == report["fid"] and rung["rung"] <= report["step"]]
+        compared = report.get("intermediate_fid" if early else "fid")
+        reached = [rung for rung in rungs.values() if rung["fid"] == compared and rung["rung"] <= report["step"]]
         for rung in reached:
             rungs.pop(rung["rung"])
         spent = (report.get("train_s") or 0) + (report.get("evaluate_s") or 0)
         table.add_row(
             f"{report['step']:,}",
-            _number(report["fid"], ".3f"),
+            _number(report.get("fid"), ".3f"),
+            *(_number(compared, ".3f") for _ in early),
             _number(report.get("kid"), ".5f"),
             _number(report.get("train_loss"), ".4f"),
             _number(report.get("validation_loss"), ".4f"),
@@ -170,7 +177,9 @@ def print_difference(found: Facts) -> None:
     for line in found["fids"]:
         left, right = line["fids"]
         change = "" if left is None or right is None else f"  ({right - left:+.3f})"
-        table.add_row(f"FID at step {line['step']:,}", _number(left, ".3f"), _number(right, ".3f") + change)
+        name = "intermediate FID" if line["of"] == "intermediate_fid" else "FID"
+        at = "" if line["step"] is None else f" at step {line['step']:,}"
+        table.add_row(f"{name}{at}", _number(left, ".3f"), _number(right, ".3f") + change)
     console.print(table)
 
 

@@ -54,16 +54,21 @@ class Facts:
     config: str  # JSON of the whole TrialConfig
     versions: str  # JSON: raysparse, python, torch, ray, optuna, ...
     command: str  # what to type to get this record again
+    # The protocol of `intermediate_fid`; None: there is none, and each report has a FID under `protocol`
+    intermediate_protocol: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One evaluation of one trial. `fid` and the losses are finite; a trial that is not reports `diverged`."""
+    """One evaluation of one trial. `fid` and the losses are finite; a trial that is not reports `diverged`.
+
+    Where the trial has an intermediate protocol, `fid` is None before the last step. The two are never compared.
+    """
 
     step: int  # optimizer steps done
     train_loss: float | None  # mean since the last report
     validation_loss: float | None  # masked EMA weights, fixed noise and timesteps
-    fid: float | None
+    fid: float | None  # under the trial's own protocol
     kid: float | None
     kid_std: float | None
     density: float  # achieved, over the maskable weights
@@ -79,6 +84,7 @@ class Report:
     reason: str | None = None  # why it diverged
     samples_png: bytes | None = None  # a grid of samples from the same noise in every trial with this seed
     mask_sample: str | None = None  # JSON {parameter name: mask bits in hex}, some positions, the same in every trial
+    intermediate_fid: float | None = None  # under the trial's intermediate protocol, at the last step too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +112,7 @@ def _schema() -> pa.Schema:
 
 SCHEMA = _schema()
 # Columns that records written before them lack.
-_LATER = frozenset({"mask_sample"})
+_LATER = frozenset({"mask_sample", "intermediate_fid", "intermediate_protocol"})
 
 
 def write_trial(results: Path, facts: Facts, outcome: Outcome, reports: Iterable[Report]) -> Path:

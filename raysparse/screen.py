@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, Group, RenderableType
@@ -105,7 +105,7 @@ def hints_of(board: Board) -> list[str]:
     from raysparse.sweep import objectives, views
 
     best = [one for one in views.best(list(board.rows.values())) if one["stage"] == board.stage]
-    hints = []
+    hints = intermediate_hint(list(board.rows.values()))
     if best and not best[0]["protocol"]:
         shown = ", ".join(f"{one['method']} {one['fid']:.3f}" for one in best if one["state"] == "COMPLETED")
         hints += [f"best completed: {shown}"] if shown else []
@@ -116,6 +116,19 @@ def hints_of(board: Board) -> list[str]:
     if failed and board.folder is not None:
         hints.append(f"{len(failed)} failed; why: raysparse show {shlex.quote(str(board.folder))} {failed[-1]}")
     return hints
+
+
+def intermediate_hint(rows: Sequence[Row]) -> list[str]:
+    """What brackets in the table mean, where there are any."""
+    found = [row.config["evaluate"]["intermediate"] for row in rows if row.intermediate and row.fid is None]
+    return [f"in brackets: {intermediate_words(found[0])}"] if found else []
+
+
+def intermediate_words(protocol: Mapping[str, Any]) -> str:
+    return (
+        f"intermediate FID, of {protocol['generated']:,} samples and {protocol['ddim_steps']} DDIM steps: no result, "
+        "and not to be compared with a FID"
+    )
 
 
 class TrialTable:
@@ -155,9 +168,15 @@ def _cells(row: Row) -> list[str]:
         *("" if value is None else f"{value:.3g}" for value in settings),
         str(row.seed),
         f"{row.step:,}/{row.total_steps:,}",
-        "" if row.fid is None else f"{row.fid:.3f}",
+        _fid(row),
         printable(f"{state}: {row.reason}") if row.reason else state,
     ]
+
+
+def _fid(row: Row) -> str:
+    if row.fid is not None:
+        return f"{row.fid:.3f}"
+    return "" if row.latest is None else f"({row.latest:.3f})"
 
 
 def _word(row: Row) -> str:
@@ -171,7 +190,8 @@ def event_line(item: Event, board: Board) -> str | None:
     """One event in words; None for what nobody needs to read."""
     row = board.rows.get(item.trial_id or "")
     name = _name(row) if row else item.trial_id or ""
-    fid = "" if item.fid is None else f", FID {item.fid:.3f}"
+    values = (("FID", item.fid), ("intermediate FID", item.intermediate_fid))
+    fid = "".join(f", {name} {value:.3f}" for name, value in values if value is not None)
     match item.kind:
         case "planned" | "repeated":
             return None

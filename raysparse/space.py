@@ -15,6 +15,7 @@
 
 An axis is a setting of the method, or a dotted path into TrialConfig such as `optimizer.lr`. With several objectives,
 `search: {objectives: [fid, flops_inference], ...}`, the search is for their Pareto front and confirm re-runs that.
+`base: {evaluate: {intermediate: {generated: 500, ddim_steps: 20}}}` makes the FIDs before the last step cheaper ones.
 """
 
 from __future__ import annotations
@@ -345,6 +346,10 @@ def _check_axes(sweep: Sweep, method: str, axes: Mapping[str, Axis]) -> None:
         if "." not in name and name not in known:
             raise ValueError(
                 f"{method}: " + unknown("axis", name, settings) + "; or a dotted path such as optimizer.lr"
+            )
+        if name.startswith("evaluate.intermediate"):
+            raise ValueError(
+                f"{name} is not an axis: trials are compared by the intermediate FID, so all have the same"
             )
         if "." in name:
             _check_path(name)

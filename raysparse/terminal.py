@@ -74,6 +74,7 @@ def report_line(trial: TrialConfig, report: Report) -> str:
         ("loss", report.train_loss, "{:.4f}"),
         ("validation", report.validation_loss, "{:.4f}"),
         (f"FID ({trial.evaluate.extractor})", report.fid, "{:.3f}"),
+        ("intermediate FID", report.intermediate_fid, "{:.3f}"),
         ("KID", report.kid, "{:.5f}"),
         ("density", report.density, "{:.4f}"),
         ("replaced", report.topology_changed, "{:.1%}"),
@@ -143,11 +144,13 @@ def print_plan(sweep: Sweep, plan: dict[str, Any]) -> None:
     if drawn > 0:
         console.print(f"and {drawn} more that {sweep.search.sampler if sweep.search else ''} draws as it learns")
     points = plan["mean_points"]
+    last = plan["last_evaluation_s"]
+    last_one = "" if last == plan["evaluation_s"] else f", {duration(last)} the last one of a trial"
     length = "" if points is None else f" ({points:.1f} points a sketch on average)"
     console.print(
         f"confirm: {plan['confirm_trials']} more trials at full budget on fresh seeds\n"
         f"measured here: {plan['step_s']:.3f} s a step, {duration(plan['evaluation_s'])} of sampling an evaluation"
-        f"{length}, {plan['concurrent']} at a time\n"
+        f"{last_one}{length}, {plan['concurrent']} at a time\n"
         f"estimated: {plan['hours_full']:.2f} h if every trial runs to its end, about {plan['hours_asha']:.2f} h with "
         "early stopping, on a machine like this one",
         highlight=False,

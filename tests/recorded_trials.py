@@ -10,7 +10,7 @@ from raysparse.config import TrialConfig
 from raysparse.results import Facts, Outcome, Report, write_trial
 
 
-def record(folder: Path, trial: TrialConfig, fids: dict[int, float], state: str, **changes: Any) -> None:
+def record(folder: Path, trial: TrialConfig, fids: dict[int, float], state: str, **changes: Any) -> Path:
     """A trial with these FIDs; 0.5 s a step, 3 s an evaluation."""
     empty = {int: 1, float: 1.0, str: ""}
     hints = get_type_hints(Facts)
@@ -33,4 +33,4 @@ def record(folder: Path, trial: TrialConfig, fids: dict[int, float], state: str,
         names = ("train_loss", "validation_loss", "kid", "kid_std", "peak_memory_bytes")
         reports.append(Report(**known, **dict.fromkeys(names)))
     stopped = max(fids) if state == "STOPPED" else None
-    write_trial(folder, Facts(**values), Outcome(state=state, stopped_at_step=stopped), reports)
+    return write_trial(folder, Facts(**values), Outcome(state=state, stopped_at_step=stopped), reports)

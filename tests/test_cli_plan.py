@@ -102,7 +102,7 @@ def test_seconds_and_curves_from_records(run: Callable[..., tuple[int, str, str]
     for number, point in enumerate(({"method": "dense"}, {"method": "rigl", "sparsity": 0.5})):
         steps = {90: 90.0 + number, 180: 70.0 + number, 270: 60.0, 360: 50.0 + number}
         record(tmp_path, space.trial(sweep, point), steps, "COMPLETED")
-    assert price.recorded_seconds([tmp_path]) == (0.5, 3.0)
+    assert price.recorded_seconds([tmp_path]) == (0.5, 3.0, 3.0)
     found = as_json(run, *SMALL, "--results", str(tmp_path))
     assert (found["plan"]["step_s"], found["plan"]["evaluation_s"], found["timed"]) == (0.5, 3.0, "recorded")
     assert found["curves"] == f"recorded: 2 trials of {tmp_path}"

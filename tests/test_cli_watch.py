@@ -229,7 +229,8 @@ def record(folder: Path, name: str, generated: int, config: dict[str, Any], stat
     text = dict.fromkeys(("sweep", "model", "dataset", "allocation", "versions", "command"), "x")
     known = text | {"trial_id": name, "stage": "search", "method": "rigl", "seed": 0, "total_steps": 16}
     known |= {"protocol": json.dumps({"generated": generated}), "config": json.dumps(config)}
-    facts = Facts(**{field.name: known.get(field.name, 1) for field in dataclasses.fields(Facts)})
+    needed = [field.name for field in dataclasses.fields(Facts) if field.default is dataclasses.MISSING]
+    facts = Facts(**{name: known.get(name, 1) for name in needed})
     report = Report(
         16, 1.0, None, float(generated), None, None, 0.5, "{}", 0, 0.0, 1.0, 1.0, None, 1.0, 1.0
     )  # fmt: skip

@@ -122,7 +122,10 @@ def show(sweep: Sweep, found: dict[str, Any]) -> None:
 def _notes(sweep: Sweep, found: dict[str, Any]) -> str:
     """Where the figures come from."""
     planned, saved = found["plan"], found["saved_share"]
-    lines = [f"seconds: {planned['step_s']:.3g} a step, {planned['evaluation_s']:.3g} an evaluation; {found['timed']}"]
+    last = planned["last_evaluation_s"]
+    longer = f" ({last:.3g} the last one of a trial)" if last != planned["evaluation_s"] else ""
+    evaluation = f"{planned['evaluation_s']:.3g} an evaluation{longer}"
+    lines = [f"seconds: {planned['step_s']:.3g} a step, {evaluation}; {found['timed']}"]
     if planned["caution"]:
         lines.append(f"  {planned['caution']}")
     if sweep.asha:

@@ -11,7 +11,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import scipy.linalg
 import torch
 from numpy.typing import ArrayLike, NDArray
 
@@ -103,7 +102,7 @@ def _root_trace(a: Statistics, b: Statistics) -> float:
     """
     if a.wide or b.wide:
         cross = a.root @ b.root.T
-        return float(scipy.linalg.svdvals(cross, check_finite=False).sum()) if cross.size else 0.0
+        return float(np.linalg.svd(cross, compute_uv=False).sum()) if cross.size else 0.0
     first, second = (b, a) if a.rootless else (a, b)  # a root that is there already saves making one
     values = np.linalg.eigvalsh(first.root @ second.covariance @ first.root.T)
     return float(np.sqrt(np.clip(values, 0, None)).sum())
@@ -182,6 +181,8 @@ def _indicators(subsets: NDArray[Any], n: int) -> Matrix:
 
 def _root(covariance: Matrix) -> Matrix:
     """float64 [r, D], root' root = covariance, by pivoted Cholesky: constant features and rank < D need no jitter."""
+    import scipy.linalg  # here: a machine with PyTorch alone (benchmarks/fid.py) takes the reference's root as given
+
     factor, pivots, rank, _ = scipy.linalg.lapack.dpstrf(covariance, lower=0)
     root = np.zeros((rank, len(covariance)))
     root[:, pivots - 1] = np.triu(factor)[:rank]

@@ -22,7 +22,10 @@ class Row:
     total_steps: int
     config: dict[str, Any]  # the whole TrialConfig
     state: str = "PENDING"  # or RUNNING, COMPLETED, STOPPED, FAILED
-    fids: dict[int, float | None] = dataclasses.field(default_factory=dict)  # step -> FID
+    # step -> the FID by which trials are compared while they train, None where it was lost: under the intermediate
+    # protocol of a trial that has one, at its last step too
+    fids: dict[int, float | None] = dataclasses.field(default_factory=dict)
+    result: float | None = None  # of a completed trial: its FID under its own protocol
     reason: str | None = None
     number: int | None = None  # of the Optuna trial
     costs: dict[str, float] = dataclasses.field(default_factory=dict)  # where there are several objectives
@@ -37,9 +40,19 @@ class Row:
         return max(self.fids, default=0)
 
     @property
-    def fid(self) -> float | None:
-        """At the last report."""
+    def latest(self) -> float | None:
+        """Of `fids`, at the last report; to be compared with such values of the same step alone."""
         return self.fids[self.step] if self.fids else None
+
+    @property
+    def fid(self) -> float | None:
+        """Under the trial's own protocol, at the last report: with an intermediate one, that of a completed trial."""
+        return self.result if self.intermediate else self.latest
+
+    @property
+    def intermediate(self) -> bool:
+        """Whether `fids` are of a protocol of their own."""
+        return self.config.get("evaluate", {}).get("intermediate") is not None
 
     @property
     def open(self) -> bool:
@@ -49,7 +62,7 @@ class Row:
     @property
     def diverged(self) -> bool:
         """Failed by its own numbers: the same settings would do it again."""
-        return self.state == "FAILED" and bool(self.fids) and self.fid is None
+        return self.state == "FAILED" and bool(self.fids) and self.latest is None
 
     def setting(self, name: str) -> Any:
         """A setting of the method, e.g. "sparsity"; None where it has none."""
@@ -118,7 +131,9 @@ class Board:
                 row.reason = item.reason
                 row.stopped_by = item.by
                 if item.step is not None:
-                    row.fids[item.step] = item.fid
+                    row.fids[item.step] = item.intermediate_fid if row.intermediate else item.fid
+                if item.kind == "completed":
+                    row.result = item.fid
             case "reopened" if row:
                 row.state, row.reason, row.stopped_by = "PENDING", None, None
                 row.fids = {step: fid for step, fid in row.fids.items() if fid is not None}  # where it was lost

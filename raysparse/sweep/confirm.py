@@ -35,7 +35,7 @@ def plan(sweep: Sweep, ledger: Ledger) -> None:
 
 
 def choose(rows: list[Row], confirm: Confirm) -> Iterator[tuple[Row, str]]:
-    """The best rows of each method by their last FID, and why; a method of which no trial ended sound has none."""
+    """The best completed rows of each method by FID, and why; a method of which no trial ended sound has none."""
     for method in dict.fromkeys(row.method for row in rows):
         of_method = [row for row in rows if row.method == method]
         done = sorted((row for row in of_method if row.state == "COMPLETED"), key=_by_fid)
@@ -44,12 +44,13 @@ def choose(rows: list[Row], confirm: Confirm) -> Iterator[tuple[Row, str]]:
         missing = confirm.best_per_method - len(done)
         stopped = [row for row in of_method if row.state == "STOPPED"]
         # ASHA may stop all of a method: the one that came furthest stands in, and says so.
-        for row in sorted(stopped, key=lambda row: (-row.step, *_by_fid(row)))[: missing if not done else 0]:
+        for row in sorted(stopped, key=lambda row: (-row.step, *_known(row.latest, row)))[: missing if not done else 0]:
+            name = "intermediate FID" if row.intermediate else "FID"
             yield (
                 row,
                 (
                     f"no trial of {method} was completed; the furthest: step {row.step} of {row.total_steps}, "
-                    f"FID {row.fid:.4g}"
+                    f"{name} {row.latest:.4g}"
                 ),
             )
 
@@ -64,4 +65,8 @@ def choose_front(rows: list[Row], confirm: Confirm) -> Iterator[tuple[Row, str]]
 
 
 def _by_fid(row: Row) -> tuple[float, str]:
-    return (row.fid if row.fid is not None else float("inf"), row.trial_id)
+    return _known(row.fid, row)
+
+
+def _known(fid: float | None, row: Row) -> tuple[float, str]:
+    return (fid if fid is not None else float("inf"), row.trial_id)

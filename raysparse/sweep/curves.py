@@ -204,14 +204,18 @@ class _Known:
 
 def _known(path: Path) -> _Known | None:
     """None of a trial without a usable FID."""
-    names = ["step", "fid", "diverged", "state", "total_steps", "config", "protocol"]
-    rows = [row for row in records.read_trial(path).select(names).to_pylist() if row["fid"] and not row["diverged"]]
+    names = ["step", "diverged", "state", "total_steps", "config", "protocol", "intermediate_protocol"]
+    rows = records.read_trial(path).select([*names, "fid", "intermediate_fid"]).to_pylist()
+    early = rows[0]["intermediate_protocol"] is not None  # one protocol from the first report to the last
+    fid = "intermediate_fid" if early else "fid"
+    rows = [row for row in rows if row[fid] and not row["diverged"]]
     if not rows or rows[0]["state"] == "FAILED":
         return None
-    by_step = {row["step"]: row["fid"] for row in rows}
+    by_step = {row["step"]: row[fid] for row in rows}
     total = rows[0]["total_steps"]
     curve = tuple((step / total, by_step[step]) for step in sorted(by_step))
-    return _Known(_place(json.loads(rows[0]["config"])), curve, max(by_step) >= total, rows[0]["protocol"])
+    protocol = rows[0]["intermediate_protocol" if early else "protocol"]
+    return _Known(_place(json.loads(rows[0]["config"])), curve, max(by_step) >= total, protocol)
 
 
 def _extended(known: _Known, completed: Sequence[_Known]) -> _Known:

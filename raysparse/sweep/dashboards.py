@@ -20,7 +20,8 @@ from raysparse.files import write_text
 
 # Ray puts `ray_` before each name.
 OF_TRIAL = {
-    "raysparse_trial_fid": "FID of a trial at its last report",
+    "raysparse_trial_fid": "FID of a trial at its last report, under its own protocol",
+    "raysparse_trial_intermediate_fid": "FID by which trials are compared while they train",
     "raysparse_trial_loss": "training loss of a trial, mean since the report before",
     "raysparse_trial_step": "optimizer steps that a trial has done",
     "raysparse_trial_sparsity": "share of the maskable weights that is zero, as achieved",
@@ -46,6 +47,7 @@ _PANELS = (  # title, query, legend, kind, width in 24ths, height
     ("trials by state", f"sum by (state) (ray_raysparse_trials{_ONE})", "{{state}}", "bargauge", 12, 8),
     ("best completed FID by method", f"min by (method) (ray_raysparse_best_fid{_ONE})", "{{method}}", "stat", 12, 4),
     ("FID by trial", f"ray_raysparse_trial_fid{_ONE}", "{{trial}}", "timeseries", 12, 9),
+    ("intermediate FID by trial", f"ray_raysparse_trial_intermediate_fid{_ONE}", "{{trial}}", "timeseries", 12, 9),
     ("training loss by trial", f"ray_raysparse_trial_loss{_ONE}", "{{trial}}", "timeseries", 12, 9),
     ("steps by trial", f"ray_raysparse_trial_step{_ONE}", "{{trial}}", "timeseries", 12, 8),
     ("sparsity by trial", f"ray_raysparse_trial_sparsity{_ONE}", "{{trial}}", "timeseries", 12, 8),

@@ -22,7 +22,16 @@ from raysparse.results import Report, report_from
 from raysparse.sweep.board import Ledger, Row
 from raysparse.sweep.trainable import read_reports, with_samples
 
-SCALARS = ("fid", "kid", "train_loss", "validation_loss", "topology_changed", "train_s", "peak_memory_bytes")
+SCALARS = (
+    "fid",
+    "intermediate_fid",
+    "kid",
+    "train_loss",
+    "validation_loss",
+    "topology_changed",
+    "train_s",
+    "peak_memory_bytes",
+)
 
 
 class EventFiles(Callback):  # type: ignore[misc]

@@ -42,7 +42,8 @@ class Gauges(Callback):  # type: ignore[misc]
         row = self._ledger.board.rows[trial.config["trial_id"]]
         density = result.get("density")
         values = {
-            "raysparse_trial_fid": result.get("fid"),
+            "raysparse_trial_fid": row.fid,
+            "raysparse_trial_intermediate_fid": row.latest,
             "raysparse_trial_loss": result.get("train_loss"),
             "raysparse_trial_step": row.step,
             "raysparse_trial_sparsity": None if density is None else 1 - density,

@@ -23,7 +23,7 @@ Kind = Literal[
     "planned",  # a new trial: method, point, seed, total_steps, config
     "repeated",  # the search asked for a point again: nothing is trained, the known result counts
     "started",  # a worker began, or went on from `step`
-    "report",  # an evaluation: step and fid
+    "report",  # an evaluation: step and fid, or intermediate_fid
     "stopped",  # an evaluation after which ASHA stopped the trial at this rung; reason: its FID and the cutoff; or a
     #             person stopped it: `by` says who
     "completed",  # the last evaluation
@@ -47,7 +47,8 @@ class Event:
     stage: str | None = None  # search or confirm
     trial_id: str | None = None
     step: int | None = None
-    fid: float | None = None
+    fid: float | None = None  # under the trial's own protocol
+    intermediate_fid: float | None = None  # under its intermediate one, where it has one
     reason: str | None = None
     method: str | None = None
     point: dict[str, Any] | None = None  # planned, repeated: the axes' values

@@ -66,7 +66,7 @@ def recorded_costs(results: Path, trial_id: str) -> dict[str, float]:
 
 
 def values(row: Row, objectives: Sequence[str], known: Mapping[str, float] | None = None) -> tuple[float, ...] | None:
-    """A row's values, its last FID among them; None where one is not known. known: its costs, else the row's own."""
+    """A row's values, its FID among them; None where one is not known. known: its costs, else the row's own."""
     have = {**(row.costs if known is None else known), "fid": row.fid}
     found = [have.get(name) for name in objectives]
     return None if None in found else tuple(float(value) for value in found if value is not None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raysparse import results as records
 from raysparse import space
@@ -15,6 +15,9 @@ from raysparse.space import Sweep
 from raysparse.sweep.curves import Curves, Published, Recorded
 from raysparse.sweep.simulate import MOST_WORKERS, Pace, Simulated, in_world, simulate
 from raysparse.sweep.trainable import KEEP_CHECKPOINTS
+
+if TYPE_CHECKING:
+    from raysparse.train import plan
 
 # fp32 arrays of a checkpoint beside the masks (one bit a weight): weights, EMA, and what the optimizer keeps.
 ARRAYS = {"adamw": 4, "sgd": 3}
@@ -41,7 +44,7 @@ def price(
     base = space.parsed_base(sweep)
     recorded = recorded_seconds(results) if results else None
     known: Curves = Recorded(results) if results else _published(base, curves)
-    planned = plan.plan(sweep, cpus=cpus, seconds=(step_s, derived_evaluation(base, step_s)) if step_s else recorded)
+    planned = plan.plan(sweep, cpus=cpus, seconds=derived(base, step_s) if step_s else recorded)
     timed = (
         "the step is given, the evaluation derived from it"
         if step_s
@@ -50,7 +53,11 @@ def price(
         else "measured on this machine"
     )
     at_a_time = min(workers or planned["concurrent"], MOST_WORKERS)
-    pace = Pace(step_s=planned["step_s"], evaluation_s=planned["evaluation_s"])
+    pace = Pace(
+        step_s=planned["step_s"],
+        evaluation_s=planned["evaluation_s"],
+        last_evaluation_s=planned["last_evaluation_s"],
+    )
     runs = [
         simulate(in_world(sweep, world), known, workers=at_a_time, world=world, pace=pace) for world in range(worlds)
     ]
@@ -72,26 +79,38 @@ def price(
     }
 
 
-def derived_evaluation(config: TrialConfig, step_s: float) -> float:
-    """Seconds of an evaluation where only those of a step are known: a forward pass is a third of a step's work."""
+def derived(config: TrialConfig, step_s: float) -> plan.Seconds:
+    """Where only the seconds of a step are known: a forward pass is a third of a step's work."""
+    from raysparse.train import plan
     from raysparse.train.costs import evaluations
 
-    return config.evaluate.generated * evaluations(config) * step_s / config.train.batch_size / 3
+    forward_s = step_s / config.train.batch_size / 3
+    return plan.Seconds(
+        step_s, *plan.of_evaluations(config, lambda of: of.evaluate.generated * evaluations(of) * forward_s)
+    )
 
 
-def recorded_seconds(folders: Sequence[Path]) -> tuple[float, float]:
-    """Seconds of a training step and of an evaluation: the median over the recorded trials. UsageError without any."""
-    steps, evaluations = [], []
+def recorded_seconds(folders: Sequence[Path]) -> plan.Seconds:
+    """Medians over the recorded trials. UsageError without any."""
+    from raysparse.train import plan
+
+    steps, evaluations, lasts = [], [], []
     for folder in folders:
         for path in records.record_paths(folder):
-            rows = records.read_trial(path).select(["step", "train_s", "evaluate_s"]).to_pylist()
+            names = ["step", "train_s", "evaluate_s", "total_steps", "intermediate_fid"]
+            rows = records.read_trial(path).select(names).to_pylist()
             rows = [row for row in rows if row["step"]]
             if rows and (last := rows[-1])["train_s"]:
                 steps.append(last["train_s"] / last["step"])
-                evaluations.append(last["evaluate_s"] / len(rows))
+                spent = [row["evaluate_s"] for row in rows]
+                if last["step"] >= last["total_steps"] and last["intermediate_fid"] is not None:
+                    lasts.append(spent[-1] - sum(spent[-2:-1]))
+                    rows, spent = rows[:-1], spent[:-1]
+                evaluations += [spent[-1] / len(rows)] if rows else []
     if not steps:
         raise UsageError(f"{', '.join(map(str, folders))} hold no trial with a report; give --step-seconds instead")
-    return statistics.median(steps), statistics.median(evaluations)
+    evaluation_s = statistics.median(evaluations or lasts)
+    return plan.Seconds(statistics.median(steps), evaluation_s, statistics.median(lasts or evaluations))
 
 
 def checkpoint_bytes(config: TrialConfig, params_total: int) -> int:
@@ -112,6 +131,8 @@ def _figures(
     reports = {row.trial_id: -(-row.step // base.evaluate.every_steps) for row in rows}
     seconds = (run.search_steps + run.confirm_steps) * planned["step_s"]
     seconds += sum(reports.values()) * planned["evaluation_s"]
+    ended = sum(row.step >= row.total_steps for row in rows)
+    seconds += ended * (planned["last_evaluation_s"] - planned["evaluation_s"])
     # Trials that are drawn later are taken to cost what the known ones do on average.
     own = {row["trial_id"]: row["flops_train_true"] / planned["steps_per_trial"] for row in planned["trials"]}
     usual = statistics.mean(own.values())

@@ -23,6 +23,7 @@ from raysparse.sweep.journal import event
 # Not at the rungs, so never stopped: all else is compared with it at full budget. Were it there, a dense model that
 # learns faster at first would have every sparse trial stopped (seen: no sparse trial of ten was completed).
 BASELINE = "dense"
+FIDS = ("fid", "intermediate_fid")  # of a report
 
 
 class Rung(dict[str, float]):
@@ -104,11 +105,13 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
             return str(TrialScheduler.STOP)
         if step <= row.step:  # a restarted worker says again what is known
             return str(TrialScheduler.CONTINUE)
-        return self._decide(row, step, float(result["fid"]))
+        return self._decide(row, step, {name: result[name] for name in FIDS if result.get(name) is not None})
 
-    def _decide(self, row: Row, step: int, fid: float) -> str:
+    def _decide(self, row: Row, step: int, fids: dict[str, float]) -> str:
+        """fids: what the report has of FIDS; the trial is compared by its intermediate one where it has one."""
+        fid = float(fids["intermediate_fid" if row.intermediate else "fid"])
         if step >= row.total_steps:
-            self._add("completed", row, step=step, fid=fid)
+            self._add("completed", row, step=step, **fids)
             return str(TrialScheduler.STOP)
         found = self._rung(row.trial_id, step)
         if found is not None:
@@ -122,17 +125,18 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
             if not self._first_pass and place > rounded(len(rung) / self._reduction_factor):
                 why = f"not among the best 1 in {self._reduction_factor:g}"
             elif self._first_pass and cutoff is not None and -fid < cutoff:
-                why = f"FID {fid:.4g} above the cutoff {-cutoff:.4g}"
+                name = "intermediate FID" if row.intermediate else "FID"
+                why = f"{name} {fid:.4g} above the cutoff {-cutoff:.4g}"
             if why:
                 self._num_stopped += 1
                 reason = f"place {place} of {len(rung)} at step {milestone:g}: {why}"
-                self._add("stopped", row, step=step, fid=fid, reason=reason)
+                self._add("stopped", row, step=step, reason=reason, **fids)
                 return str(TrialScheduler.STOP)
         by = self._asked_to_stop(row.trial_id)
         if by is not None:  # after the rung has its FID: a rebuilt rung, made from the journal, has it too
-            self._add("stopped", row, step=step, fid=fid, reason=f"by {by} at step {step}", by=by)
+            self._add("stopped", row, step=step, reason=f"by {by} at step {step}", by=by, **fids)
             return str(TrialScheduler.STOP)
-        self._add("report", row, step=step, fid=fid)
+        self._add("report", row, step=step, **fids)
         return str(TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Trial) -> None:

@@ -42,6 +42,7 @@ class Pace:
 
     step_s: float = 1.0
     evaluation_s: float = 0.0
+    last_evaluation_s: float | None = None  # of the one at a trial's last step; None: as the others
     jitter: float = 0.05  # standard deviation of log seconds between trials: machines are not all alike
 
 
@@ -249,14 +250,21 @@ class _Run:
         """To the next report."""
         steps = running.curve[running.at][0] - running.step
         running.since = self._now
-        running.until = self._now + running.slowness * (steps * self._pace.step_s + self._pace.evaluation_s)
+        pace, evaluation_s = self._pace, self._pace.evaluation_s
+        if pace.last_evaluation_s is not None and running.at + 1 == len(running.curve):
+            evaluation_s = pace.last_evaluation_s
+        running.until = self._now + running.slowness * (steps * pace.step_s + evaluation_s)
 
     def _report(self, stage: str, scheduler: Rungs, searcher: Any, running: _Running) -> bool:
         """One report of a trial through the driver, as Tune's controller does it; whether the trial goes on."""
         step, fid = running.curve[running.at]
         self._steps[stage] += step - running.step
         running.step, running.at = step, running.at + 1
-        trial, result = running.trial, {"step": step, "fid": fid}
+        trial = running.trial
+        row = self._ledger.board.rows[trial.config["trial_id"]]
+        result: dict[str, Any] = {"step": step, "fid": fid}
+        if row.intermediate:  # a curve is of one protocol: its end stands for the FID under the other one
+            result |= {"intermediate_fid": fid, "fid": fid if step >= row.total_steps else None}
         with self._driver():
             decision = scheduler.on_trial_result(None, trial, result)
             if decision != TrialScheduler.STOP:

@@ -63,7 +63,7 @@ class Store:
             steps = sorted(path for path in _folders(folder) if path.name.startswith("step-"))
             for place, path in enumerate(reversed(steps), start=1):
                 kept, why = _judged(row, place, reasons.get(folder.name))
-                wanted = (place == 1, *((row.step, -(row.fid or 0.0)) if row else ()))
+                wanted = (place == 1, *((row.step, -(row.latest or 0.0)) if row else ()))
                 found.append(self._stored(path, int(path.name[5:]), kept, why, wanted))
             for path in _folders(folder):
                 if path.name.startswith(TEMPORARY):

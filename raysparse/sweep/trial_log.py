@@ -187,7 +187,12 @@ def _words(metrics: dict[str, Any]) -> str:
     """A report in one line."""
     if metrics.get("failed"):
         return f"step {metrics['step']}: failed: {metrics['failed']}"
-    numbers = (("loss", "train_loss"), ("FID", "fid"), ("density", "density"))
+    numbers = (
+        ("loss", "train_loss"),
+        ("FID", "fid"),
+        ("intermediate FID", "intermediate_fid"),
+        ("density", "density"),
+    )
     shown = ", ".join(f"{name} {metrics[key]:.4g}" for name, key in numbers if metrics.get(key) is not None)
     return f"step {metrics['step']}: {shown}"
 

@@ -141,6 +141,7 @@ def trial_facts(row: Row) -> Facts:
         "step": row.step,
         "total_steps": row.total_steps,
         "fid": row.fid,
+        "intermediate_fid": row.latest if row.intermediate else None,
         "reason": row.reason,
         "stopped_by": row.stopped_by,
     }
@@ -152,14 +153,15 @@ def front_facts(row: Row) -> Facts:
 
 
 def best(rows: Sequence[Row]) -> list[Facts]:
-    """The best of each method in each stage, by the last FID: of completed trials, else of the one that came furthest.
+    """The best of each method in each stage, by FID: of completed trials, else of the one that came furthest.
 
-    FIDs are compared only where all that they were measured by and on is the same. Seeds are replicates: a confirmed
-    point counts with its mean over them.
+    Of the latter `fid` is None where it has an intermediate protocol, and `intermediate_fid` says what is known. FIDs
+    are compared only where all that they were measured by and on is the same. Seeds are replicates: a confirmed point
+    counts with its mean over them.
     """
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        if row.fid is not None and row.state != "FAILED":
+        if row.latest is not None and row.state != "FAILED":
             groups.setdefault((row.stage, _measured_by(row), row.method), []).append(row)
     protocols = list(dict.fromkeys(measured for _, measured, _ in groups))
     found = []
@@ -169,14 +171,16 @@ def best(rows: Sequence[Row]) -> list[Facts]:
         if stage == "confirm":
             points = dict.fromkeys(json.dumps(row.point, sort_keys=True) for row in done)
             replicates = [[row for row in done if json.dumps(row.point, sort_keys=True) == point] for point in points]
-        chosen = min(replicates, key=_mean) if done else [min(group, key=lambda row: (-row.step, _fid(row)))]
+        chosen = min(replicates, key=_mean) if done else [min(group, key=lambda row: (-row.step, row.latest))]
+        intermediate = chosen[0].intermediate and not done
         found.append(
             {
                 "method": method,
                 "stage": stage,
                 "trials": [row.trial_id for row in chosen],
-                "fid": _mean(chosen),
+                "fid": None if intermediate else _mean(chosen),
                 "fids": [row.fid for row in chosen],
+                "intermediate_fid": chosen[0].latest if intermediate else None,
                 "step": chosen[0].step,
                 "state": chosen[0].state,
                 "protocol": protocols.index(measured) + 1 if len(protocols) > 1 else None,
@@ -217,7 +221,9 @@ def trial_page(view: View, row: Row) -> Facts:
         "results": str(view.results),
         "config": row.config,
         "protocol": json.loads(_column(table, "protocol")) if table is not None else None,
-        "reports": [_report(report) for report in reports] or [{"step": s, "fid": f} for s, f in row.fids.items()],
+        "intermediate_protocol": json.loads(_column(table, "intermediate_protocol") or "null") if table else None,
+        "reports": [_report(report) for report in reports]
+        or [{"step": s, "intermediate_fid" if row.intermediate else "fid": fid} for s, fid in row.fids.items()],
         "rungs": _places(view, row),
         "events": _events(view.results, row.trial_id),
         "log": trial_log.tail(trial),
@@ -231,7 +237,7 @@ def trial_page(view: View, row: Row) -> Facts:
 
 
 def difference(view: View, a: Row, b: Row) -> Facts:
-    """All of `raysparse diff`: settings that differ, and FIDs by step where their protocols agree."""
+    """All of `raysparse diff`: settings that differ, and FIDs where their protocols agree, by step."""
     left, right = _flat(a.config), _flat(b.config)
     names = [name for name in dict.fromkeys([*left, *right]) if left.get(name) != right.get(name)]
     protocols = []
@@ -240,7 +246,10 @@ def difference(view: View, a: Row, b: Row) -> Facts:
         protocols.append(json.loads(_column(table, "protocol")) if table is not None else {})
     unlike = [name for name in dict.fromkeys([*protocols[0], *protocols[1]]) if _of(protocols, name, 0, 1)]
     comparable = all(protocols) and not unlike
-    steps = sorted({*a.fids, *b.fids}) if comparable else []
+    early = [row.config.get("evaluate", {}).get("intermediate") for row in (a, b)]
+    steps = sorted({*a.fids, *b.fids}) if comparable and early[0] == early[1] else []
+    own = [("fid", None, [a.fid, b.fid])] if comparable and (a.intermediate or b.intermediate) else []
+    by_step = [("intermediate_fid" if a.intermediate else "fid", s, [a.fids.get(s), b.fids.get(s)]) for s in steps]
     return {
         "trials": [trial_facts(row) for row in (a, b)],
         "settings": {name: [left.get(name), right.get(name)] for name in names},
@@ -248,7 +257,7 @@ def difference(view: View, a: Row, b: Row) -> Facts:
         "protocols_differ_in": {name: [found.get(name) for found in protocols] for name in unlike}
         if all(protocols)
         else None,
-        "fids": [{"step": step, "fids": [a.fids.get(step), b.fids.get(step)]} for step in steps],
+        "fids": [{"step": step, "of": of, "fids": fids} for of, step, fids in [*by_step, *own]],
     }
 
 
@@ -319,9 +328,12 @@ def _board_of_records(results: Path) -> Board:
             total_steps=first["total_steps"],
             config=config,
             state=first["state"],
-            fids={row["step"]: row["fid"] for row in rows if row["step"] is not None},
             reason=first["state_reason"],
         )
+        row = board.rows[first["trial_id"]]
+        name = "intermediate_fid" if row.intermediate else "fid"
+        row.fids = {report["step"]: report[name] for report in rows if report["step"] is not None}
+        row.result = rows[-1]["fid"] if row.state == "COMPLETED" else None
     return board
 
 
@@ -336,7 +348,10 @@ def _column(table: pa.Table, name: str) -> Any:
 
 def _measured_by(row: Row) -> str:
     """The settings that a FID's protocol is made of, and more: equal text, comparable FIDs."""
-    return json.dumps([row.config.get(name) for name in ("data", "evaluate", "first_stage")], sort_keys=True)
+    sections = [row.config.get(name) or {} for name in ("data", "evaluate", "first_stage")]
+    # A setting that is None may be one that the version which planned the trial did not have.
+    known = [{name: value for name, value in section.items() if value is not None} for section in sections]
+    return json.dumps(known, sort_keys=True)
 
 
 def _mean(rows: Sequence[Row]) -> float:

@@ -12,7 +12,7 @@ import io
 import math
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -29,24 +29,52 @@ from raysparse.train import distributed, runtime
 from raysparse.train.conditions import placed
 from raysparse.train.sampling import Sampler, autocast
 
+# The trial's own protocol, the cheaper one of the evaluations before the last step, or both.
+Which = Literal["own", "intermediate", "both"]
+
 VALIDATION_EXAMPLES = 1024  # at most so many: the first ones of the split
 VALIDATION_BATCH = 64  # a constant, so that an example's noise depends on no setting
 VALIDATION_SEED = 0  # the same noise and timesteps for every trial, so that validation losses compare across seeds
 
 
 @dataclasses.dataclass(frozen=True)
+class Seconds:
+    """Where this rank's time went."""
+
+    validation: float = 0.0
+    sampling: float = 0.0
+    extraction: float = 0.0  # drawing included
+    fid: float = 0.0
+    kid: float = 0.0
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(*(a + b for a, b in zip(dataclasses.astuple(self), dataclasses.astuple(other), strict=True)))
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """validation_loss, fid: finite unless `wrong` says which is not. Seconds are this rank's."""
+    """validation_loss and FIDs: finite unless `wrong` says which is not; None where that protocol was not asked for."""
 
     validation_loss: float
-    fid: float
-    kid: float
-    kid_std: float
-    samples_png: bytes | None
-    sampling_s: float = 0.0
-    extraction_s: float = 0.0  # drawing included
-    fidelity_s: float = 0.0
+    fid: float | None = None  # under the trial's own protocol
+    kid: float | None = None  # likewise
+    kid_std: float | None = None
+    intermediate_fid: float | None = None
+    samples_png: bytes | None = None  # of the dearer protocol that was asked for
     wrong: str | None = None  # what is not finite, in words
+    seconds: Seconds = Seconds()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Measured:
+    """Of one protocol; NaN where another rank or nobody knows."""
+
+    fid: float = math.nan
+    kid: float | None = math.nan
+    kid_std: float | None = math.nan
+    samples_png: bytes | None = None
+    wrong: str | None = None
+    seconds: Seconds = Seconds()
 
 
 class Evaluator:
@@ -55,6 +83,8 @@ class Evaluator:
     reference: features and statistics of the reference examples; extractor: the one that made them. image_shape:
     [C, H, W] of those examples' images, which a sample's image must have too.
     """
+
+    clock = staticmethod(time.perf_counter)  # in seconds; benchmarks/fid.py may count those of the CPU
 
     def __init__(
         self,
@@ -75,6 +105,8 @@ class Evaluator:
         self.config = config
         # Samples take their lengths and labels from the training examples.
         self.sampler = Sampler(config, training, noise_schedule, device)
+        cheaper = config.intermediate
+        self.intermediate = Sampler(cheaper, training, noise_schedule, device) if cheaper else None
         self.validation = validation
         self.extractor = extractor
         self.reference = reference
@@ -86,29 +118,43 @@ class Evaluator:
         self.world_size = world_size
 
     @torch.inference_mode()
-    def evaluate(self, model: nn.Module, should_stop: Callable[[], bool] = lambda: False) -> Evaluation | None:
+    def evaluate(
+        self, model: nn.Module, should_stop: Callable[[], bool] = lambda: False, which: Which = "own"
+    ) -> Evaluation | None:
         """Measure `model` (in eval mode, on `device`). The values are rank 0's to use; other ranks only help.
 
-        should_stop: asked before each batch of samples; any rank's yes ends it on all, with None.
+        should_stop: asked before each batch of samples; any rank's yes ends it on all, with None. which: the protocols
+        of the FIDs; a trial without an intermediate one has its own alone.
         """
-        loss = self.validation_loss(model)
-        if not math.isfinite(loss):
-            return Evaluation(loss, math.nan, math.nan, math.nan, None, wrong=f"validation loss became {loss}")
-        sampled = self._sample_features(model, should_stop)
-        if sampled is None:
+        start = self.clock()
+        found = Evaluation(self.validation_loss(model), seconds=Seconds(validation=self.clock() - start))
+        if not math.isfinite(found.validation_loss):
+            return dataclasses.replace(found, wrong=f"validation loss became {found.validation_loss}")
+        if self.intermediate is not None and which != "own":
+            early = self._measured(model, self.intermediate, should_stop)
+            if early is None:
+                return None
+            found = dataclasses.replace(
+                found,
+                intermediate_fid=early.fid,
+                samples_png=early.samples_png,
+                wrong=early.wrong,
+                seconds=found.seconds + early.seconds,
+            )
+            if which == "intermediate":
+                return found
+        own = self._measured(model, self.sampler, should_stop, kid=True)
+        if own is None:
             return None
-        features, images, sampling_s, extraction_s = sampled
-        start = time.perf_counter()
-        if self.rank != 0 or not bool(torch.isfinite(features).all()):
-            wrong = None if self.rank else "the samples' features are not finite"
-            return Evaluation(loss, math.nan, math.nan, math.nan, None, sampling_s, extraction_s, wrong=wrong)
-        values = features.numpy()
-        fid = fidelity.fid(fidelity.statistics(values), self.reference.statistics)
-        kid, kid_std = self._kid(values)
-        picture = grid_png(images) if len(images) else None
-        seconds = (sampling_s, extraction_s, time.perf_counter() - start)
-        wrong = None if math.isfinite(fid) else f"FID became {fid}"
-        return Evaluation(loss, fid, kid, kid_std, picture, *seconds, wrong=wrong)
+        return dataclasses.replace(
+            found,
+            fid=own.fid,
+            kid=own.kid,
+            kid_std=own.kid_std,
+            samples_png=own.samples_png,
+            wrong=found.wrong or own.wrong,
+            seconds=found.seconds + own.seconds,
+        )
 
     @torch.inference_mode()
     def validation_loss(self, model: nn.Module) -> float:
@@ -130,11 +176,32 @@ class Evaluator:
         total = distributed.all_sum(total.to(self.device), self.world_size)
         return float(total[0] / total[1])
 
-    def _sample_features(
-        self, model: nn.Module, should_stop: Callable[[], bool]
+    def _measured(
+        self, model: nn.Module, sampler: Sampler, should_stop: Callable[[], bool], *, kid: bool = False
+    ) -> _Measured | None:
+        """FID (and KID) of the samples of one protocol; None: asked to stop."""
+        sampled = self.sample_features(model, sampler, should_stop)
+        if sampled is None:
+            return None
+        features, images, sampling_s, extraction_s = sampled
+        if self.rank != 0 or not bool(torch.isfinite(features).all()):
+            return _Measured(wrong=None if self.rank else "the samples' features are not finite")
+        values = features.numpy()
+        start = self.clock()
+        fid = fidelity.fid(fidelity.statistics(values), self.reference.statistics)
+        middle = self.clock()
+        kid_value, kid_std = self._kid(values) if kid else (None, None)
+        seconds = Seconds(0.0, sampling_s, extraction_s, middle - start, self.clock() - middle)
+        picture = grid_png(images) if len(images) else None
+        wrong = None if math.isfinite(fid) else f"FID became {fid}"
+        return _Measured(fid, kid_value, kid_std, picture, wrong, seconds)
+
+    @torch.inference_mode()
+    def sample_features(
+        self, model: nn.Module, sampler: Sampler, should_stop: Callable[[], bool] = lambda: False
     ) -> tuple[Tensor, Tensor, float, float] | None:
         """Features of all samples float32 [generated, D], the first drawn uint8 [grid, C, H, W], seconds."""
-        settings = self.config.evaluate
+        settings = sampler.config.evaluate
         features = torch.zeros(settings.generated, self.extractor.feature_dim, device=self.device)
         images = torch.zeros((min(settings.grid, settings.generated), *self.image_shape), dtype=torch.uint8)
         sampling_s = extraction_s = 0.0
@@ -148,17 +215,17 @@ class Evaluator:
             first = number * settings.batch_size
             if number >= batches:
                 continue
-            start = time.perf_counter()
+            start = self.clock()
             end = min(first + settings.batch_size, settings.generated)
-            x, cond = self.sampler.batch(network, number, end - first)
+            x, cond = sampler.batch(network, number, end - first)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # else the seconds of sampling would be counted as extraction's
-            middle = time.perf_counter()
-            drawn = self.sampler.source.to_images(x, cond)
+            middle = self.clock()
+            drawn = sampler.source.to_images(x, cond)
             features[first:end] = self.extractor(drawn.to(self.device))
             images[first:end] = drawn[: max(0, len(images) - first)].cpu()
             sampling_s += middle - start
-            extraction_s += time.perf_counter() - middle
+            extraction_s += self.clock() - middle
         images = distributed.all_sum(images.to(self.device), self.world_size)
         return distributed.all_sum(features, self.world_size).cpu(), images.cpu(), sampling_s, extraction_s
 

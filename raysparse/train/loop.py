@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from raysparse.diffusion.schedule import NoiseSchedule
     from raysparse.sparse.engine import SparseEngine
     from raysparse.train.costs import Costs
-    from raysparse.train.evaluate import Evaluation, Evaluator
+    from raysparse.train.evaluate import Evaluation, Evaluator, Which
     from raysparse.train.teacher import Teacher
 
 # Losses are looked at, and ranks agree to go on, once in so many steps: each look waits for the device. On one CPU
@@ -260,7 +260,7 @@ class Trainer:
         if totals.reason is None:
             start = time.perf_counter()
             network = self.engine.network(self.ema.evaluation_model())
-            found = self.evaluator.evaluate(network, self._asked_in_evaluation)
+            found = self.evaluator.evaluate(network, self._asked_in_evaluation, self._which())
             if found is None:
                 return None
             found = distributed.from_rank_0(found, self.world_size)
@@ -273,7 +273,9 @@ class Trainer:
                 )
         sound = found is not None and totals.reason is None
         if found is not None and sound:
-            self.engine.observe(found.fid)
+            observed = found.fid if self.config.evaluate.intermediate is None else found.intermediate_fid
+            assert observed is not None
+            self.engine.observe(observed)
         paper, true = self.costs.spent(self.step, self.engine.updates)
         report = Report(
             step=self.step,
@@ -295,10 +297,17 @@ class Trainer:
             reason=totals.reason,
             samples_png=found.samples_png if found and sound else None,
             mask_sample=mask_sample.sample(self.engine.masks),
+            intermediate_fid=found.intermediate_fid if found and sound else None,
         )
         totals.loss_sum, totals.loss_steps, totals.reported = 0.0, 0, self.step
         self.masks_reported = self.engine.masks
         return distributed.from_rank_0(report, self.world_size)
+
+    def _which(self) -> Which:
+        """By which protocols this report's FIDs are measured: the trial's own at the last step."""
+        if self.config.evaluate.intermediate is None:
+            return "own"
+        return "both" if self.step >= self.config.train.steps else "intermediate"
 
     def _asked_in_evaluation(self) -> bool:
         self.on_progress("evaluation", self.step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,18 +22,26 @@ _TIMED = 3  # steps and forward passes timed, after one that is not; the median 
 _LONG_S = 4.0
 
 
+class Seconds(NamedTuple):
+    """Of a training step, of an evaluation before a trial's last step, and of the one there."""
+
+    step: float
+    evaluation: float
+    last_evaluation: float
+
+
 def cost_row(config: TrialConfig, mean_points: float | None = None) -> dict[str, Any]:
     """Parameters and FLOPs of one trial, by the names of `results.Facts`."""
     return _row(setup.estimate(config, mean_points))
 
 
-def plan(sweep: Sweep, *, cpus: int | None = None, seconds: tuple[float, float] | None = None) -> dict[str, Any]:
+def plan(sweep: Sweep, *, cpus: int | None = None, seconds: Seconds | None = None) -> dict[str, Any]:
     """The plan of a sweep as plain data for `--dry-run`.
 
     Hours are of this machine: a dense step, a forward pass and the decoding of a latent, measured now on random input,
     times what the sweep asks for; the extractor's time is left out. `hours_full` lets every trial run to its end;
     `hours_asha` lets ASHA keep one in reduction_factor at each rung, which is what it aims at. Both take a sparse step
-    to be as long as a dense one. seconds: of a step and of an evaluation, where they are known; not measured then.
+    to be as long as a dense one. seconds: where they are known; not measured then.
     """
     base = space.parsed_base(sweep)
     checks.check_settings(base)
@@ -43,9 +51,10 @@ def plan(sweep: Sweep, *, cpus: int | None = None, seconds: tuple[float, float] 
     count = space.trial_count(sweep)
     confirmed = _confirmed(sweep)
     mean_points = setup.estimate(base).mean_points
-    step_s, evaluation_s = seconds or measure(base, mean_points)
+    step_s, evaluation_s, last_s = seconds or measure(base, mean_points)
     concurrent = _concurrent(sweep, cpus or os.cpu_count() or 1)
-    trial_s = base.train.steps * step_s + -(-base.train.steps // base.evaluate.every_steps) * evaluation_s
+    before = -(-base.train.steps // base.evaluate.every_steps) - 1
+    trial_s = base.train.steps * step_s + before * evaluation_s + last_s
     return {
         "name": sweep.name,
         "trials": rows,
@@ -55,6 +64,7 @@ def plan(sweep: Sweep, *, cpus: int | None = None, seconds: tuple[float, float] 
         "mean_points": mean_points if len(checks.value_shape(base)) == 2 else None,
         "step_s": step_s,
         "evaluation_s": evaluation_s,
+        "last_evaluation_s": last_s,
         "caution": None if seconds else _caution(sweep),
         "concurrent": concurrent,
         "hours_full": (count + confirmed) * trial_s / concurrent / 3600,
@@ -75,8 +85,8 @@ def _confirmed(sweep: Sweep) -> int:
     return len(sweep.confirm.seeds) * sum(best.values())
 
 
-def measure(config: TrialConfig, mean_points: float) -> tuple[float, float]:
-    """Seconds of a training step and of an evaluation on this machine, a GPU where there is one."""
+def measure(config: TrialConfig, mean_points: float) -> Seconds:
+    """On this machine, a GPU where there is one."""
     torch.set_num_threads(config.train.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module, options = plugins.load("models", config.model.name), checks.model_options(config)
@@ -99,8 +109,19 @@ def measure(config: TrialConfig, mean_points: float) -> tuple[float, float]:
 
     settings = config.evaluate
     train_s = _seconds(step, inputs, config.train.batch_size, device)
-    sampling_s = _seconds(forward, inputs, settings.batch_size, device) / settings.batch_size * evaluations(config)
-    return train_s, settings.generated * (sampling_s + _decoding_s(config, device))
+    forward_s = _seconds(forward, inputs, settings.batch_size, device) / settings.batch_size
+    decoding_s = _decoding_s(config, device)
+    return Seconds(
+        train_s, *of_evaluations(config, lambda of: of.evaluate.generated * (forward_s * evaluations(of) + decoding_s))
+    )
+
+
+def of_evaluations(config: TrialConfig, seconds: Callable[[TrialConfig], float]) -> tuple[float, float]:
+    """Of an evaluation before a trial's last step and of the one there. seconds: of the samples of one protocol."""
+    own, cheaper = seconds(config), config.intermediate
+    if cheaper is None:
+        return own, own
+    return seconds(cheaper), own + seconds(cheaper)
 
 
 def _decoding_s(config: TrialConfig, device: str) -> float:

@@ -107,7 +107,7 @@ def write_pictures(rows: Sequence[Row], folder: Path) -> None:
 
 def changed(trial: TrialConfig, changes: Mapping[str, Any]) -> TrialConfig:
     """The trial with other settings of its evaluation. UsageError for a setting that decides what was trained."""
-    content = trial.model_dump(mode="json")
+    content = configs.with_value(trial.model_dump(mode="json"), "evaluate.intermediate", None)  # that was training's
     for path, value in changes.items():
         if not path.startswith(CHANGEABLE):
             raise UsageError(
@@ -130,6 +130,9 @@ def _work(member: ranks.Member, checkpoint: Path, trials: Sequence[TrialConfig])
             continue
         if found.wrong is not None:
             raise UsageError(f"{checkpoint}: {found.wrong}; this model cannot be evaluated")
+        assert found.fid is not None
+        assert found.kid is not None
+        assert found.kid_std is not None
         row = _row(model, trial, found.validation_loss, found.fid, found.kid, found.kid_std, evaluator.protocol.json())
         member.say((dataclasses.replace(row, samples_png=found.samples_png), trial))
 
@@ -192,7 +195,7 @@ def _record(out: Path, row: Row, trial: TrialConfig, workers: int, command: str)
     if before is None:
         return  # a checkpoint between two reports: nothing is known of its times and losses
     measured = {name: getattr(row, name) for name in ("validation_loss", "fid", "kid", "kid_std", "samples_png")}
-    report = dataclasses.replace(before, **measured)
+    report = dataclasses.replace(before, intermediate_fid=None, **measured)
     facts: Facts = dataclasses.replace(
         setup.facts(trial, sweep=out.name, stage="single", world_size=workers, command=command), trial_id=row.trial_id
     )

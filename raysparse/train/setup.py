@@ -111,6 +111,11 @@ def facts(config: TrialConfig, *, sweep: str, stage: str, world_size: int, comma
     folder = _folder(config)
     cost = costs(config, model_options(config), _mean_points(_training(config, folder)))
     sparse, true, steps = config.sparse, flops.TRUE, config.train.steps
+    extractor, cheaper = _extractor(config, "cpu"), config.intermediate
+    # Its KID is not measured.
+    intermediate = cheaper and dataclasses.replace(
+        _protocol(cheaper, folder, extractor), kid_subsets=None, kid_subset_size=None
+    )
     return Facts(
         sweep=sweep,
         trial_id=config.trial_id,
@@ -136,10 +141,11 @@ def facts(config: TrialConfig, *, sweep: str, stage: str, world_size: int, comma
         flops_inference_dense_true=cost.inference(true, dense=True),
         flops_train_dense_paper=cost.train(cost.paper, steps, dense=True),
         flops_train_dense_true=cost.train(true, steps, dense=True),
-        protocol=_protocol(config, folder, _extractor(config, "cpu")).json(),
+        protocol=_protocol(config, folder, extractor).json(),
         config=config.dump_json(),
         versions=json.dumps(versions(), sort_keys=True),
         command=command,
+        intermediate_protocol=intermediate.json() if intermediate else None,
     )
 
 

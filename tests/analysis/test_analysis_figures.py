@@ -70,7 +70,7 @@ def test_the_pareto_front_is_of_confirmed_results(sweep: Folder) -> None:
 
 def test_curves_break_between_trials_and_mark_the_stopped(sweep: Folder) -> None:
     section = only(sweep)
-    figure = figures.training_curves(section, "fid")
+    figure = figures.training_curves(section)
     assert figure is not None
     static = [item for item in figure.data if item.name == "static" and item.opacity < 1]
     (searched,) = static

@@ -35,7 +35,7 @@ def test_sections_are_had_in_one_call(folder: Folder) -> None:
 
 def test_every_column_has_a_home(folder: Folder) -> None:
     folder.add(facts("rigl", 0.5), [(400, 12.0)])
-    added = {"path", "configuration", "other_settings", "variant"}
+    added = {"path", "configuration", "other_settings", "variant", "early_fid"}
     assert set(analysis.load(folder.path)) == {*SCHEMA.names, *added} - {"samples_png", "layer_density", "mask_sample"}
 
 

@@ -7,6 +7,7 @@ import pytest
 import safetensors.numpy
 import torch
 
+from raysparse.metrics import fidelity
 from raysparse.metrics import reference as module
 from raysparse.metrics.fidelity import fid, statistics
 from raysparse.metrics.reference import reference
@@ -39,6 +40,18 @@ def test_computed_once_and_read_back_exactly(tmp_path):
     assert second.statistics.count == 9
     assert fid(second.statistics, statistics(extractor.features())) < 1e-9
     assert [path.suffix for path in tmp_path.iterdir()] == [".safetensors"]
+
+
+def test_its_root_is_made_once_and_no_trial_makes_it_again(tmp_path, monkeypatch):
+    extractor, made, real = Counting(), [], fidelity._root
+    monkeypatch.setattr(fidelity, "_root", lambda covariance: made.append(1) or real(covariance))
+    ask(extractor, tmp_path)
+    draw = torch.Generator().manual_seed(1)
+    for _ in range(2):  # trials, each of three evaluations
+        of_trial = ask(extractor, tmp_path)
+        values = [fid(statistics(torch.randn(30, 6, generator=draw)), of_trial.statistics) for _ in range(3)]
+    assert min(values) > 0
+    assert made == [1]
 
 
 @pytest.mark.parametrize("change", ["content", "name", "weights_hash", "layer", "resize", "n"])

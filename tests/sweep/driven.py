@@ -48,8 +48,10 @@ def check_records(results: Path, board: Board) -> None:
         assert {item["stage"] for item in rows} == {row.stage}
         if row.fids:
             assert [item["step"] for item in rows] == sorted(row.fids)
-            assert [item["fid"] for item in rows] == [row.fids[step] for step in sorted(row.fids)]
-        assert all(item["samples_png"] for item in rows if item["fid"] is not None)
+            compared = "intermediate_fid" if row.intermediate else "fid"
+            assert [item[compared] for item in rows] == [row.fids[step] for step in sorted(row.fids)]
+            assert all(item["samples_png"] for item in rows if item[compared] is not None)
+        assert rows[-1]["fid"] == row.fid
         assert {item["stopped_at_step"] for item in rows} == {row.step if row.state == "STOPPED" else None}
 
 
@@ -116,6 +118,7 @@ def study_is_true(out: Path, board: Board) -> None:
         row = board.rows[trial.user_attrs["trial_id"]]
         assert trial.state == expected[row.state]
         assert trial.intermediate_values == row.fids
+        assert row.state != "COMPLETED" or trial.value == row.fid
 
 
 def files(checkpoint: Path | None) -> dict[str, bytes]:

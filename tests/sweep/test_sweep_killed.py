@@ -17,6 +17,7 @@ import pytest
 import yaml
 from driven import check_records, left_after, name_of, no_step_back, processes, study_is_true
 
+from raysparse import config
 from raysparse.space import Sweep
 from raysparse.sweep.board import Board, Ledger
 from raysparse.sweep.journal import event, read
@@ -115,7 +116,10 @@ def history(out: Path) -> list[tuple[Any, ...]]:
     """All that was decided, in order: without times, places, and starts, of which a killed sweep has more."""
     kinds = ("planned", "repeated", "report", "stopped", "completed", "failed", "chosen", "stage", "finished")
     return [
-        (item.kind, item.stage, item.trial_id, item.step, item.fid, item.reason, item.number, item.seed)
+        (
+            *(item.kind, item.stage, item.trial_id, item.step, item.fid, item.intermediate_fid),
+            *(item.reason, item.number, item.seed),
+        )
         for item in read(out / "journal.jsonl")
         if item.kind in kinds
     ]
@@ -124,11 +128,13 @@ def history(out: Path) -> list[tuple[Any, ...]]:
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("intermediate", [None, {"generated": 8, "ddim_steps": 1}])
 def test_killed_at_five_moments_one_trial_at_a_time_equals_the_undisturbed_sweep(
-    tmp_path: Path, sweep_of: Callable[..., Sweep], home: Path
+    tmp_path: Path, sweep_of: Callable[..., Sweep], home: Path, intermediate: dict[str, int] | None
 ) -> None:
     """TPE, ASHA and the confirm stage in one: with a fixed order of reports each decision is the same."""
-    sweep = sweep_of(search=SEARCH | {"sampler": "tpe"}, resources={"max_concurrent": 1})
+    base = config.with_value(sweep_of().base, "evaluate.intermediate", intermediate)
+    sweep = sweep_of(base=base, search=SEARCH | {"sampler": "tpe"}, resources={"max_concurrent": 1})
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False))
     alone, out = tmp_path / "alone", tmp_path / "out"
