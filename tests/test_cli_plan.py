@@ -68,7 +68,7 @@ def test_the_figures_add_up(run: Callable[..., tuple[int, str, str]]) -> None:
 def test_seconds_of_a_trial_alone_are_not_passed_off_as_those_of_trials_that_share_a_gpu(
     monkeypatch: pytest.MonkeyPatch, run: Callable[..., tuple[int, str, str]], gpus: float, words: str | None
 ) -> None:
-    monkeypatch.setattr(plans, "measure", lambda *_: (0.5, 3.0))
+    monkeypatch.setattr(plans, "measure", lambda *_: (0.5, 3.0, 3.0))
     monkeypatch.setattr(plans.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(plans.torch.cuda, "device_count", lambda: 1)
     asked = [*SMALL[:1], *SMALL[3:], "--worlds=1", "--cpus=16", f"--set=resources.gpus_per_worker={gpus}"]
@@ -82,7 +82,7 @@ def test_seconds_of_a_trial_alone_are_not_passed_off_as_those_of_trials_that_sha
 def test_a_plan_for_gpus_made_without_one_says_so(
     monkeypatch: pytest.MonkeyPatch, run: Callable[..., tuple[int, str, str]]
 ) -> None:
-    monkeypatch.setattr(plans, "measure", lambda *_: (0.5, 3.0))
+    monkeypatch.setattr(plans, "measure", lambda *_: (0.5, 3.0, 3.0))
     monkeypatch.setattr(plans.torch.cuda, "is_available", lambda: False)
     _, out, _ = run(*SMALL, "--worlds=1", "--set=resources.gpus_per_worker=0.125")
     assert "asks for GPUs and this machine has none" in " ".join(out.split())

@@ -153,7 +153,7 @@ def test_the_study_is_told_results_and_ranks_no_stopped_trial_among_them(
     assert [[getattr(trial, name) for name in known] for trial in again] == [
         [getattr(trial, name) for name in known] for trial in search.study.get_trials()
     ]
-    best = [trial.user_attrs["trial_id"] for trial in search._best]
+    best = [trial.user_attrs["trial_id"] for _, trial in search._windowed._best]
     assert [told[name] for name in best] == [10.0, 20.0, None]
 
 
