@@ -35,10 +35,13 @@ _SMALL = 2_000_000  # columns x weights, which take PyTorch about 50 us: a call 
 def with_sparse_products(model: nn.Module) -> nn.Module:
     """A copy of the model, as it is now, whose linear layers and convolutions skip their zeros where that is faster.
 
+    Units that the zeros have emptied are removed where the model says how (`remove_dead_units`).
     UsageError: not float32 on the CPU, or no compiler (see `native.load`).
     """
     check(model)
     found, memory = copy.deepcopy(model), Memory()
+    if remove := getattr(found, "remove_dead_units", None):
+        remove()
     for owner in list(found.modules()):
         for name, layer in owner.named_children():
             if _takes(layer):
