@@ -26,7 +26,7 @@ from raysparse.diffusion.schedule import NoiseSchedule
 from raysparse.metrics import fidelity
 from raysparse.metrics.reference import Reference
 from raysparse.train import distributed, runtime
-from raysparse.train.sampling import Sampler, autocast
+from raysparse.train.sampling import Sampler
 
 VALIDATION_EXAMPLES = 1024  # at most so many: the first ones of the split
 VALIDATION_BATCH = 64  # a constant, so that an example's noise depends on no setting
@@ -122,7 +122,7 @@ class Evaluator:
             draw = rng.generator(VALIDATION_SEED, "validation noise", step=number)
             t = torch.randint(0, self.config.diffusion.timesteps, (len(x),), generator=draw).to(self.device)
             eps = torch.randn(x.shape, generator=draw).to(self.device)
-            with autocast(self.config, self.device):
+            with runtime.autocast(self.config, self.device):
                 prediction = model(self.noise_schedule.add_noise(x, eps, t), t, **cond)
                 loss = losses.eps_mse(prediction, eps, cond.get("lengths"))
             total += torch.tensor([float(loss) * len(x), len(x)], dtype=torch.float64)
