@@ -194,10 +194,10 @@ class BlockProduct(_Product):
         cut = weight.view(self.outputs // edge, edge, self.inputs // edge, edge).permute(0, 2, 3, 1)
         self._keep(values=cut[used].contiguous(), columns=used.nonzero()[:, 1].int(), starts=_starts(used.sum(1)))
         self._kernel = kernels().block
+        self._tf32 = torch.get_float32_matmul_precision() != "highest"  # asked in forward it would break the graph
 
     def _product(self, x: Tensor) -> Tensor:
-        tf32 = torch.get_float32_matmul_precision() != "highest"
-        y: Tensor = self._kernel(x, self.values, self.columns, self.starts, self.bias, self.outputs, tf32)
+        y: Tensor = self._kernel(x, self.values, self.columns, self.starts, self.bias, self.outputs, self._tf32)
         return y
 
 

@@ -69,6 +69,29 @@ def test_blocks_in_bfloat16_are_compiled_to_tensor_cores(
     assert ("wgmma.mma_async" if capability == 90 else "mma.sync") in made.asm["ptx"]
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of PyTorch's own compiler
+def test_kernels_are_part_of_a_compiled_graph(monkeypatch: pytest.MonkeyPatch) -> None:
+    """None breaks it, as a question to PyTorch's settings did at each layer. No device: the graph is not run."""
+    pytest.importorskip("triton")
+    from torch.utils import _triton
+
+    monkeypatch.setattr(_triton, "has_triton", lambda *_: True)  # which looks for a device
+    model = nn.Sequential(masked((96, 64), pattern="block", block=16), masked((80, 96), pattern="diagonal"))
+    graphs: list[torch.fx.GraphModule] = []
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
+        graphs.append(graph)
+        return lambda *_: (torch.zeros(2, 5, 80),)
+
+    with torch.no_grad():
+        torch.compile(_cuda_products.with_sparse_products(model), backend=backend, fullgraph=True)(
+            torch.zeros(2, 5, 64)
+        )
+    torch._dynamo.reset()
+    (graph,) = graphs
+    assert sum("triton_kernel_wrapper" in str(node.target) for node in graph.graph.nodes) == 2
+
+
 def masked(shape: tuple[int, int], **settings: Any) -> nn.Linear:
     """A linear layer [outputs, inputs] under a pattern's mask, weights drawn everywhere else."""
     layer = nn.Linear(shape[1], shape[0])
