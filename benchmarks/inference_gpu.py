@@ -11,6 +11,9 @@ random masks over its linear layers and convolutions of kernel 1 (S is of those;
 CUDA graphs; a ratio is of two runs of the same turn. The dense paths come first, then the zeros that ought to pay
 most; what the time left is too short for, or what fails, is a row that says so. FLOPs are those of the weights. Peak
 memory is of the row alone. The difference is from float32 with the same weights, of the largest value.
+
+What it can be at most, by MACs: these layers are 93 % of U-ViT's, so 6.1 times faster at S = .9, 1.9 at .5. Of DDPM's
+U-Net they are 10 %, of Latent Diffusion's 12: 1.10 and 1.12 times at S = .9. The rest are convolutions with a kernel.
 """
 
 from __future__ import annotations
