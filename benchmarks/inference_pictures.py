@@ -8,7 +8,8 @@ runs of the same turn, and the first turn, which warms up, is left out.
     python benchmarks/inference_pictures.py --model ddpm_unet --pattern element --sparsity .9
 
 Runtimes: `dense` is PyTorch (oneDNN and MKL), `sparse` what `--runtime sparse` samples with. The column of the layers
-is of the sums of seconds in the layers that are sparse, alone, on inputs of the sizes that they get.
+is of the sums of seconds in the layers that are sparse, alone, on inputs of the sizes that they get. For a GPU:
+inference_gpu.py.
 """
 
 from __future__ import annotations
@@ -43,9 +44,9 @@ SCHEDULE = {"timesteps": 1000, "beta_schedule": "linear", "beta_start": 1e-4, "b
 
 
 def masked_model(
-    name: str, options: dict[str, Any], sparsity: float, pattern: str
+    name: str, options: dict[str, Any], sparsity: float, pattern: str, **settings: Any
 ) -> tuple[nn.Module, dict[str, Tensor]]:
-    """With weights drawn everywhere, and the masks."""
+    """With weights drawn everywhere, and the masks. settings: more of the engine's."""
     module = plugins.load("models", name)
     model: nn.Module = module.build(module.Config(**options), seed=0)
     draw = rng.generator(0, "pictures benchmark weights")
@@ -54,7 +55,8 @@ def masked_model(
             if weight.dim() > 1 and not weight.any():  # what starts at zero would be skipped whole
                 weight.normal_(std=0.02, generator=draw)
     optimizer = torch.optim.SGD(model.parameters())
-    engine = SparseEngine(model, optimizer, method="static", sparsity=sparsity, allocation="erk", pattern=pattern)
+    settings = {"allocation": "erk", "pattern": pattern} | settings
+    engine = SparseEngine(model, optimizer, method="static", sparsity=sparsity, **settings)
     return model.eval().requires_grad_(False), engine.masks
 
 

@@ -35,10 +35,18 @@ _SMALL = 2_000_000  # columns x weights, which take PyTorch about 50 us: a call 
 def with_sparse_products(model: nn.Module) -> nn.Module:
     """A copy of the model, as it is now, whose linear layers and convolutions skip their zeros where that is faster.
 
+    Units that the zeros have emptied are removed where the model says how (`remove_dead_units`).
+    On a CUDA device zeros in a pattern are skipped, by other kernels: see `_cuda_products`, whose errors those are.
     UsageError: not float32 on the CPU, or no compiler (see `native.load`).
     """
+    if next(model.parameters()).device.type == "cuda":
+        from raysparse.models import _cuda_products
+
+        return _cuda_products.with_sparse_products(model)
     check(model)
     found, memory = copy.deepcopy(model), Memory()
+    if remove := getattr(found, "remove_dead_units", None):
+        remove()
     for owner in list(found.modules()):
         for name, layer in owner.named_children():
             if _takes(layer):

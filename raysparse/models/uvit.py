@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from raysparse import rng
 from raysparse.errors import UsageError
-from raysparse.models import _unet
+from raysparse.models import _dead_units, _unet
 from raysparse.models._sparse_product_training import SparseStep
 from raysparse.models._sparse_products import with_sparse_products
 
@@ -142,6 +142,11 @@ class UViT(nn.Module):
         prediction: Tensor = self.last(_unpatched(pixels, self.config))
         return prediction.float()
 
+    def remove_dead_units(self) -> None:
+        """In place, neurons and heads that the zeros have emptied; the prediction stays the same, to rounding."""
+        for block in (*self.early, self.middle, *self.late):
+            block.remove_dead_units()
+
     def _check(self, x: Tensor, labels: Tensor | None) -> None:
         size, classes = self.config.sample_size, self.config.num_classes
         if tuple(x.shape[1:]) != (self.config.in_channels, size, size):
@@ -174,6 +179,10 @@ class Block(nn.Module):
         tokens = tokens + self._attention(self.norm1(tokens))
         found: Tensor = tokens + self.fc2(F.gelu(self.fc1(self.norm2(tokens))))
         return found
+
+    def remove_dead_units(self) -> None:
+        _dead_units.remove_neurons(self.fc1, self.fc2, F.gelu)
+        self.heads = _dead_units.remove_heads(self.qkv, self.proj, self.heads)
 
     def _attention(self, tokens: Tensor) -> Tensor:
         q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)

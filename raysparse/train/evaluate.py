@@ -27,7 +27,7 @@ from raysparse.metrics import fidelity
 from raysparse.metrics.reference import Reference
 from raysparse.train import distributed, runtime
 from raysparse.train.conditions import placed
-from raysparse.train.sampling import Sampler, autocast
+from raysparse.train.sampling import Sampler
 
 # The trial's own protocol, the cheaper one of the evaluations before the last step, or both.
 Which = Literal["own", "intermediate", "both"]
@@ -169,7 +169,7 @@ class Evaluator:
             draw = rng.generator(VALIDATION_SEED, "validation noise", step=number)
             t = torch.randint(0, self.config.diffusion.timesteps, (len(x),), generator=draw).to(self.device)
             eps = torch.randn(x.shape, generator=draw).to(self.device)
-            with autocast(self.config, self.device):
+            with runtime.autocast(self.config, self.device):
                 prediction = model(self.noise_schedule.add_noise(x, eps, t), t, **cond)
                 loss = losses.eps_mse(prediction, eps, cond.get("lengths"))
             total += torch.tensor([float(loss) * len(x), len(x)], dtype=torch.float64)

@@ -25,7 +25,6 @@ from raysparse.train import distributed, mask_sample, runtime
 from raysparse.train.conditions import placed
 from raysparse.train.ema import Ema
 from raysparse.train.lr import learning_rate
-from raysparse.train.sampling import autocast
 
 if TYPE_CHECKING:
     from raysparse.diffusion.schedule import NoiseSchedule
@@ -164,7 +163,7 @@ class Trainer:
             x, cond, rows = self._share(part)
             t, eps = timesteps[rows], noise[rows, : x.shape[1]] if self._sequences else noise[rows]
             last = part + 1 == train.accumulate
-            with self._reduce_gradients(last), autocast(self.config, self.device):
+            with self._reduce_gradients(last), runtime.autocast(self.config, self.device):
                 noisy = self.noise_schedule.add_noise(x, eps, t)
                 prediction = network(noisy, t, **cond)
                 if self.teacher is None:

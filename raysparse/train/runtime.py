@@ -52,14 +52,35 @@ def check(config: TrialConfig, device: torch.device) -> None:
 def for_sampling(model: nn.Module, config: TrialConfig) -> nn.Module:
     """`model`, or what stands for it under `evaluate.runtime`; made anew whenever its weights have changed.
 
-    auto: sparse where that can run. UsageError: sparse where it can't.
+    auto: sparse where that can run, on a CPU. UsageError: sparse where it can't.
     """
 
+    device = next(model.parameters()).device
+
     def made() -> nn.Module:
-        network: nn.Module = _kernels(config, "sparse_runtime")(model)
+        with autocast(config, device):  # kernels on a GPU compute in its type
+            network: nn.Module = _kernels(config, "sparse_runtime")(model)
+        if device.type == "cuda" and config.sparse.sparsity:
+            _check_pattern(config)
         return network
 
-    return _chosen("evaluate.runtime", config.evaluate.runtime, made) or model
+    # auto on a GPU waits for a figure: none of the kernels there has been timed yet.
+    wanted = config.evaluate.runtime
+    return _chosen("evaluate.runtime", "dense" if (wanted, device.type) == ("auto", "cuda") else wanted, made) or model
+
+
+def autocast(config: TrialConfig, device: torch.device) -> torch.autocast:
+    """bfloat16 where the trial asks for it."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16")
+
+
+def _check_pattern(config: TrialConfig) -> None:
+    """UsageError where a GPU leaves out no zeros of the trial's pattern: now, not after the first steps."""
+    pattern = config.sparse.setting("pattern")
+    if pattern == "element":
+        raise UsageError("single zeros save no time on a GPU; train with sparse.pattern nm, block or diagonal")
+    if pattern == "nm" and config.train.precision != "bf16":
+        raise UsageError(f"2:4 is for train.precision bf16, the trial has {config.train.precision}")
 
 
 def for_training(model: nn.Module, config: TrialConfig, engine: SparseEngine, world_size: int) -> Step | None:

@@ -75,7 +75,7 @@ class Sampler:
         if self.config.train.channels_last and noise.ndim == 4:
             noise = noise.to(memory_format=torch.channels_last)
         draw = rng.generator(seed, "sampling noise", step=number, device=str(self.device))  # for eta > 0
-        with autocast(self.config, self.device):
+        with runtime.autocast(self.config, self.device):
             x = ddim.sample(
                 _denoiser(model, settings),
                 self.noise_schedule,
@@ -102,11 +102,6 @@ class Sampler:
             end = min(first + size, count)
             x, cond = self.batch(network, number, end - first, None if each is None else each[first:end])
             yield self.source.to_images(x, cond).cpu()
-
-
-def autocast(config: TrialConfig, device: torch.device) -> torch.autocast:
-    """bfloat16 where the trial asks for it."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16")
 
 
 def _denoiser(model: nn.Module, settings: EvaluateConfig) -> Callable[..., Tensor]:

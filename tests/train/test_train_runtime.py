@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from PIL import Image
 
 from raysparse import cli
 from raysparse.errors import UsageError
-from raysparse.models import chirodiff
+from raysparse.models import chirodiff, latent_unet
 from raysparse.train import draw, reevaluate, restored, run, runtime, setup
 
 SPARSE = {"evaluate.runtime": "sparse"}
@@ -188,6 +189,33 @@ def test_without_a_compiler(trained, tiny, rigl, tmp_path, capsys, monkeypatch):
     for setting in ("evaluate.runtime", "train.runtime"):  # before the first step, not at the first evaluation
         with pytest.raises(UsageError, match=f"{setting} 'sparse' cannot run here.*mend this.*no-such-compiler"):
             setup.build(tiny(rigl, {setting: "sparse"}))
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """A model that says so, for which its file has kernels."""
+    monkeypatch.setattr(latent_unet, "sparse_runtime", lambda _: "kernels")
+    return SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
+
+
+@pytest.mark.filterwarnings("ignore:.*Disabling")
+def test_on_a_gpu_kernels_are_for_patterns(pictures, rigl, on_a_gpu):
+    trial = pictures(rigl, SPARSE)
+    with pytest.raises(UsageError, match=r"single zeros save no time on a GPU; train with sparse\.pattern nm"):
+        runtime.for_sampling(on_a_gpu, trial)
+    two_of_four = pictures(rigl, SPARSE, {"sparse.pattern": "nm"})
+    with pytest.raises(UsageError, match=r"2:4 is for train\.precision bf16, the trial has fp32"):
+        runtime.for_sampling(on_a_gpu, two_of_four)
+    for pattern in ("block", "diagonal", "nm"):
+        half = pictures(rigl, SPARSE, {"sparse.pattern": pattern, "train.precision": "bf16"})
+        assert runtime.for_sampling(on_a_gpu, half) == "kernels"
+    assert runtime.for_sampling(on_a_gpu, pictures(SPARSE)) == "kernels"
+
+
+@pytest.mark.parametrize("name", ["auto", "dense"])
+def test_on_a_gpu_kernels_run_only_where_they_are_asked_for(pictures, rigl, on_a_gpu, name):
+    trial = pictures(rigl, {"sparse.pattern": "block", "evaluate.runtime": name})
+    assert runtime.for_sampling(on_a_gpu, trial) is on_a_gpu
 
 
 def test_a_model_without_kernels(tiny, monkeypatch):
