@@ -54,7 +54,7 @@ from raysparse.metrics.reference import Reference
 from raysparse.models import chirodiff
 from raysparse.sparse import SparseEngine
 from raysparse.train.evaluate import Evaluation, Evaluator
-from raysparse.train.sampling import autocast
+from raysparse.train.runtime import autocast
 
 UNMEASURED = "unmeasured"
 SKETCHES = {"train": 8000, "validation": 1024, "reference": 10_358}  # doodles; the reference is as large as KanjiVG's
