@@ -35,6 +35,7 @@ def run_products(tmp_path: Path, **environment: str) -> None:
     assert "4 passed" in done.stdout
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_compute_what_dense_layers_do(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     run_products(tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")

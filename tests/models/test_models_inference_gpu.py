@@ -32,6 +32,7 @@ def run(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_quick_run_on_a_cpu(tmp_path: Path) -> None:
     pytest.importorskip("triton")
     done = run(tmp_path, "--quick", "--device", "cpu")
@@ -53,6 +54,7 @@ def test_quick_run_on_a_cpu(tmp_path: Path) -> None:
     assert max(float(row[-1]) for row in rows if row not in unmeasured) < 1e-5
 
 
+@pytest.mark.slow
 def test_without_time_left_rows_say_so(tmp_path: Path) -> None:
     done = run(tmp_path, "--quick", "--device", "cpu", "--model", "chirodiff", "--seconds", "-1")
     assert done.returncode == 0, done.stderr

@@ -39,6 +39,7 @@ def test_quick_run_of_training_compares_all_runtimes(capsys: pytest.CaptureFixtu
     assert max(float(row[-1]) for row in rows if row[3] == "sparse") < 1e-5
 
 
+@pytest.mark.slow
 def test_quick_run_of_sampling_pictures_compares_all_runtimes(capsys: pytest.CaptureFixture[str]) -> None:
     rows = rows_of("inference_pictures.py", capsys)
     names = [(model, pattern) for model in ("uvit", "ddpm_unet") for pattern in ("element", "block", "diagonal")]
@@ -48,6 +49,7 @@ def test_quick_run_of_sampling_pictures_compares_all_runtimes(capsys: pytest.Cap
     assert all(" / " in row[6] for row in rows[1::3]), "each has sparse layers"
 
 
+@pytest.mark.slow
 def test_quick_run_of_training_pictures_compares_all_runtimes(capsys: pytest.CaptureFixture[str]) -> None:
     rows = rows_of("training_pictures.py", capsys)
     assert [(row[0], row[2]) for row in rows[::3]] == [

@@ -35,6 +35,7 @@ def quick() -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("compiler")
 def test_quick_run_measures_each_runtime_and_precision(quick: str) -> None:
     rows = rows_of(quick)
