@@ -93,7 +93,7 @@ def thinned(reports: pd.DataFrame) -> pd.DataFrame:
 def labels(rows: pd.DataFrame) -> np.ndarray:
     """A label per row, made once per trial."""
     first = rows.drop_duplicates("trial_id")
-    found = {row["trial_id"]: marks.trial_label(row) for row in marks.records_of(first)}
+    found = dict(zip(first["trial_id"], marks.trial_labels(first), strict=True))
     return np.array(rows["trial_id"].map(found), dtype=object)
 
 
@@ -123,7 +123,7 @@ def timeline(section: Section) -> go.Figure | None:
         figure.add_scatter(
             x=rows["step"], y=rows.index, mode="markers", name=state.lower(), marker=marker, meta="ink",
             customdata=marks.keys(rows),
-            text=[marks.trial_label(row) for row in marks.records_of(rows)],
+            text=marks.trial_labels(rows),
             hovertemplate="%{text}<br>" + state.lower() + " at step %{x:,}<extra></extra>",
         )  # fmt: skip
     if len(trials) <= NAMED_TRIALS:

@@ -18,6 +18,11 @@ from analysis.sections import DENSE, Section
 HOLLOW = "Filled: confirmed, mean ± standard deviation over seeds. Hollow: one seed, no claim."
 LOG_SPAN = 20.0  # an axis of values that span more than this factor is logarithmic
 
+# What the labels read. The other forty columns of a thousand rows, the configuration's text among them, would take
+# a large report more than a second to turn into dicts.
+POINT = (*words.CONFIGURATION, "stage", "seeds", "fid_mean", "fid_std", "params_ratio", "flops_inference_ratio")
+TRIAL = (*words.CONFIGURATION, "stage", "seed", "trial_id")
+
 Row = dict[str, Any]
 
 
@@ -61,7 +66,7 @@ def points(
         x=x, y=rows[f"{value}_mean"], mode="markers", error_y=bars, marker=marker,
         opacity=style.FADED if hollow else 1.0, name=shown if named and not hollow else f"{shown} ({stage})",
         legendgroup=shown, showlegend=named, customdata=keys(rows),
-        text=[point_label(row, section) for row in records_of(rows)],
+        text=[point_label(row, section) for row in records_of(rows[list(POINT)])],
         hovertemplate="%{text}<extra></extra>",
     )  # fmt: skip
 
@@ -112,6 +117,11 @@ def trial_label(row: Row) -> str:
     """What a trial's mark says when pointed at."""
     where = f"{plain(row['stage'])}, seed {row['seed']}, {plain(row['trial_id'])}"
     return f"<b>{plain(words.configuration(row))}</b><br>{where}"
+
+
+def trial_labels(rows: pd.DataFrame) -> list[str]:
+    """Of each row, a trial."""
+    return [trial_label(row) for row in records_of(rows[list(TRIAL)])]
 
 
 def broken_lines(rows: pd.DataFrame, value: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -178,7 +178,7 @@ def _stopped(drawn: go.Figure, section: Section, cost: Cost) -> None:
     drawn.add_scatter(
         x=rows[spent], y=rows["fid"], mode="markers", name="stopped early", meta="ink", opacity=0.5,
         marker={"symbol": "x-thin-open", "size": 6}, customdata=marks.keys(rows),
-        text=[f"{marks.trial_label(row)}<br>stopped at step {row['step']:,.0f}: no result" for row in
-              marks.records_of(rows)],
+        text=[f"{label}<br>stopped at step {step:,.0f}: no result"
+              for label, step in zip(marks.trial_labels(rows), rows["step"], strict=True)],
         hovertemplate="%{text}<extra></extra>",
     )  # fmt: skip

@@ -89,6 +89,9 @@ def text(value: Any) -> str:
     return NONE if missing(value) or value == "" else str(value)
 
 
+CONFIGURATION = ("method", "sparsity", "prune_ratio", "update_interval_steps", "other_settings")  # what it reads
+
+
 def configuration(row: Mapping[str, Any]) -> str:
     """`rigl, S = 0.9, p = 0.05, ΔTe = 800`, and what else varies in this sweep."""
     parts = [str(row["method"])]
