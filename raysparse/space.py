@@ -129,9 +129,7 @@ class Confirm(Section):
 class Resources(Section):
     workers: int = Field(1, ge=1)  # DDP processes per trial
     cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(
-        0, ge=0
-    )  # below 1: so many trials share a GPU, and each has that share of its memory
+    gpus_per_worker: float = Field(0, ge=0)  # below 1: trials share a GPU, each has that share of its memory
     max_concurrent: int | None = Field(None, ge=1)  # None: as many as fit
     # So long a trial may stand still, asleep and waiting for nothing: then it is started again. 40 s leave time to
     # write its stacks and to say why within a minute. What works, compiles, or waits for storage has half an hour.

@@ -64,9 +64,10 @@ def for_sampling(model: nn.Module, config: TrialConfig) -> nn.Module:
             _check_pattern(config)
         return network
 
-    # auto on a GPU waits for a figure: none of the kernels there has been timed yet.
     wanted = config.evaluate.runtime
-    return _chosen("evaluate.runtime", "dense" if (wanted, device.type) == ("auto", "cuda") else wanted, made) or model
+    if wanted == "auto" and device.type == "cuda":
+        return model  # until there is a figure: none of the kernels there has been timed yet
+    return _chosen("evaluate.runtime", wanted, made) or model
 
 
 def autocast(config: TrialConfig, device: torch.device) -> torch.autocast:
