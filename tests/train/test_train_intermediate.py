@@ -6,10 +6,10 @@ import dataclasses
 import json
 
 import pytest
-from trainer_state import assert_same, computed, everything
+from trainer_state import assert_same, computed, everything, stopped_and_resumed
 
 from raysparse import config, results
-from raysparse.train import measured, reevaluate, restored, run, setup, state
+from raysparse.train import measured, reevaluate, restored, run, setup
 
 EARLY = {"evaluate.intermediate": {"generated": 20, "ddim_steps": 2}}
 
@@ -39,17 +39,7 @@ def test_resume_is_bit_exact(tiny, rigl, tmp_path, stop_after):
     trial = tiny(rigl, EARLY, {"sparse.interval_schedule": "stall"})
     straight = setup.build(trial)
     expected = [computed(report) for report in straight.run()]
-    first = setup.build(trial)
-    first.should_stop = lambda: first.step >= stop_after
-    seen = []
-    for report in first.run():
-        seen.append(computed(report))
-        if first.step >= stop_after:
-            break
-    state.save(first, tmp_path / "checkpoint")
-    second = setup.build(trial)
-    state.load(second, tmp_path / "checkpoint")
-    seen += [computed(report) for report in second.run()]
+    second, seen = stopped_and_resumed(trial, stop_after, tmp_path / "checkpoint")
     assert seen == expected
     assert straight.engine.state_dict()["clock"] == second.engine.state_dict()["clock"]
     assert straight.engine.state_dict()["clock"]["best"] in [report["intermediate_fid"] for report in expected]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from trainer_state import assert_same, computed, everything, tensors_of
+from trainer_state import assert_same, computed, everything, stopped_and_resumed, tensors_of
 
 from raysparse import config, results
 from raysparse.results import Report
@@ -52,17 +52,7 @@ def test_resume_of_sparse_kernels_is_bit_exact(tiny, rigl, tmp_path, stop_after)
     expected = [computed(report) for report in straight.run()]
     assert straight.engine.updates == 3
 
-    first = setup.build(trial)
-    first.should_stop = lambda: first.step >= stop_after
-    seen = []
-    for report in first.run():
-        seen.append(computed(report))
-        if first.step >= stop_after:
-            break
-    state.save(first, tmp_path / "checkpoint")
-    second = setup.build(trial)
-    state.load(second, tmp_path / "checkpoint")
-    seen += [computed(report) for report in second.run()]
+    second, seen = stopped_and_resumed(trial, stop_after, tmp_path / "checkpoint")
     assert seen == expected
     assert_same(everything(straight, tmp_path / "a"), everything(second, tmp_path / "b"))
 

@@ -9,8 +9,9 @@ from typing import Any
 import safetensors.torch
 import torch
 
+from raysparse.config import TrialConfig
 from raysparse.results import Report
-from raysparse.train import state
+from raysparse.train import setup, state
 from raysparse.train.loop import Trainer
 
 MEASURED = ("train_s", "evaluate_s", "peak_memory_bytes")  # differ from run to run
@@ -37,3 +38,18 @@ def assert_same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> None:
 
 def computed(report: Report) -> dict[str, Any]:
     return {k: v for k, v in dataclasses.asdict(report).items() if k not in MEASURED}
+
+
+def stopped_and_resumed(trial: TrialConfig, stop_after: int, folder: Path) -> tuple[Trainer, list[dict[str, Any]]]:
+    """The second of two trainers, the first having saved itself there; what both reported, as `computed` has it."""
+    first = setup.build(trial)
+    first.should_stop = lambda: first.step >= stop_after
+    seen = []
+    for report in first.run():
+        seen.append(computed(report))
+        if first.step >= stop_after:
+            break
+    state.save(first, folder)
+    second = setup.build(trial)
+    state.load(second, folder)
+    return second, seen + [computed(report) for report in second.run()]
