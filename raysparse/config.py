@@ -190,8 +190,9 @@ class EvaluateConfig(Section):
     timestep_spacing: Literal["leading", "trailing", "original"] = "leading"
     guidance: float | None = Field(None, ge=0)  # classifier-free guidance scale; None: the conditional model alone
     batch_size: int = Field(256, ge=1)  # samples drawn and extracted at a time
-    # What samples: PyTorch, or kernels that skip zero weights (equal to rounding); auto: those where they can run
+    # What evaluates: PyTorch, or kernels that skip zero weights (equal to rounding); auto: those where they can run
     runtime: Literal["dense", "sparse", "auto"] = "dense"
+    validation_examples: int = Field(1_024, ge=1)  # at most so many: the first ones of the split
     kid_subsets: int = Field(100, ge=1)
     kid_subset_size: int = Field(1000, ge=2)
     grid: int = Field(16, ge=0)  # samples kept as a picture in each record

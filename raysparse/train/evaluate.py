@@ -11,7 +11,7 @@ import dataclasses
 import io
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -32,8 +32,7 @@ from raysparse.train.sampling import Sampler
 # The trial's own protocol, the cheaper one of the evaluations before the last step, or both.
 Which = Literal["own", "intermediate", "both"]
 
-VALIDATION_EXAMPLES = 1024  # at most so many: the first ones of the split
-VALIDATION_BATCH = 64  # a constant, so that an example's noise depends on no setting
+VALIDATION_GROUP = 64  # whose noise is drawn together: a constant, so that it depends on no setting
 VALIDATION_SEED = 0  # the same noise and timesteps for every trial, so that validation losses compare across seeds
 
 
@@ -126,12 +125,13 @@ class Evaluator:
         should_stop: asked before each batch of samples; any rank's yes ends it on all, with None. which: the protocols
         of the FIDs; a trial without an intermediate one has its own alone.
         """
+        network = runtime.for_sampling(model, self.config)
         start = self.clock()
-        found = Evaluation(self.validation_loss(model), seconds=Seconds(validation=self.clock() - start))
+        found = Evaluation(self.validation_loss(network), seconds=Seconds(validation=self.clock() - start))
         if not math.isfinite(found.validation_loss):
             return dataclasses.replace(found, wrong=f"validation loss became {found.validation_loss}")
         if self.intermediate is not None and which != "own":
-            early = self._measured(model, self.intermediate, should_stop)
+            early = self._measured(network, self.intermediate, should_stop)
             if early is None:
                 return None
             found = dataclasses.replace(
@@ -143,7 +143,7 @@ class Evaluator:
             )
             if which == "intermediate":
                 return found
-        own = self._measured(model, self.sampler, should_stop, kid=True)
+        own = self._measured(network, self.sampler, should_stop, kid=True)
         if own is None:
             return None
         return dataclasses.replace(
@@ -157,30 +157,38 @@ class Evaluator:
         )
 
     @torch.inference_mode()
-    def validation_loss(self, model: nn.Module) -> float:
+    def validation_loss(self, network: nn.Module) -> float:
         """eps loss over (the first) validation examples under fixed noise and timesteps; the same on all ranks."""
-        count, size = min(len(self.validation), VALIDATION_EXAMPLES), VALIDATION_BATCH
+        count = min(len(self.validation), self.config.evaluate.validation_examples)
+        size = VALIDATION_GROUP
+        starts = range(0, count, size)[self.rank :: self.world_size]
+        # As many at a time as are sampled at a time.
+        at_a_time = max(1, self.config.evaluate.batch_size // size)
         total = torch.zeros(2, dtype=torch.float64)  # of losses, of examples
-        for number, start in enumerate(range(0, count, size)):
-            if number % self.world_size != self.rank:
-                continue
-            batch = self.validation.batch(np.arange(start, min(start + size, count)))
-            x, cond = batch["x"].to(self.device), placed(batch["cond"], self.device)
-            draw = rng.generator(VALIDATION_SEED, "validation noise", step=number)
-            t = torch.randint(0, self.config.diffusion.timesteps, (len(x),), generator=draw).to(self.device)
-            eps = torch.randn(x.shape, generator=draw).to(self.device)
+        for first in range(0, len(starts), at_a_time):
+            groups = [self._noised(start, min(start + size, count)) for start in starts[first : first + at_a_time]]
+            x, eps, t = (_joined(parts).to(self.device) for parts in list(zip(*groups, strict=True))[:3])
+            conds = [cond for *_, cond in groups]
+            cond = placed({name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}, self.device)
             with runtime.autocast(self.config, self.device):
-                prediction = model(self.noise_schedule.add_noise(x, eps, t), t, **cond)
+                prediction = network(self.noise_schedule.add_noise(x, eps, t), t, **cond)
                 loss = losses.eps_mse(prediction, eps, cond.get("lengths"))
             total += torch.tensor([float(loss) * len(x), len(x)], dtype=torch.float64)
         total = distributed.all_sum(total.to(self.device), self.world_size)
         return float(total[0] / total[1])
 
+    def _noised(self, start: int, end: int) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """A group of validation examples, their noise, timesteps int64 [B] and conditions, on the host."""
+        batch = self.validation.batch(np.arange(start, end))
+        draw = rng.generator(VALIDATION_SEED, "validation noise", step=start // VALIDATION_GROUP)
+        t = torch.randint(0, self.config.diffusion.timesteps, (end - start,), generator=draw)
+        return batch["x"], torch.randn(batch["x"].shape, generator=draw), t, batch["cond"]
+
     def _measured(
-        self, model: nn.Module, sampler: Sampler, should_stop: Callable[[], bool], *, kid: bool = False
+        self, network: nn.Module, sampler: Sampler, should_stop: Callable[[], bool], *, kid: bool = False
     ) -> _Measured | None:
         """FID (and KID) of the samples of one protocol; None: asked to stop."""
-        sampled = self.sample_features(model, sampler, should_stop)
+        sampled = self.sample_features(network, sampler, should_stop)
         if sampled is None:
             return None
         features, images, sampling_s, extraction_s = sampled
@@ -198,7 +206,7 @@ class Evaluator:
 
     @torch.inference_mode()
     def sample_features(
-        self, model: nn.Module, sampler: Sampler, should_stop: Callable[[], bool] = lambda: False
+        self, network: nn.Module, sampler: Sampler, should_stop: Callable[[], bool] = lambda: False
     ) -> tuple[Tensor, Tensor, float, float] | None:
         """Features of all samples float32 [generated, D], the first drawn uint8 [grid, C, H, W], seconds."""
         settings = sampler.config.evaluate
@@ -206,7 +214,6 @@ class Evaluator:
         images = torch.zeros((min(settings.grid, settings.generated), *self.image_shape), dtype=torch.uint8)
         sampling_s = extraction_s = 0.0
         batches = math.ceil(settings.generated / settings.batch_size)
-        network = runtime.for_sampling(model, self.config)
         for round_ in range(math.ceil(batches / self.world_size)):
             asked = torch.tensor(float(should_stop()), device=self.device)
             if distributed.all_sum(asked, self.world_size) > 0:
@@ -239,6 +246,15 @@ class Evaluator:
             subset_size=self.protocol.kid_subset_size,
             seed=self.config.seed,
         )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """One after the other, zero beyond the end of those whose second dimension is shorter: sketches [B, L, 3]."""
+    if parts[0].ndim == 1:
+        return torch.cat(parts)
+    longest = max(part.shape[1] for part in parts)
+    empty = [part.new_zeros(len(part), longest - part.shape[1], *part.shape[2:]) for part in parts]
+    return torch.cat([torch.cat(pair, 1) for pair in zip(parts, empty, strict=True)])
 
 
 def grid_png(images: Tensor) -> bytes:

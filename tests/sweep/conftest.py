@@ -21,6 +21,7 @@ BASE: dict[str, Any] = {
         "references": 32,
         "ddim_steps": 2,
         "batch_size": 16,
+        "validation_examples": 128,
         "kid_subsets": 2,
         "kid_subset_size": 8,
         "grid": 4,

@@ -25,6 +25,7 @@ TINY: dict[str, Any] = {
         "references": 40,
         "ddim_steps": 3,
         "batch_size": 16,
+        "validation_examples": 128,
         "kid_subsets": 4,
         "kid_subset_size": 16,
         "grid": 4,
