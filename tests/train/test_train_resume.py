@@ -17,31 +17,23 @@ from raysparse.results import Report
 from raysparse.train import distributed, run, setup, state
 
 
-@pytest.mark.parametrize("method", ["rigl", "magran", "dense"])
-@pytest.mark.parametrize("stop_after", [4, 5, 9])  # at a report; between two, before and after topology updates
-def test_resume_is_bit_exact(tiny, rigl, tmp_path, method, stop_after):
-    trial = tiny(rigl, {"sparse.method": method}) if method != "dense" else tiny()
+@pytest.fixture(scope="module", params=["rigl", "magran", "dense"])
+def undisturbed(tiny, rigl, tmp_path_factory, request):
+    """A trial, what it reports in one go, and its state at the end."""
+    trial = tiny(rigl, {"sparse.method": request.param}) if request.param != "dense" else tiny()
     straight = setup.build(trial)
     expected = [computed(report) for report in straight.run()]
     assert straight.step == 12
-    assert straight.engine.updates == (0 if method == "dense" else 3)
+    assert straight.engine.updates == (0 if request.param == "dense" else 3)
+    return trial, expected, everything(straight, tmp_path_factory.mktemp("straight"))
 
-    first = setup.build(trial)
-    first.should_stop = lambda: first.step >= stop_after
-    seen = []
-    for report in first.run():
-        seen.append(computed(report))
-        if first.step >= stop_after:
-            break
-    assert first.step == stop_after
-    state.save(first, tmp_path / "checkpoint")
 
-    second = setup.build(trial)
-    state.load(second, tmp_path / "checkpoint")
-    assert second.step == stop_after
-    seen += [computed(report) for report in second.run()]
+@pytest.mark.parametrize("stop_after", [4, 5, 9])  # at a report; between two, before and after topology updates
+def test_resume_is_bit_exact(undisturbed, tmp_path, stop_after):
+    trial, expected, straight = undisturbed
+    second, seen = stopped_and_resumed(trial, stop_after, tmp_path / "checkpoint")
     assert seen == expected
-    assert_same(everything(straight, tmp_path / "a"), everything(second, tmp_path / "b"))
+    assert_same(straight, everything(second, tmp_path / "second"))
 
 
 @pytest.mark.usefixtures("compiler")

@@ -49,7 +49,9 @@ def stopped_and_resumed(trial: TrialConfig, stop_after: int, folder: Path) -> tu
         seen.append(computed(report))
         if first.step >= stop_after:
             break
+    assert first.step == stop_after
     state.save(first, folder)
     second = setup.build(trial)
     state.load(second, folder)
+    assert second.step == stop_after
     return second, seen + [computed(report) for report in second.run()]
