@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import pandas as pd
@@ -44,8 +44,9 @@ class Table:
     columns: tuple[Column, ...]
     nothing: str = "Nothing to show yet."
 
-    @property
+    @cached_property
     def rows(self) -> list[Row]:
+        """Of the frame, as dicts; three forms are made of them."""
         return [{str(key): value for key, value in row.items()} for row in self.frame.to_dict("records")]
 
     def csv(self) -> str:

@@ -11,7 +11,7 @@ import dataclasses
 import io
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -167,7 +167,7 @@ class Evaluator:
         total = torch.zeros(2, dtype=torch.float64)  # of losses, of examples
         for first in range(0, len(starts), at_a_time):
             groups = [self._noised(start, min(start + size, count)) for start in starts[first : first + at_a_time]]
-            x, eps, t = (_joined(parts).to(self.device) for parts in list(zip(*groups, strict=True))[:3])
+            x, eps, t = (_joined(list(parts)).to(self.device) for parts in list(zip(*groups, strict=True))[:3])
             conds = [cond for *_, cond in groups]
             cond = placed({name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}, self.device)
             with runtime.autocast(self.config, self.device):
@@ -248,7 +248,7 @@ class Evaluator:
         )
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
+def _joined(parts: list[Tensor]) -> Tensor:
     """One after the other, zero beyond the end of those whose second dimension is shorter: sketches [B, L, 3]."""
     if parts[0].ndim == 1:
         return torch.cat(parts)
