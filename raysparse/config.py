@@ -21,6 +21,8 @@ from raysparse.sparse import settings
 # Where things lie on one machine, and how fast it is: never part of what a trial is.
 PATHS = (("data", "source"), ("data", "root"), ("evaluate", "weights"))
 PLACES = (*PATHS, ("evaluate", "runtime"), ("train", "threads"), ("train", "runtime"))
+# Settings of `evaluate` that came later, and what was done before: there, the ids of known trials stay what they were.
+ADDED = {"intermediate": None, "validation_examples": 1_024}
 
 # The settings of the first version. They are in every trial's content, null where the method has none; a later setting
 # is there where it differs from its default. So the ids of known trials stay what they were.
@@ -235,8 +237,9 @@ class TrialConfig(Section):
             del content["first_stage"]["weights"]  # then the hash says which they are
         for section, name in PLACES:
             del content[section][name]
-        if self.evaluate.intermediate is None:
-            del content["evaluate"]["intermediate"]  # a later setting: the ids of known trials stay what they were
+        for name, default in ADDED.items():
+            if content["evaluate"][name] == default:
+                del content["evaluate"][name]
         return content
 
     @property

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from optuna.trial import TrialState
 
-from raysparse import space
+from raysparse import config, space
 from raysparse.space import Asha, Sweep
 from raysparse.sweep import chances
 from raysparse.sweep.board import Board, Ledger, Row
@@ -165,9 +165,12 @@ def test_a_resume_takes_the_chances_that_are_left(
 
 def test_old_files_are_the_sweeps_that_they_were(sweep_of: Callable[..., Sweep]) -> None:
     said = {"objectives": ["fid"]}
-    base = sweep_of()
+    tiny = sweep_of().base
+    evaluate = {name: value for name, value in tiny["evaluate"].items() if name != "validation_examples"}
+    base = sweep_of(base=tiny | {"evaluate": evaluate})
     assert base.search
     spelled = sweep_of(
+        base=config.with_value(tiny, "evaluate.validation_examples", 1024),
         search=base.search.model_dump(mode="json") | said,
         asha={"grace_steps": 2, "reduction_factor": 2, "first_pass": True, "second_chances": 0},
         confirm={"seeds": [1], "front": 6},
