@@ -92,6 +92,10 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
         """step of the rung -> trial id -> FID."""
         return {step: {name: -value for name, value in at.items()} for step, at in self._rungs}
 
+    def on_trial_add(self, tune_controller: Any, trial: Trial) -> None:
+        """There is one bracket; Ray draws one of them, by numpy's own seed, for each trial."""
+        self._trial_info[trial.trial_id] = self._brackets[0]
+
     def on_trial_result(self, tune_controller: Any, trial: Trial, result: dict[str, Any]) -> str:
         row = self._row(trial)
         if not row.open:  # a worker that was restarted after the decision

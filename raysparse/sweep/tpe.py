@@ -18,6 +18,7 @@ import numpy as np
 import optuna
 from numpy.typing import NDArray
 from optuna.distributions import BaseDistribution
+from optuna.samplers._tpe.sampler import _split_trials, default_gamma
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
@@ -25,6 +26,7 @@ WHOLE = 300  # up to so many trials Optuna's own sampler is used, whose model is
 BEST = 25  # the best of all, more is never in the lower part of Optuna's split,
 SPREAD = 75  # some evenly spread over all that have ended: of the latest only, it forgot which regions are poor,
 LATEST = 25  # and the latest that run
+MODELLED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
 
 
 class WindowedTPE(optuna.samplers.TPESampler):
@@ -68,12 +70,32 @@ class WindowedTPE(optuna.samplers.TPESampler):
     def sample_relative(
         self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
-        """The method, then the axes of that method only, from the trials that have them."""
+        """The method, then the axes of that method only, from the trials that have them.
+
+        As Optuna's of either group, but the trials are split into good and poor ones once for both.
+        """
         view = self.window(study)
-        chosen = super().sample_relative(view, trial, {n: kind for n, kind in search_space.items() if "." not in n})
+        trials = [each for each in view.get_trials(states=MODELLED) if each.number != trial.number]
+        ended = sum(each.state != TrialState.RUNNING for each in trials)
+        if ended < self._n_startup_trials:
+            return {}
+        split = _split_trials(view, trials, default_gamma(ended))
+        chosen = self._likeliest(view, {n: kind for n, kind in search_space.items() if "." not in n}, *split)
         of_method = tuple(f"{method}." for method in chosen.values()) or tuple(search_space)
         axes = {name: kind for name, kind in search_space.items() if name.startswith(of_method) and "." in name}
-        return chosen | super().sample_relative(view, trial, axes)
+        return chosen | self._likeliest(view, axes, *split)
+
+    def _likeliest(
+        self, study: Any, space: dict[str, BaseDistribution], good: list[FrozenTrial], poor: list[FrozenTrial]
+    ) -> dict[str, Any]:
+        """Of Optuna's candidates, drawn as the good ones are, the one that is the least like the poor ones."""
+        if not space:
+            return {}
+        below = self._build_parzen_estimator(study, space, good, handle_below=True)
+        above = self._build_parzen_estimator(study, space, poor, handle_below=False)
+        candidates = below.sample(self._rng.rng, self._n_ei_candidates)
+        best = self._compare(candidates, self._compute_acquisition_func(candidates, below, above))
+        return {name: kind.to_external_repr(best[name]) for name, kind in space.items()}
 
     def sample_independent(
         self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
