@@ -2,8 +2,8 @@
 
 `load(results)` gives one row per report. Its columns are those of raysparse.results (Facts, Outcome, Report; units in
 their names: _steps, _s, _bytes; FLOPs are floating-point operations, `_true` counted, `_paper` as the papers count),
-without the large ones (LARGE), which are read where they are needed. `fid` and `kid` of a diverged report are NaN,
-whatever stand-in was written for the trial scheduler. Added are
+without the large ones (LARGE), which are read where they are needed. Text is Python's own strings, dtype object. `fid`
+and `kid` of a diverged report are NaN, whatever stand-in was written for the trial scheduler. Added are
 
     path            str    the record file
     early_fid       float  what trials are compared by while they train: `intermediate_fid` where the trial has an
@@ -154,8 +154,14 @@ def _rows(tables: list[pa.Table]) -> pd.DataFrame:
     once = [*FACTS, *OUTCOME, "path"]
     heads = pa.concat_tables([table.select(once).slice(table.num_rows - 1) for table in tables]).to_pandas()
     rows = pa.concat_tables([table.select(REPORT) for table in tables]).to_pandas()
+    heads = _with_plain_text(heads)
     heads = heads.loc[np.repeat(heads.index, [table.num_rows for table in tables])].reset_index(drop=True)
     return pd.concat([heads, rows], axis=1)
+
+
+def _with_plain_text(frame: pd.DataFrame) -> pd.DataFrame:
+    """Text as Python's own strings, of which rows share one: Arrow copies it into each row that is picked."""
+    return frame.astype(dict.fromkeys(frame.select_dtypes("str"), object))
 
 
 def _evaluations(tables: list[pa.Table], trials: pd.DataFrame) -> pd.DataFrame:
@@ -202,7 +208,7 @@ def _with_configurations(rows: pd.DataFrame) -> pd.DataFrame:
         varying = {name for name in {name for flat in comparable for name in flat} if _varies(name, comparable)}
         for text, flat in zip(texts, comparable, strict=True):
             others[text] = ", ".join(f"{name}={_compact(flat[name])}" for name in sorted(varying & set(flat)))
-    return rows.assign(other_settings=rows["config"].map(others))
+    return _with_plain_text(rows.assign(other_settings=rows["config"].map(others)))
 
 
 def _variant(flat: dict[str, Any]) -> str:

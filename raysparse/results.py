@@ -8,6 +8,7 @@ can be analysed while it runs. Imports neither torch nor ray: the analysis reads
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -111,6 +112,8 @@ def _schema() -> pa.Schema:
 
 
 SCHEMA = _schema()
+# A file has fifty small columns, and a zstd reader takes 10 µs to set up: 1.7 ms a file, 1.1 so.
+COMPRESSION = {name: "zstd" if name in ("layer_density", "mask_sample") else "snappy" for name in SCHEMA.names}
 # Columns that records written before them lack.
 _LATER = frozenset({"mask_sample", "intermediate_fid", "intermediate_protocol"})
 
@@ -131,7 +134,7 @@ def write_table(path: Path, facts: Facts, outcome: Outcome, reports: Iterable[Re
     empty = {field.name: None for field in dataclasses.fields(Report)}
     rows = [head | dataclasses.asdict(by_step[step]) for step in sorted(by_step)] or [head | empty]
     with atomic_path(path) as temporary:
-        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary, compression="zstd")
+        pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), temporary, compression=COMPRESSION)
 
 
 def read_trial(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -149,11 +152,18 @@ def read_trial(path: Path, columns: Sequence[str] | None = None) -> pa.Table:
             table = file.read(columns=names, use_threads=False)
     except (OSError, pa.ArrowException) as error:
         raise UsageError(f"{path} is not a readable Parquet file ({error}); delete it or restore it") from error
-    wanted = pa.schema([SCHEMA.field(name) for name in (columns or SCHEMA.names)])
+    wanted = _schema_of(tuple(columns or SCHEMA.names))
+    if table.schema.equals(wanted):  # the usual case: a cast that changes nothing takes a tenth of the time
+        return table
     for name in wanted.names:
         if name in missing:
             table = table.append_column(wanted.field(name), pa.nulls(table.num_rows, wanted.field(name).type))
     return table.select(wanted.names).cast(wanted)
+
+
+@functools.cache
+def _schema_of(columns: tuple[str, ...]) -> pa.Schema:
+    return pa.schema([SCHEMA.field(name) for name in columns])
 
 
 def reports_of(table: pa.Table) -> list[Report]:
