@@ -1,10 +1,10 @@
-"""A training step of ChiroDiff on a CPU: the packed GRU beside nn.GRU on padded and on packed input.
+"""A training step of ChiroDiff on a CPU: the packed GRU and the kernels beside nn.GRU on padded and on packed input.
 
 A step is noise prediction, loss, backward and AdamW on a batch of 128 sketches as long as KanjiVG's (mean 88.6 points,
-99 % below 129, at most 165). The three take turns on the same batches with the same weights; a ratio is of two steps
-of the same turn, and the first turn, which warms up, is left out. The first turn's loss and gradients are
-compared with nn.GRU's on packed input; on padded input its reverse direction reads the padding first, which is another
-function.
+99 % below 129, at most 165). The kernels (`train.runtime: auto` takes them; C++, all weights active here) are left out
+where no compiler is. All take turns on the same batches with the same weights; a ratio is of two steps
+of the same turn, and the first turn, which warms up, is left out. The first turn's loss and gradients are compared with
+nn.GRU's on packed input; on padded input its reverse direction reads the padding first, which is another function.
 
     python benchmarks/chirodiff_step.py --threads 1
 """
@@ -22,10 +22,11 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 from raysparse import rng
 from raysparse.diffusion.losses import eps_mse
-from raysparse.models.chirodiff import ChiroDiff, Config, build
+from raysparse.errors import UsageError
+from raysparse.models.chirodiff import ChiroDiff, Config, build, sparse_step
 
 SIZES = ((128, 3), (96, 3), (48, 2))  # h, layers: QuickDraw, KanjiVG, VMNIST
-OURS, EQUAL = "packed GRU", "nn.GRU packed"
+OURS, KERNELS, EQUAL = "packed GRU", "kernels", "nn.GRU packed"
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # x, timesteps, lengths, eps
 
@@ -46,7 +47,7 @@ class PaddedGRU(TorchGRU):
     padded = True
 
 
-KINDS: dict[str, type[TorchGRU] | None] = {"nn.GRU padded": PaddedGRU, EQUAL: TorchGRU, OURS: None}
+KINDS: dict[str, type[TorchGRU] | None] = {"nn.GRU padded": PaddedGRU, EQUAL: TorchGRU, OURS: None, KERNELS: None}
 
 
 def model_of(kind: type[TorchGRU] | None, hidden: int, layers: int) -> ChiroDiff:
@@ -66,13 +67,15 @@ def batch_of(turn: int, size: int) -> Batch:
     return x, torch.randint(0, 1000, (size,), generator=draw), lengths, torch.randn(x.shape, generator=draw)
 
 
-def stepper(model: ChiroDiff) -> Callable[[Batch], float]:
+def stepper(model: ChiroDiff, kernels: bool = False) -> Callable[[Batch], float]:
+    """UsageError where kernels cannot be had."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=1e-2)
+    predict = sparse_step(model, {}) if kernels else model
 
     def step(batch: Batch) -> float:
         x, timesteps, lengths, eps = batch
         optimizer.zero_grad()
-        loss = eps_mse(model(x, timesteps, lengths), eps, lengths)
+        loss = eps_mse(predict(x, timesteps, lengths=lengths), eps, lengths)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return float(loss.detach())
@@ -89,11 +92,17 @@ def difference(model: ChiroDiff, reference: ChiroDiff) -> float:
 def measure(hidden: int, layers: int, size: int, turns: int, clock: Callable[[], float]) -> None:
     """Print the rows of one model size."""
     models = {name: model_of(kind, hidden, layers) for name, kind in KINDS.items()}
-    steps = {name: stepper(model) for name, model in models.items()}
+    steps = {name: stepper(model) for name, model in models.items() if name != KERNELS}
+    missing = None
+    try:
+        steps[KERNELS] = stepper(models[KERNELS], kernels=True)
+    except UsageError as error:
+        missing = error
     losses = {name: step(batch_of(0, size)) for name, step in steps.items()}
-    worst = difference(models[OURS], models[EQUAL])
-    loss_off = abs(losses[OURS] / losses[EQUAL] - 1)
-    seconds: dict[str, list[float]] = {name: [] for name in KINDS}
+    ours = [name for name in (OURS, KERNELS) if name in steps]
+    worst = max(difference(models[name], models[EQUAL]) for name in ours)
+    loss_off = max(abs(losses[name] / losses[EQUAL] - 1) for name in ours)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(1, turns + 1):
         batch = batch_of(turn, size)
         for name, step in steps.items():
@@ -103,11 +112,19 @@ def measure(hidden: int, layers: int, size: int, turns: int, clock: Callable[[],
     count = sum(p.numel() for p in models[OURS].parameters())
     print(f"\n{count:,} parameters (h={hidden}, {layers} layers); relative difference to nn.GRU packed: ", end="")
     print(f"loss {loss_off:.1e}, gradients {worst:.1e}")
-    print(f"  {'':<14} {'ms a step':>10}   times the packed GRU (min / median / max)")
+    heads = [f"times the {name} (min / median / max)" for name in ours]
+    print(f"  {'':<14} {'ms a step':>10}   " + "   ".join(heads))
     for name, times in seconds.items():
-        ratios = [one / ours for one, ours in zip(times, seconds[OURS], strict=True)]
-        spread = f"{min(ratios):.2f} / {statistics.median(ratios):.2f} / {max(ratios):.2f}"
-        print(f"  {name:<14} {statistics.median(times) * 1e3:>10.1f}   {spread}")
+        cells = [spread(times, seconds[one]).ljust(len(head)) for one, head in zip(ours, heads, strict=True)]
+        print(f"  {name:<14} {statistics.median(times) * 1e3:>10.1f}   " + "   ".join(cells).rstrip())
+    if missing:
+        print(f"  {KERNELS:<14} left out: {missing}")
+
+
+def spread(times: Sequence[float], base: Sequence[float]) -> str:
+    """Ratios of the turns: min / median / max."""
+    ratios = [one / other for one, other in zip(times, base, strict=True)]
+    return f"{min(ratios):.2f} / {statistics.median(ratios):.2f} / {max(ratios):.2f}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

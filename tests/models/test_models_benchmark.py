@@ -12,7 +12,8 @@ import torch
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/chirodiff_step.py"
 
 
-def test_quick_run_compares_the_three(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("compiler")
+def test_quick_run_compares_all(capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     try:
         runpy.run_path(str(SCRIPT))["main"](["--quick"])
@@ -23,8 +24,9 @@ def test_quick_run_compares_the_three(capsys: pytest.CaptureFixture[str]) -> Non
     found = re.search(r"loss (\S+), gradients (\S+)", printed)
     assert found is not None
     assert max(map(float, found.groups())) < 1e-5
-    assert [line.split("  ")[1] for line in printed.splitlines()[-3:]] == [
+    assert [line.split("  ")[1] for line in printed.splitlines()[-4:]] == [
         "nn.GRU padded",
         "nn.GRU packed",
         "packed GRU",
+        "kernels",
     ]
