@@ -84,7 +84,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory, ray_home: Path) -> Seen:
     _, fails, _, last = [space.trial(sweep, point).trial_id for point in space.grid_points(sweep)]
     environment = os.environ | {"COLUMNS": "100"}
     driver = subprocess.Popen(
-        command("sweep", path, "--output", live, "--cpus", 2), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        command("sweep", path, "--output", live, "--cpus", 1), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         text=True, env=environment,
     )  # fmt: skip
     _wait(lambda: fails in Board.load(live).rows, driver)

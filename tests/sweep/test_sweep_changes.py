@@ -121,10 +121,10 @@ def test_a_finished_sweep_is_extended_by_accepting_a_wider_grid(
         return sweep_of(search=None, asha=None, confirm=None, grid={"static": {"sparsity": sparsities}})
 
     out = tmp_path / "out"
-    tuner.run(of([0.5]), out, command="", num_cpus=2, temp_dir=ray_home)
+    tuner.run(of([0.5]), out, command="", num_cpus=1, temp_dir=ray_home)
     first = Board.load(out)
     assert first.finished
-    summary = tuner.resume(out, space_file=of([0.5, 0.75]), accept_changes=True, num_cpus=2, temp_dir=ray_home)
+    summary = tuner.resume(out, space_file=of([0.5, 0.75]), accept_changes=True, num_cpus=1, temp_dir=ray_home)
     assert summary.board.finished
     assert list(summary.board.rows)[: len(first.rows)] == list(first.rows)
     assert len(summary.board.rows) == len(first.rows) + 1

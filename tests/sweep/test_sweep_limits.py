@@ -91,15 +91,15 @@ def test_a_sweep_that_reaches_a_limit_ends_cleanly_and_goes_on(
 ) -> None:
     sweep = sweep_of(search=None, asha=None, confirm=None, grid={"static": {"sparsity": [0.5, 0.75, 0.9]}})
     out = tmp_path / "out"
-    first = tuner.run(sweep, out, command="", limits=Limits(max_trials=2), num_cpus=2, temp_dir=ray_home)
+    first = tuner.run(sweep, out, command="", limits=Limits(max_trials=2), num_cpus=1, temp_dir=ray_home)
     assert (first.interrupted, first.limit) == (True, "--max-trials 2 is reached")
     states = [row.state for row in first.board.rows.values()]
     assert states == ["COMPLETED", "COMPLETED", "PENDING", "PENDING"]
     assert "--max-trials 2 is reached; go on with" in str(list(read(out / "journal.jsonl"))[-1].reason)
     assert not (out / "pause").exists()
 
-    second = tuner.resume(out, limits=Limits(max_hours=1e-12), num_cpus=2, temp_dir=ray_home)
+    second = tuner.resume(out, limits=Limits(max_hours=1e-12), num_cpus=1, temp_dir=ray_home)
     assert "--max-hours" in str(second.limit)
-    last = tuner.resume(out, num_cpus=2, temp_dir=ray_home)
+    last = tuner.resume(out, num_cpus=1, temp_dir=ray_home)
     assert (last.interrupted, last.limit) == (False, None)
     assert {row.state for row in last.board.rows.values()} == {"COMPLETED"}

@@ -329,9 +329,9 @@ def test_a_sweep_of_two_objectives_within_a_budget_is_interrupted_and_goes_on(
     search = base.search.model_dump(mode="json") | {"sampler": "tpe", "objectives": ["fid", "flops_inference"]}
     rules = {"grace_steps": 2, "reduction_factor": 2, "first_pass": False, "second_chances": 2}
     sweep, out = sweep_of(search=search, asha=rules, storage={"checkpoints": 1}), tmp_path / "out"
-    first = tuner.run(sweep, out, command="", limits=Limits(max_trials=3), num_cpus=2, temp_dir=ray_home)
+    first = tuner.run(sweep, out, command="", limits=Limits(max_trials=3), num_cpus=1, temp_dir=ray_home)
     assert first.interrupted
-    last = tuner.resume(out, num_cpus=2, temp_dir=ray_home)
+    last = tuner.resume(out, num_cpus=1, temp_dir=ray_home)
     assert {row.state for row in last.board.rows.values()} <= {"COMPLETED", "STOPPED"}
     happened = list(read(out / "journal.jsonl"))
     again = [item.trial_id for item in happened if item.kind == "second_chance"]
