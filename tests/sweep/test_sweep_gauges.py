@@ -117,7 +117,7 @@ def published(tmp_path_factory: pytest.TempPathFactory, ray_home: Path, tiny: Sw
     results = tmp_path_factory.mktemp("published")
     ray.init(
         address="local", num_cpus=1, include_dashboard=False, _temp_dir=str(ray_home), log_to_driver=False,
-        logging_level="ERROR", _system_config={"metrics_report_interval_ms": 1000},  # waits 10 s else
+        logging_level="ERROR",
     )  # fmt: skip
     ledger = Ledger(results)
     for item in events():
