@@ -37,13 +37,15 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report(options: argparse.Namespace) -> None:
+    from analysis import drawing
     from analysis.report import Report
 
-    report = Report.of(*options.results)
-    _warn(report.warnings)
-    folders = report.records.folders
-    output = options.output or (folders[0] if len(folders) == 1 else Path()) / "report"
-    page = report.write(output)
+    with drawing.helper() as helper:
+        report = Report.of(*options.results)
+        _warn(report.warnings)
+        folders = report.records.folders
+        output = options.output or (folders[0] if len(folders) == 1 else Path()) / "report"
+        page = report.write(output, helper)
     if options.json:
         _say(json.dumps({"report": str(page)} | report.summary(), indent=2, ensure_ascii=False, allow_nan=False))
         return

@@ -15,11 +15,19 @@ import subprocess
 import sys
 import threading
 from collections import deque
+from collections.abc import Iterator
 
 from analysis import vector
 
 Files = dict[str, bytes]  # format -> content
 Figures = dict[str, vector.Description]
+
+
+@contextlib.contextmanager
+def helper() -> Iterator[Helper | None]:
+    """The second process, to be started before anything is read; None where matplotlib is not installed."""
+    with contextlib.nullcontext() if vector.missing() else Helper() as started:
+        yield started
 
 
 class Helper:
@@ -80,6 +88,8 @@ class Helper:
     def __exit__(self, *error: object) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        if not self._figures:  # a mistake was found while it was still starting
+            self._process.kill()
         with contextlib.suppress(BrokenPipeError):  # it was killed, with a figure under way
             self._process.stdin.close()  # the sign to end, which lets it remove its files
         try:

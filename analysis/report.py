@@ -45,24 +45,16 @@ class Report:
         """What could not be read, and what will be missing."""
         return [*self.records.warnings, *filter(None, [vector.missing()])]
 
-    def write(self, output: Path) -> Path:
+    def write(self, output: Path, helper: drawing.Helper | None) -> Path:
         """Tables, figures, then the page (last, so that it never names files that are not there); the page's path.
 
-        Where matplotlib is not installed, the figures are in the page alone and `warnings` says so.
+        helper: of `drawing.helper()`; None: the figures are in the page alone, and `warnings` says so.
         """
         output.mkdir(parents=True, exist_ok=True)  # a file in its place is found out before the work, not after
-        if vector.missing():
-            contents = self._contents(lambda name, part: None)
-            files, text = self._tables(contents), self._page(contents)
-        else:
-            with drawing.Helper() as helper:
-                contents = self._contents(lambda name, part: _draw(helper, name, part))
-                files, text = self._tables(contents), self._page(contents)
-                files |= {
-                    f"{name}.{kind}": content
-                    for name, drawn in helper.finish().items()
-                    for kind, content in drawn.items()
-                }
+        contents = self._contents(lambda name, part: _draw(helper, name, part))
+        files, text = self._tables(contents), self._page(contents)
+        drawn = helper.finish() if helper else {}
+        files |= {f"{name}.{kind}": content for name, figure in drawn.items() for kind, content in figure.items()}
         for name, content in files.items():
             with atomic_path(output / name) as temporary:
                 temporary.write_bytes(content)
@@ -109,8 +101,8 @@ class Report:
         return {name: text.encode() for name, text in texts.items()}
 
 
-def _draw(helper: drawing.Helper, name: str, part: Part) -> None:
-    if part.figure is not None:
+def _draw(helper: drawing.Helper | None, name: str, part: Part) -> None:
+    if helper and part.figure is not None:
         helper.add(name, vector.describe(part.figure))
 
 
@@ -119,7 +111,8 @@ def write(results: Path, output: Path | None = None) -> Path:
 
     Raises UsageError where there is nothing readable. Everything is written atomically.
     """
-    return Report.of(results).write(results / "report" if output is None else output)
+    with drawing.helper() as helper:
+        return Report.of(results).write(results / "report" if output is None else output, helper)
 
 
 def _written(output: Path) -> set[str]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.optimize import brentq
+from numpy.polynomial import Polynomial
 from scipy.special import ndtri
 
 DRAWS = 2000  # bootstrap resamples; twice as many change an end by less than its last shown digit
@@ -83,13 +83,16 @@ def probability_lower(a: Sequence[float], b: Sequence[float], confidence: float)
     z = float(ndtri((1 + confidence) / 2))
     mean_size = (n + m) / 2 - 1
 
-    def distance(theta: float) -> float:
-        inner = 1 + mean_size * ((1 - theta) / (2 - theta) + theta / (1 + theta))
-        return (estimate - theta) ** 2 * n * m - z * z * theta * (1 - theta) * inner
-
+    theta = Polynomial([0, 1])
+    both = (2 - theta) * (1 + theta)  # the denominators of the variance, multiplied out
+    inner = both + mean_size * (1 + 2 * theta - 2 * theta**2)
+    # Not negative at 0 and 1, below 0 at an estimate between them, and both other roots of the four lie outside. An
+    # estimate of 0 or 1 is a root itself.
+    distance = n * m * (estimate - theta) ** 2 * both - z * z * theta * (1 - theta) * inner
+    ends = distance.roots().real
     tiny = 1e-9
-    low = 0.0 if estimate <= tiny else float(brentq(distance, tiny, min(estimate, 1 - tiny)))
-    high = 1.0 if estimate >= 1 - tiny else float(brentq(distance, max(estimate, tiny), 1 - tiny))
+    low = 0.0 if estimate <= tiny else float(ends[(ends > 0) & (ends < min(estimate, 1 - tiny))].max())
+    high = 1.0 if estimate >= 1 - tiny else float(ends[(ends < 1) & (ends > max(estimate, tiny))].min())
     return Interval(estimate, low, high)
 
 
