@@ -157,8 +157,17 @@ def test_the_helper_draws_while_this_process_does_not(monkeypatch: pytest.Monkey
         assert helper.finish() == {"a": alone, "b": alone}
 
 
+def test_a_mistake_that_is_found_before_anything_is_drawn_waits_for_nothing() -> None:
+    with pytest.raises(UsageError), drawing.helper() as helper:
+        raise UsageError("no such folder")
+    assert helper is not None
+    assert helper._process.returncode == -signal.SIGKILL
+
+
 def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vector.importlib.util, "find_spec", lambda name: None)
+    with drawing.helper() as helper:
+        assert helper is None
     with pytest.raises(UsageError, match="pip install 'matplotlib"):
         vector.files(vector.describe(style.figure("", "")))
 
