@@ -37,7 +37,7 @@ SWEEP: dict[str, Any] = {
         "train": {"steps": 8, "batch_size": 8},
         "evaluate": {
             "extractor": "oriented_energy", "every_steps": 2, "generated": 16, "references": 32, "ddim_steps": 2,
-            "batch_size": 16, "kid_subsets": 2, "kid_subset_size": 8, "grid": 4,
+            "batch_size": 16, "validation_examples": 128, "kid_subsets": 2, "kid_subset_size": 8, "grid": 4,
         },
     },
     "grid": {"dense": {}, "static": {"sparsity": [0.5, 0.75, 0.9]}},

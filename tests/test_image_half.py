@@ -39,6 +39,7 @@ PIXELS = {
         "generated": 32,
         "references": 256,
         "ddim_steps": 4,
+        "validation_examples": 256,
         "kid_subset_size": 30,
     },
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -76,6 +79,13 @@ def left_after(seconds: float, home: Path) -> dict[int, str]:
     while (left := {process: name_of(process) for process in processes(home)}) and time.monotonic() < deadline:
         time.sleep(0.1)
     return left
+
+
+def kill_all(home: Path) -> None:
+    """What a killed driver has left."""
+    for process in processes(home):
+        with contextlib.suppress(ProcessLookupError):  # it has just ended
+            os.kill(process, signal.SIGKILL)
 
 
 def name_of(process: int) -> str:

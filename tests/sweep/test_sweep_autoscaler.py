@@ -318,7 +318,8 @@ def test_a_worker_of_cluster_yaml_joins_by_its_own_command(head: Head) -> None:
         wait_for(lambda: head.alive() == 2, 40, head.nodes)
     finally:
         for number in in_session(worker.pid):
-            os.kill(number, signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(number, signal.SIGTERM)
         worker.wait(20)
     wait_for(lambda: head.alive() == 1, 40, head.nodes)
 

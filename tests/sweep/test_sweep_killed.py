@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import random
 import re
 import signal
@@ -15,7 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
-from driven import check_records, left_after, name_of, no_step_back, processes, study_is_true
+from driven import check_records, kill_all, left_after, name_of, no_step_back, processes, study_is_true
 
 from raysparse import config
 from raysparse.space import Sweep
@@ -40,8 +39,7 @@ def home(ray_home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A Ray's home; what a killed driver has left there ends with the test."""
     monkeypatch.setenv("RAYSPARSE_TEST", str(ray_home))
     yield ray_home
-    for process in processes(ray_home):
-        os.kill(process, signal.SIGKILL)
+    kill_all(ray_home)
 
 
 def command(*words: str | Path) -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driven import check_records, driver, files, left_after, no_step_back, processes, wait_for
+from driven import check_records, driver, files, kill_all, left_after, no_step_back, wait_for
 
 from raysparse import space
 from raysparse.space import Sweep
@@ -85,7 +85,7 @@ def test_ctrl_c_saves_trials_of_two_workers_a_second_one_ends_at_once_and_both_g
     monkeypatch.setenv("RAYSPARSE_TEST", str(ray_home))
     base: dict[str, Any] = sweep_of().base
     # So far apart that a signal hardly ever meets a report, after which there is nothing new to save.
-    base |= {"train": {"steps": 1600, "batch_size": 8}, "evaluate": base["evaluate"] | {"every_steps": 400}}
+    base |= {"train": {"steps": 800, "batch_size": 8}, "evaluate": base["evaluate"] | {"every_steps": 200}}
     grid: dict[str, Any] = {"dense": {}}
     sweep = sweep_of(base=base, search=None, grid=grid, asha=None, confirm=None, resources={"workers": 2})
     out = tmp_path / "out"
@@ -106,10 +106,9 @@ def test_ctrl_c_saves_trials_of_two_workers_a_second_one_ends_at_once_and_both_g
         os.kill(began, signal.SIGINT)
         assert process.wait(timeout=20) == 130
     summary = tuner.resume(out, num_cpus=2, temp_dir=ray_home)
-    for left in processes(ray_home):
-        os.kill(left, signal.SIGKILL)
+    kill_all(ray_home)
     (row,) = summary.board.rows.values()
-    assert (row.state, sorted(row.fids)) == ("COMPLETED", list(range(400, 1601, 400)))
+    assert (row.state, sorted(row.fids)) == ("COMPLETED", [200, 400, 600, 800])
     no_step_back(list(read(out / "journal.jsonl")))
     check_records(out, summary.board)
 
