@@ -23,6 +23,7 @@ ENVIRONMENT = {
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "-1",  # asked beforehand
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",  # they are in the records and in trials/<id>/error.txt
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # the default, 2 s, lets one report through per 2 s
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per trial and 4 s of its start; leaving.py asks itself
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # else the dashboard's Train page is empty
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints even at verbose=0
     "RAY_prestart_worker_first_driver": "0",  # a process per core, .4 s of CPU each, none of which becomes a trial's
