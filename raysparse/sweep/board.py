@@ -150,7 +150,7 @@ class Board:
             case "finished":
                 self.finished = True
             case "accepted":
-                self.finished = False  # a changed sweep may have more to do
+                self.finished, self.stage = False, None  # a changed sweep may have more to do, in its search too
             case _:
                 pass
 

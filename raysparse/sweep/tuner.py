@@ -238,7 +238,10 @@ def _plan(stage: str, sweep: Sweep, ledger: Ledger) -> None:
     from raysparse.sweep import confirm
     from raysparse.sweep.search import planned
 
-    if ledger.board.stage != stage:
+    board = ledger.board
+    # A search that had ended when the sweep was killed in its confirm stage does not begin again.
+    over = (stage, board.stage) == ("search", "confirm") and not any(row.open for row in board.of_stage(stage))
+    if board.stage != stage and not over:
         ledger.add(event("stage", stage=stage))
     if stage == "confirm":
         confirm.plan(sweep, ledger)

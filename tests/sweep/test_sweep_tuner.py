@@ -14,7 +14,9 @@ from raysparse import space
 from raysparse.errors import UsageError
 from raysparse.space import Sweep
 from raysparse.sweep import tuner
-from raysparse.sweep.journal import Event, read
+from raysparse.sweep.board import Ledger
+from raysparse.sweep.journal import Event, event, read
+from raysparse.sweep.search import planned
 
 
 @pytest.mark.ray
@@ -88,3 +90,25 @@ def test_paths_are_made_whole_before_a_trials_process_sees_them(
     assert whole.base["data"]["source"] == str(tmp_path / "raw/file.npz")
     assert whole.base["data"]["root"] == str(tmp_path / "prepared")
     assert whole.digest == near.digest == sweep.digest
+
+
+def test_a_search_that_is_over_does_not_begin_again(tmp_path: Path, sweep_of: Callable[..., Sweep]) -> None:
+    sweep = sweep_of()
+    trial = space.trial(sweep, {"method": "static", "sparsity": 0.5})
+    ledger = Ledger(tmp_path)
+
+    def stages() -> list[str | None]:
+        """Those that a driver says begin, who finds the sweep as it is."""
+        before = len(list(read(tmp_path / "journal.jsonl")))
+        for stage in ("search", "confirm"):
+            tuner._plan(stage, sweep, ledger)
+        return [item.stage for item in list(read(tmp_path / "journal.jsonl"))[before:] if item.kind == "stage"]
+
+    ledger.add(planned(trial, {"method": "static", "sparsity": 0.5}, "search", 0))
+    assert stages() == ["search", "confirm"]
+    assert stages() == ["search", "confirm"], "a trial of the search is open"
+    ledger.add(event("completed", stage="search", trial_id=trial.trial_id, step=8, fid=1.0))
+    assert stages() == []
+    ledger.add(event("accepted", reason="more trials"))
+    assert stages() == ["search", "confirm"]
+    ledger.close()
