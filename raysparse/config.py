@@ -22,7 +22,7 @@ from raysparse.sparse import settings
 PATHS = (("data", "source"), ("data", "root"), ("evaluate", "weights"))
 PLACES = (*PATHS, ("evaluate", "runtime"), ("train", "threads"), ("train", "runtime"))
 # Settings of `evaluate` that came later, and what was done before: there, the ids of known trials stay what they were.
-ADDED = {"intermediate": None, "validation_examples": 1_024}
+LATER_IN_EVALUATE = {"intermediate": None, "validation_examples": 1_024}
 
 # The settings of the first version. They are in every trial's content, null where the method has none; a later setting
 # is there where it differs from its default. So the ids of known trials stay what they were.
@@ -237,7 +237,7 @@ class TrialConfig(Section):
             del content["first_stage"]["weights"]  # then the hash says which they are
         for section, name in PLACES:
             del content[section][name]
-        for name, default in ADDED.items():
+        for name, default in LATER_IN_EVALUATE.items():
             if content["evaluate"][name] == default:
                 del content["evaluate"][name]
         return content

@@ -162,13 +162,12 @@ class Evaluator:
         count = min(len(self.validation), self.config.evaluate.validation_examples)
         size = VALIDATION_GROUP
         starts = range(0, count, size)[self.rank :: self.world_size]
-        # As many at a time as are sampled at a time.
-        at_a_time = max(1, self.config.evaluate.batch_size // size)
+        at_a_time = max(1, self.config.evaluate.batch_size // size)  # groups: as many examples as are sampled at a time
         total = torch.zeros(2, dtype=torch.float64)  # of losses, of examples
         for first in range(0, len(starts), at_a_time):
             groups = [self._noised(start, min(start + size, count)) for start in starts[first : first + at_a_time]]
-            x, eps, t = (_joined(list(parts)).to(self.device) for parts in list(zip(*groups, strict=True))[:3])
-            conds = [cond for *_, cond in groups]
+            xs, noises, times, conds = zip(*groups, strict=True)
+            x, eps, t = (part.to(self.device) for part in (_joined(xs), _joined(noises), torch.cat(times)))
             cond = placed({name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}, self.device)
             with runtime.autocast(self.config, self.device):
                 prediction = network(self.noise_schedule.add_noise(x, eps, t), t, **cond)
@@ -248,10 +247,8 @@ class Evaluator:
         )
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
     """One after the other, zero beyond the end of those whose second dimension is shorter: sketches [B, L, 3]."""
-    if parts[0].ndim == 1:
-        return torch.cat(parts)
     longest = max(part.shape[1] for part in parts)
     empty = [part.new_zeros(len(part), longest - part.shape[1], *part.shape[2:]) for part in parts]
     return torch.cat([torch.cat(pair, 1) for pair in zip(parts, empty, strict=True)])
