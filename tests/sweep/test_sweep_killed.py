@@ -161,7 +161,7 @@ def test_interrupted_and_killed_two_trials_at_a_time_nothing_is_lost_or_doubled(
     file = tmp_path / "tiny.yaml"
     file.write_text(yaml.safe_dump(sweep.model_dump(mode="json"), sort_keys=False))
     out = tmp_path / "out"
-    go_through(file, out, 2, home, (signal.SIGINT, signal.SIGKILL))
+    go_through(file, out, 2, home, (signal.SIGINT, *KILLS[:2]))
 
     board = Board.load(out)
     no_step_back(list(read(out / "journal.jsonl")))
