@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -32,17 +30,17 @@ class NoiseSchedule:
             raise UsageError(f"timesteps must be at least 1, got {timesteps}")
         if not 0 < beta_start <= beta_end < 1:
             raise UsageError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
-        # imported here: 1.7 s beside torch's own, and only a schedule that is made needs it
-        from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-
+        # Not diffusers' scheduler: its import takes .6 of the 5.5 CPU s in which a trial's process starts, for these lines.
         self.timesteps = timesteps
-        self._scheduler: Any = DDPMScheduler(
-            num_train_timesteps=timesteps, beta_schedule=beta_schedule, beta_start=beta_start, beta_end=beta_end
-        )
-        self.alphas_cumprod: Tensor = self._scheduler.alphas_cumprod
+        if beta_schedule == "linear":
+            betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float32)
+        else:
+            betas = torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float32).square()
+        self.alphas_cumprod: Tensor = (1 - betas).cumprod(0)
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t like x0 [B, ...], from noise eps [B, ...] and timesteps t int64 [B]."""
+        self.alphas_cumprod = self.alphas_cumprod.to(x0.device)  # once: a copy at each step would wait for the device
         with torch.autocast(x0.device.type, enabled=False):
-            noisy: Tensor = self._scheduler.add_noise(x0, eps, t)
-        return noisy
+            alpha = self.alphas_cumprod.to(x0.dtype)[t.to(x0.device)].view(-1, *[1] * (x0.ndim - 1))
+            return alpha.sqrt() * x0 + (1 - alpha).sqrt() * eps

@@ -57,6 +57,20 @@ def test_bad_settings(settings: dict[str, object], said: str) -> None:
         NoiseSchedule(**settings)  # type: ignore[arg-type]
 
 
-def test_importing_it_does_not_import_diffusers() -> None:
-    check = "import sys, raysparse.diffusion.ddim, raysparse.diffusion.losses; sys.exit('diffusers' in sys.modules)"
+@pytest.mark.parametrize(("kind", "start", "end"), [("linear", 1e-4, 2e-2), ("scaled_linear", 0.0015, 0.0195)])
+@pytest.mark.parametrize("timesteps", [1, 50, 1000])
+def test_it_is_diffusers_schedule_bit_for_bit(kind: str, start: float, end: float, timesteps: int) -> None:
+    from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+
+    theirs = DDPMScheduler(num_train_timesteps=timesteps, beta_schedule=kind, beta_start=start, beta_end=end)
+    ours = NoiseSchedule(kind, start, end, timesteps)
+    assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
+    t = torch.arange(timesteps)
+    x0, eps = (torch.randn(timesteps, 5, 3, generator=rng.generator(0, name)) for name in ("x0", "eps"))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        assert torch.equal(ours.add_noise(x0.to(dtype), eps.to(dtype), t), theirs.add_noise(x0.to(dtype), eps.to(dtype), t))
+
+
+def test_a_schedule_imports_no_diffusers() -> None:
+    check = "import sys, raysparse.diffusion.schedule as s; s.NoiseSchedule(); sys.exit('diffusers' in sys.modules)"
     subprocess.run([sys.executable, "-W", "error", "-c", check], check=True, timeout=120)
