@@ -29,6 +29,7 @@ Description = dict[str, Any]  # see `describe`
 FORMATS = ("svg", "pdf")
 WIDTH_IN = 6.3  # the text width of a page with the usual margins
 PX_PER_IN = 110.0  # a figure 440 px high on the page is 4 in high on paper
+CURVES_DPI = 300  # of long curves, which are drawn as pictures
 LEGEND_COLUMNS = 5
 LEGEND_SIGNS = 92  # that stand side by side in a legend as wide as the figure; a mark takes eight
 TITLE_SIGNS_PER_IN = 12  # of an axis title
@@ -110,9 +111,16 @@ def draw(described: Description) -> Any:
 
 
 def _bytes(drawn: Any, kind: str) -> bytes:
+    from matplotlib.backends.backend_pdf import FigureCanvasPdf
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
     stream = io.BytesIO()
-    no_date = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}[kind]
-    drawn.savefig(stream, format=kind, metadata=no_date, dpi=300)
+    drawn.set_dpi(CURVES_DPI)  # each format leaves its own
+    # Not savefig: it goes through the whole figure once more before it draws, a fifth of the time, for the same bytes.
+    if kind == "svg":
+        FigureCanvasSVG(drawn).print_svg(stream, metadata={"Date": None})
+    else:
+        FigureCanvasPdf(drawn).print_pdf(stream, metadata={"CreationDate": None})
     return stream.getvalue()
 
 

@@ -30,7 +30,7 @@ class NoiseSchedule:
             raise UsageError(f"timesteps must be at least 1, got {timesteps}")
         if not 0 < beta_start <= beta_end < 1:
             raise UsageError(f"betas must satisfy 0 < beta_start <= beta_end < 1, got {beta_start} and {beta_end}")
-        # Not diffusers' scheduler: its import takes .6 of the 5.5 CPU s in which a trial's process starts, for these lines.
+        # Not diffusers' scheduler, for these lines: its import is .6 of the 5.5 CPU s of a trial's start.
         self.timesteps = timesteps
         if beta_schedule == "linear":
             betas = torch.linspace(beta_start, beta_end, timesteps, dtype=torch.float32)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import base64
 import os
 import re
 import signal
@@ -79,6 +80,17 @@ def test_axes_as_plotly_has_them() -> None:
     assert panel.get_xscale() == "log"
     assert [text.get_text() for text in panel.get_xticklabels()] == ["one", "ten"]
     assert panel.yaxis_inverted()
+
+
+def test_a_long_curve_is_as_sharp_in_either_format() -> None:
+    figure = style.figure("x", "y")
+    x = np.linspace(0, 1, vector_traces.MANY + 1)
+    figure.add_scatter(x=x, y=np.sin(20 * x), mode="lines")
+    found = vector.files(vector.describe(figure))
+    (picture,) = re.findall(rb"data:image/png;base64,\s*([^\"]+)", found["svg"])
+    in_svg = int.from_bytes(base64.b64decode(picture)[16:20], "big")  # a PNG's width
+    in_pdf = max(int(width) for width in re.findall(rb"/Width (\d+)", found["pdf"]))
+    assert in_svg == in_pdf > 0.7 * vector.WIDTH_IN * vector.CURVES_DPI
 
 
 def test_what_it_does_not_know_is_refused() -> None:

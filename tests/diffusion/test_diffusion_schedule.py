@@ -68,7 +68,8 @@ def test_it_is_diffusers_schedule_bit_for_bit(kind: str, start: float, end: floa
     t = torch.arange(timesteps)
     x0, eps = (torch.randn(timesteps, 5, 3, generator=rng.generator(0, name)) for name in ("x0", "eps"))
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
-        assert torch.equal(ours.add_noise(x0.to(dtype), eps.to(dtype), t), theirs.add_noise(x0.to(dtype), eps.to(dtype), t))
+        given = (x0.to(dtype), eps.to(dtype), t)
+        assert torch.equal(ours.add_noise(*given), theirs.add_noise(*given))
 
 
 def test_a_schedule_imports_no_diffusers() -> None:
