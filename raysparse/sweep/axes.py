@@ -96,10 +96,10 @@ def sampler(search: Search, number: int, windowed: WindowedTPE) -> optuna.sample
     windowed: told by the caller of all that has ended. Beyond tpe.WHOLE trials Optuna's own TPE grows too slow.
     """
     seed = rng.key(search.seed, "optuna", step=number) % 2**32
+    windowed.reseed(seed)
     if search.sampler == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
+        return windowed.random
     if number >= WHOLE and len(search.objectives) == 1:
-        windowed.reseed(seed)
         return windowed
     with quiet():
         if len(search.objectives) > 1:

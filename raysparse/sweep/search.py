@@ -177,12 +177,11 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
                 return None
             asked, point = self._ask(fresh)
             trial = space.trial(self._sweep, point)
-            name = trial.trial_id  # a hash: not asked for again and again
+            item = planned(trial, point, "search", asked.number, self._costs_of(trial))
+            name = str(item.trial_id)
             self._asked.setdefault(name, []).append(asked)
             if name not in board.rows:
-                every = self._costs(trial) if self._several else {}
-                costs = {name: every[name] for name in self._search.objectives if name in every} or None
-                self._ledger.add(planned(trial, point, "search", asked.number, costs))
+                self._ledger.add(item)
                 self._describe(asked, board.rows[name])
                 self._planned += 1
                 if self._sound(trial, board.rows[name]):
@@ -192,6 +191,13 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
             self._describe(asked, board.rows[name])
             self._learn(board.rows[name])
         raise AssertionError
+
+    def _costs_of(self, trial: TrialConfig) -> dict[str, float] | None:
+        """What else than FID the search minimises; None where it is FID alone."""
+        if not self._several:
+            return None
+        found = self._costs(trial)
+        return {name: found[name] for name in self._search.objectives if name in found}
 
     def _second_chance(self) -> Row | None:
         """A stopped trial that goes on, for the study a new one at the same point; None where there is none."""

@@ -268,8 +268,8 @@ def test_tpe_sees_all_trials_of_a_short_search_and_the_best_and_a_sample_of_a_lo
         if number % 10:
             study.tell(trial, float((number * 37) % 601))
             sampler.learn(study.get_trials(deepcopy=False)[number])
-        assert number >= WHOLE or len(sampler.window(study).get_trials()) == number + 1
-    seen = sampler.window(study).get_trials()
+        assert number >= WHOLE or len(sampler.window(study)) == number + 1
+    seen = sampler.window(study)
     assert BEST + SPREAD / 2 < len(seen) <= BEST + SPREAD + LATEST
     values = sorted(trial.value for trial in study.get_trials() if trial.value is not None)
     assert set(values[:BEST]) <= {trial.value for trial in seen}
@@ -283,7 +283,7 @@ def optunas_own(
 ) -> dict[str, Any]:
     """The method, then its axes, each by Optuna's whole method."""
     draw = optuna.samplers.TPESampler.sample_relative
-    view = sampler.window(study)
+    view = tpe._View(study, sampler.window(study))
     chosen = draw(sampler, view, trial, {name: kind for name, kind in space.items() if "." not in name})
     own = tuple(f"{method}." for method in chosen.values()) or ("",)
     axes = {name: kind for name, kind in space.items() if name.startswith(own) and "." in name}
