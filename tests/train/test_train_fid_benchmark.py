@@ -68,7 +68,7 @@ def test_the_share_of_a_trial_by_hand() -> None:
 
 
 def test_what_samples_is_as_sparse_as_what_trains() -> None:
-    script = runpy.run_path(str(SCRIPT))
+    script = runpy.run_path(str(SCRIPT.with_name("fid_trial.py")))
     options = argparse.Namespace(hidden=8, layers=1, threads=1, batch_size=4, batch=4, kid_subsets=1)
     data = script["Data"](script["doodles"]("train", 16), None, None, None)
     runner = script["Runner"](script["trial"](options, sparse={"method": "static", "sparsity": 0.5}), data, "cpu")
