@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
+
 import pytest
+import torch
 
 from raysparse.metrics import flops
+from raysparse.models import chirodiff
 from raysparse.train import setup
 
 
@@ -25,6 +31,24 @@ def test_flops_by_hand(tiny):
     assert per_point == int(per_point)
     assert cost.inference(flops.TRUE) == 2 * per_point * 10 * 3  # 3 DDIM steps
     assert cost.spent(5) == (3 * 4 * per_point * 10 * 5, 3 * 2 * per_point * 10 * 5 * 16)  # paper: no batch factor
+
+
+def test_a_sketch_that_runs_counts_what_shapes_alone_count(tiny):
+    cost = setup.estimate(tiny(), mean_points=9.5)
+    options = setup.model_options(tiny())
+    with torch.device("meta"):
+        model = chirodiff.build(options, seed=0)
+    macs = flops.forward_macs(model, chirodiff.example(options, 1, 10, device="meta"), batch=1)
+    assert cost.macs.keys() == macs.keys()
+    assert all(math.isclose(cost.macs[name], count * 0.95) for name, count in macs.items())
+
+
+def test_the_costs_of_sketches_do_not_import_pytorchs_compiler():
+    check = (
+        "import sys; from raysparse import config; from raysparse.train import setup;"
+        "setup.estimate(config.parse({})); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-W", "error", "-c", check], check=True, timeout=120)
 
 
 def test_dense_gradients_cost_until_updates_end(tiny, rigl):
