@@ -9,10 +9,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-from driven import check_records, driver, files, kill_all, left_after, no_step_back, wait_for
+from driven import check_records, driver, files, kill_all, left_after, no_step_back, rows_of, wait_for
+from PIL import Image
 
-from raysparse import space
+from raysparse import rng, space
 from raysparse.space import Sweep
 from raysparse.sweep import trial_log, tuner
 from raysparse.sweep.board import Board
@@ -22,6 +24,38 @@ from raysparse.sweep.worker import OTHERS_LOST, _lost_because, _raised
 from raysparse.train import run, state
 
 STEPS, EVERY = 60, 20
+LATENTS: dict[str, Any] = {
+    "data": {"name": "imagefolder", "options": {"size_px": 16, "flips": True, "validation_examples": 4}},
+    "model": {
+        "name": "latent_unet",
+        "options": {
+            "sample_size": 8,
+            "block_out_channels": [8, 8],
+            "attention_levels": [False, True],
+            "layers_per_block": 1,
+            "attention_head_dim": 8,
+            "norm_num_groups": 4,
+        },
+    },
+    "first_stage": {
+        "options": {
+            "block_out_channels": [8, 8],
+            "attention_levels": [False, False],
+            "layers_per_block": 1,
+            "norm_num_groups": 4,
+        }
+    },
+    "train": {"steps": STEPS, "batch_size": 8},
+    "evaluate": {
+        "extractor": "oriented_energy",
+        "every_steps": EVERY,
+        "generated": 16,
+        "ddim_steps": 2,
+        "batch_size": 8,
+        "kid_subsets": 2,
+        "kid_subset_size": 8,
+    },
+}
 
 
 def process_of(out: Path, trial_id: str, rank: int) -> int:
@@ -30,21 +64,35 @@ def process_of(out: Path, trial_id: str, rank: int) -> int:
     return int(re.findall(rf" process (\d+) on .* begins, rank {rank}", log)[-1])
 
 
+def pictures(folder: Path) -> Path:
+    draw = rng.numpy_generator(0, "pictures of a sweep")
+    folder.mkdir()
+    for number in range(24):
+        Image.fromarray(draw.integers(0, 255, (16, 16, 3), np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
 @pytest.mark.ray
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_two_workers_train_past_the_loss_and_the_hang_of_one_and_an_error_is_not_tried_again(
     tmp_path: Path, sweep_of: Callable[..., Sweep], ray_home: Path
 ) -> None:
+    """On latents of pictures, which are encoded on Ray, once, before the sweep."""
     grid = {"static": {"sparsity": [0.5]}, "rigl": {"sparsity": [0.5], "update_interval": [7]}}
-    base: dict[str, Any] = sweep_of().base
-    base |= {"train": {"steps": STEPS, "batch_size": 8}, "evaluate": base["evaluate"] | {"every_steps": EVERY}}
+    places = {"source": str(pictures(tmp_path / "pictures")), "root": str(tmp_path / "data")}
+    base = LATENTS | {"data": LATENTS["data"] | places}
     resources = {"workers": 2, "hung_after_s": 3}
     sweep = sweep_of(base=base, search=None, grid=grid, asha=None, confirm=None, resources=resources)
     out = tmp_path / "out"
     trials = [space.trial(tuner.with_whole_paths(sweep), point) for point in space.grid_points(sweep)]
     dense, static, rigl = (trial.trial_id for trial in trials)
     struck: list[str] = []
+    encoded: list[tuple[int, int]] = []
+    tuner.prepare(sweep, progress=lambda done, total: encoded.append((done, total)), num_cpus=2, temp_dir=ray_home)
+    assert encoded[-1][0] == encoded[-1][1] > 0
+    (manifest,) = (tmp_path / "data").glob("imagefolder-*/manifest.json")
+    stamp = manifest.stat().st_mtime_ns
 
     def on_event(item: Event) -> None:
         trial_id = str(item.trial_id)
@@ -70,7 +118,10 @@ def test_two_workers_train_past_the_loss_and_the_hang_of_one_and_an_error_is_not
     assert " in train_rank\n" in trial_log.path_of(out / "trials" / rigl, 1).read_text(), "the stacks"
 
     check_records(out, summary.board)
+    assert manifest.stat().st_mtime_ns == stamp, "encoded once"
     for trial in (trials[0], trials[2]):
+        rows = rows_of(out)[trial.trial_id]
+        assert [(row["world_size"], row["fid"] is not None) for row in rows] == [(2, True)] * (STEPS // EVERY)
         run.train(trial, tmp_path / "alone", workers=2, device="cpu")
         found = [state.latest(place / "checkpoints" / trial.trial_id) for place in (out, tmp_path / "alone")]
         assert files(found[0]) == files(found[1]), "weights, masks, EMA and moments, bit for bit"
