@@ -11,18 +11,17 @@ from torch import Tensor, nn, optim
 from raysparse import plugins
 from raysparse.errors import UsageError
 from raysparse.sparse.agreement import Agreement
-from raysparse.sparse.criteria import CRITERIA, Layer, random
 from raysparse.sparse.dense_weights import CHECK_EVERY, DenseWeights
 from raysparse.sparse.gradients import DenseGradients
 from raysparse.sparse.layout import Layout, layout
 from raysparse.sparse.masks import all_bits, one_thread, zero_outside
 from raysparse.sparse.method import Method
 from raysparse.sparse.optimizer_state import Undo, clear, keeps_zeros, optimized_weights
-from raysparse.sparse.pattern import Pattern
 from raysparse.sparse.ranges import ByTimestep, Masks, layouts, nested
 from raysparse.sparse.saved_state import check_counters, check_ranges, checked_masks
 from raysparse.sparse.schedules import Clock, UpdateSchedule
 from raysparse.sparse.settings import given_settings
+from raysparse.sparse.topology import Topology
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -81,6 +80,7 @@ class SparseEngine:
     ) -> None:
         self._method: Method = plugins.load("methods", method).METHOD
         self._settings = given_settings(method, settings, DEFAULTS)
+        self._topology = Topology(self._method, self._settings, seed)
         self.method = method
         self.seed = seed
         self.step = 0  # optimizer steps that were not skipped
@@ -298,70 +298,23 @@ class SparseEngine:
     def _layout_at(self, step: int) -> Layout:
         return self._layout if self._dense is None else self._dense.layout(step)
 
-    def _layer(
-        self, name: str, step: int, gradient: Tensor | None, candidates: Tensor | None = None, count: int = 0
-    ) -> Layer:
-        """What a criterion sees."""
-        return Layer(
-            name=name,
-            weight=self._weights[name],
-            gradient=gradient,
-            seed=self.seed,
-            step=step,
-            pattern=self._layout.patterns[name],
-            candidates=candidates,
-            count=count,
-            settings=self._settings,
-        )
-
-    def _mask_of(self, name: str, pattern: Pattern, units: Tensor) -> Tensor:
-        """A mask in the weight's memory format from a layer's units."""
-        weight, mask = self._weights[name], pattern.spread(units)
-        if mask is units and mask.stride() == weight.stride():
-            return mask
-        return torch.empty_like(weight, dtype=torch.bool).copy_(mask)
-
     def _first_mask(self, name: str, found: Layout) -> Tensor:
-        weight, pattern = self._weights[name], found.patterns[name]
-        active = found.counts[name]
-        if active == weight.numel():
-            return torch.ones_like(weight, dtype=torch.bool)
-        return self._mask_of(name, pattern, pattern.first(random(self._layer(name, 0, None)), pattern.count(active)))
+        return self._topology.first(name, self._weights[name], found)
 
     def _update(self, step: int, ratio: float, gradients: Mapping[str, Tensor]) -> None:
         """One topology update: all new masks first, then agreement with the other ranks, then the change."""
         masks: dict[str, Tensor] = {}
         try:
             with one_thread():
-                for name in self._weights:
-                    masks[name] = self._new_mask(name, step, ratio, gradients.get(name))
+                for name, weight in self._weights.items():
+                    known, gradient = self._masks[name], gradients.get(name)
+                    masks[name] = self._topology.updated(name, weight, known, self._layout, step, ratio, gradient)
         except Exception:
             self._agreement.give_up(step, len(self._weights))  # the other ranks raise instead of waiting for this one
             raise
         self._agreement.check(step, masks)
         self._replaced += self._replace(masks)
         self.updates += 1
-
-    def _new_mask(self, name: str, step: int, ratio: float, gradient: Tensor | None) -> Tensor:
-        """Prune a share of the layer's active units, grow as many among all that are then inactive.
-
-        As in the RigL paper (I not in θ \\ I_drop) and code, a connection just pruned can be grown again; it then was
-        never away and keeps its weight and moments. So the method is also defined where fewer weights are inactive than
-        are pruned. A layer that got no gradient is left as it is.
-        """
-        mask, pattern = self._masks[name], self._layout.patterns[name]
-        active = self._layout.counts[name]
-        count = round(ratio * pattern.count(active))
-        prune, grow = self._method.prune, self._method.grow
-        assert prune is not None
-        assert grow is not None
-        unused = self._method.needs is not None and gradient is None
-        if count == 0 or unused or active == mask.numel():
-            return mask
-        units = pattern.of_mask(mask)
-        kept = pattern.pruned(units, CRITERIA[prune](self._layer(name, step, gradient, units, count)), count)
-        scores = CRITERIA[grow](self._layer(name, step, gradient, ~kept, count))
-        return self._mask_of(name, pattern, pattern.grown(kept, scores, count))
 
     def _replace(self, masks: dict[str, Tensor]) -> int:
         """Put new masks in place, zero what they prune, and return how many connections are new.
