@@ -21,6 +21,11 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the slow tests those first that may take minutes: else two processes end far from each other."""
+    items.sort(key=lambda item: not (item.get_closest_marker("slow") and item.get_closest_marker("timeout")))
+
+
 @pytest.fixture(scope="session")
 def kanjivg_path() -> Path:
     """The real KanjiVG sketches where they are at hand: $RAYSPARSE_KANJIVG, or beside the checkout."""

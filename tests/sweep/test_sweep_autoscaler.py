@@ -344,6 +344,7 @@ def test_the_doctor_examines_a_cluster_through_its_dashboard(head: Head) -> None
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_submitted_sweep_scales_up_is_stopped_goes_on_and_scales_back_to_nothing(head: Head, space: Path) -> None:
     (resources,) = [found for state, found in head.nodes() if state == "ALIVE"]
     assert not {"CPU", "GPU"} & set(resources)  # the head does no work

@@ -59,6 +59,7 @@ def nodes(ray_home: Path) -> Iterator[Nodes]:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_trial_goes_on_elsewhere_when_its_node_is_lost_or_drained(
     tmp_path: Path, sweep_of: Callable[..., Sweep], nodes: Nodes
 ) -> None:

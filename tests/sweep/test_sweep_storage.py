@@ -320,6 +320,7 @@ def test_what_is_no_budget(sweep_of: Callable[..., Sweep], given: Any) -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_a_sweep_of_two_objectives_within_a_budget_is_interrupted_and_goes_on(
     tmp_path: Path, sweep_of: Callable[..., Sweep], ray_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
