@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from optuna.trial import TrialState
 
 from raysparse import results as records
 from raysparse.space import Sweep
+from raysparse.sweep import trial_log
 from raysparse.sweep.board import Board
 from raysparse.sweep.journal import Event, read
 
@@ -94,6 +96,12 @@ def name_of(process: int) -> str:
         return Path(f"/proc/{process}/comm").read_text().strip()
     except OSError:
         return ""
+
+
+def process_of(out: Path, trial_id: str, rank: int) -> int:
+    """Of a trial's rank, as its log has it."""
+    log = trial_log.path_of(out / "trials" / trial_id, rank).read_text()
+    return int(re.findall(rf" process (\d+) on .* begins, rank {rank}", log)[-1])
 
 
 def driver(kind: str, out: Path, home: Path, sweep: Sweep) -> subprocess.Popen[bytes]:

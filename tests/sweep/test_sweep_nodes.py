@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from driven import files
+from driven import files, process_of
 
 from raysparse import space
 from raysparse.space import Sweep
@@ -104,6 +104,39 @@ def test_a_trial_goes_on_elsewhere_when_its_node_is_lost_or_drained(
         run.train(trial, tmp_path / "alone", device="cpu")
         found = [state.latest(place / "checkpoints" / trial.trial_id) for place in (out, tmp_path / "alone")]
         assert files(found[0]) == files(found[1]), "bit for bit what an undisturbed run makes"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_trial_of_two_workers_goes_on_when_the_node_of_one_is_lost(
+    tmp_path: Path, sweep_of: Callable[..., Sweep], nodes: Nodes
+) -> None:
+    base: dict[str, Any] = sweep_of().base
+    base |= {"train": {"steps": 120, "batch_size": 8}, "evaluate": base["evaluate"] | {"every_steps": 40}}
+    grid: dict[str, Any] = {"dense": {}}
+    sweep = sweep_of(base=base, search=None, grid=grid, asha=None, confirm=None, resources={"workers": 2})
+    out = tmp_path / "out"
+    trial = space.trial(tuner.with_whole_paths(sweep), {"method": "dense"})
+    struck: list[int] = []
+
+    def on_event(item: Event) -> None:
+        if item.kind == "report" and item.step == 40 and not struck:
+            struck.append(process_of(out, trial.trial_id, 1))
+            node = nodes.of(struck[0])
+            os.kill(raylet(node), signal.SIGKILL)
+            os.kill(struck[0], signal.SIGKILL)
+            nodes.add()
+
+    summary = tuner.run(sweep, out, command="", on_event=on_event, address=nodes.cluster.address)
+    (row,) = summary.board.rows.values()
+    assert (row.state, sorted(row.fids)) == ("COMPLETED", [40, 80, 120])
+    (note,) = [str(item.reason) for item in read(out / "journal.jsonl") if item.kind == "note"]
+    assert re.match(r"(rank 1 was lost: .*|a rank was lost: the others .*); started again$", note)
+    assert went_on(out, trial.trial_id) == [40]
+    run.train(trial, tmp_path / "alone", workers=2, device="cpu")
+    found = [state.latest(place / "checkpoints" / trial.trial_id) for place in (out, tmp_path / "alone")]
+    assert files(found[0]) == files(found[1]), "bit for bit what an undisturbed run makes"
 
 
 def went_on(out: Path, trial_id: str) -> list[int]:

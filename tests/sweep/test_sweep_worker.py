@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from driven import check_records, driver, files, kill_all, left_after, no_step_back, rows_of, wait_for
+from driven import check_records, driver, files, kill_all, left_after, no_step_back, process_of, rows_of, wait_for
 from PIL import Image
 
 from raysparse import rng, space
@@ -56,12 +56,6 @@ LATENTS: dict[str, Any] = {
         "kid_subset_size": 8,
     },
 }
-
-
-def process_of(out: Path, trial_id: str, rank: int) -> int:
-    """Of a trial's rank, as its log has it."""
-    log = trial_log.path_of(out / "trials" / trial_id, rank).read_text()
-    return int(re.findall(rf" process (\d+) on .* begins, rank {rank}", log)[-1])
 
 
 def pictures(folder: Path) -> Path:
