@@ -47,6 +47,7 @@ STOPPING: dict[str, Stopping] = {  # (evaluations before the first rung, reducti
     "ASHA 1/2": (1, 2, 0),
     "ASHA 2/3": (2, 3, 0),
     "ASHA 1/3 +10%": (1, 3, 0.1),
+    "ASHA 2/3 +25%": (2, 3, 0.25),  # of tune_spaces/kanjivg.yaml
     "ASHA 1/3 +all": (1, 3, 1),
     "ASHA 1/4 +all": (1, 4, 1),
 }
