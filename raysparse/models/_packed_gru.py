@@ -1,9 +1,10 @@
-"""A bidirectional GRU over sequences of unequal lengths that trains more than twice as fast as nn.GRU on a CPU.
+"""A bidirectional GRU over sequences of unequal lengths that trains twice as fast as nn.GRU on a CPU.
 
 What makes it fast, beside leaving padding out: both directions advance in one batched product per time step (the
-reverse one reads each sequence from its own end, so both have the same shrinking batch); a time step is five calls
-forward and five backward; and time is cut in chunks of about `_CHUNK_ROWS` points whose projections, coefficients and
-weight gradients are computed for the whole chunk at once while it lies in the cache.
+reverse one reads each sequence from its own end, so both have the same shrinking batch); time is cut in chunks of about
+1024 points (`_CHUNK_ROWS`) whose projections and weight gradients are computed for the whole chunk at once while it
+lies in the cache; and what lies between the products of a time step is one compiled call (`_compiled_gru`). Without a
+compiler, and in float64, it is five calls of PyTorch forward and five backward, here.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import PackedSequence
 
+from raysparse.models import _compiled_gru as compiled
+from raysparse.models._gru_products import INTEL, LayerGradient, add_product, laid_out, project
+
 _CHUNK_ROWS = 1024  # measured the same at 512, 10 % slower at 256
-_ONEDNN_PRODUCTS = 1_500_000  # of a time step and direction: MKL won at 0.9 million, oneDNN at 2 million (h=128)
-_ONEDNN = torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class PackedGRU(nn.GRU):
@@ -57,7 +59,7 @@ class PackedGRU(nn.GRU):
         return [getattr(self, f"{name}_l{layer}{end}") for end in ("", "_reverse") for name in names]
 
 
-class _Steps(NamedTuple):
+class Steps(NamedTuple):
     """Where the points of packed sequences lie in time."""
 
     sizes: list[int]  # sequences still running at each time step, never growing
@@ -71,7 +73,7 @@ class _Steps(NamedTuple):
         return lambda part: torch.split(part, sizes, 1)
 
 
-def _steps(batch_sizes: Tensor) -> _Steps:
+def _steps(batch_sizes: Tensor) -> Steps:
     """batch_sizes: int64 [time steps], of a PackedSequence."""
     sizes = batch_sizes.tolist()
     first = torch.cat((batch_sizes.new_zeros(1), batch_sizes.cumsum(0)))
@@ -85,7 +87,7 @@ def _steps(batch_sizes: Tensor) -> _Steps:
         if end == len(sizes) or starts[end + 1] - starts[begin] > _CHUNK_ROWS:
             chunks.append((begin, end))
             begin = end
-    return _Steps(sizes, chunks, starts, reverse)
+    return Steps(sizes, chunks, starts, reverse)
 
 
 class _Layer(torch.autograd.Function):
@@ -111,28 +113,30 @@ class _Layer(torch.autograd.Function):
         x, w_ih, w_hh, states, *gates = ctx.saved_tensors
         steps, hidden = ctx.steps, states.shape[2]
         grad = grad_outputs[0].to(states.dtype)
-        grads = torch.stack((grad[:, :hidden], grad[:, hidden:].index_select(0, steps.reverse)))
+        total = LayerGradient(x, w_ih, w_hh, steps.reverse, needs_x=ctx.needs_input_grad[0])
+        run_back = compiled.run_back if compiled.serves(x) else _run_back
         with torch.autocast("cpu", enabled=False):  # backward may be called inside the caller's
-            d_x, d_w_ih, d_w_hh, d_bias = _run_back(
-                grads, x, w_ih, w_hh, states, gates, steps, needs_x=ctx.needs_input_grad[0]
-            )
+            run_back(grad, w_hh, states, gates, steps, total)
+            d_x, d_w_ih, d_w_hh, d_bias = total.sums()
         d_b_ih, d_b_hh = d_bias[:, hidden:], _first_r(d_bias[:, : 3 * hidden])
         d_w_hh = _first_r(d_w_hh)
         sides = [(d_w_ih[side], d_w_hh[side], d_b_ih[side], d_b_hh[side]) for side in (0, 1)]
         return d_x, *sides[0], *sides[1], None
 
 
-def _forward(x: Tensor, weights: list[Tensor], steps: _Steps, *, keep: bool) -> tuple[Tensor, list[Tensor]]:
+def _forward(x: Tensor, weights: list[Tensor], steps: Steps, *, keep: bool) -> tuple[Tensor, list[Tensor]]:
     """x [points, in] -> output [points, 2 h], and what `_Layer.backward` needs (no gates unless `keep`)."""
-    w_ih, w_hh = torch.stack(weights[0::4]), _first_q(torch.stack(weights[1::4]))
+    w_ih, w_hh = torch.stack(weights[0::4]), laid_out(_first_q(torch.stack(weights[1::4])))
     bias = _gate_bias(torch.stack(weights[2::4]), torch.stack(weights[3::4]))
-    states, gates = _run(x, w_ih, w_hh, bias, steps, keep)
-    output = torch.cat((states[0], states[1].index_select(0, steps.reverse)), 1)
+    run = compiled.run if compiled.serves(x) else _run
+    output, states, gates = run(x, w_ih, w_hh, bias, steps, keep)
     return output, [x, w_ih, w_hh, states, *gates]
 
 
-def _run(x: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor, steps: _Steps, keep: bool) -> tuple[Tensor, list[Tensor]]:
-    """x: [points, in] -> states [2, points, h] and, if kept, each chunk's gates [2, rows, 4 h]."""
+def _run(
+    x: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor, steps: Steps, keep: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """x [points, in] -> output [points, 2 h], states [2, points, h] and, if kept, each chunk's gates [2, rows, 4 h]."""
     hidden = w_hh.shape[2]
     states = x.new_empty(2, len(x), hidden)
     kept, last = [], None
@@ -141,14 +145,14 @@ def _run(x: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor, steps: _Steps, kee
         gates = x.new_empty(2, rows.stop - rows.start, 4 * hidden)
         gates[:, :, :hidden] = bias[:, None, :hidden]
         for side, part in enumerate((x[rows], x.index_select(0, steps.reverse[rows]))):
-            gates[side, :, hidden:] = _linear(part, w_ih[side], bias[side, hidden:])
+            project(part, w_ih[side], bias[side, hidden:], out=gates[side, :, hidden:])
         over_time = steps.splitter(begin, end)
         q, r, z, n = map(over_time, gates.chunk(4, 2))
         qrz, rz = over_time(gates[:, :, : 3 * hidden]), over_time(gates[:, :, hidden : 3 * hidden])
         for p, s, q_, r_, z_, n_, h in zip(qrz, rz, q, r, z, n, over_time(states[:, rows]), strict=True):
             if last is not None:
                 last = last[:, : h.shape[1]]
-                _add_product(p, last, w_hh)
+                add_product(p, last, w_hh)
             s.sigmoid_()
             _tanh_(n_.addcmul_(r_, q_))
             if last is None:
@@ -158,28 +162,16 @@ def _run(x: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor, steps: _Steps, kee
             last = h
         if keep:
             kept.append(gates)
-    return states, kept
+    return torch.cat((states[0], states[1].index_select(0, steps.reverse)), 1), states, kept
 
 
 def _run_back(
-    grads: Tensor,
-    x: Tensor,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    states: Tensor,
-    gates: list[Tensor],
-    steps: _Steps,
-    needs_x: bool,
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Gradients of x [points, in], W_ih, W_hh (q first) and the gate biases [2, 4 h], from those of the states.
-
-    Writes over `grads`.
-    """
-    hidden = w_hh.shape[2]
-    d_x = torch.zeros_like(x) if needs_x else None
-    w_in, w_back = w_ih.transpose(1, 2).contiguous(), w_hh.transpose(1, 2).contiguous()
-    d_w_ih, d_w_hh = torch.zeros_like(w_in), torch.zeros_like(w_back)
-    d_bias = x.new_zeros(2, 4 * hidden)
+    grad: Tensor, w_hh: Tensor, states: Tensor, gates: list[Tensor], steps: Steps, total: LayerGradient
+) -> None:
+    """Add the gradients of the layer to `total`, from grad [points, 2 h], that of its output."""
+    hidden = states.shape[2]
+    grads = torch.stack((grad[:, :hidden], grad[:, hidden:].index_select(0, steps.reverse)))
+    w_back = laid_out(w_hh.transpose(1, 2))
     carried = None  # gradient of the states that the later time step read
     for (begin, end), chunk in zip(reversed(steps.chunks), reversed(gates), strict=True):
         rows = slice(steps.starts[begin], steps.starts[end])
@@ -199,22 +191,11 @@ def _run_back(
                 d[:, : carried.shape[1]].add_(carried)
             factor.mul_(d.unsqueeze(2))
             carried = z * d
-            _add_product(carried, p, w_back)
-        for side, part in enumerate((x[rows], x.index_select(0, steps.reverse[rows]))):
-            d_in = d_gates[side, :, hidden:]
-            d_w_ih[side].add_(_weight_gradient(d_in, part))
-            d_w_hh[side].add_(_weight_gradient(d_gates[side, :, : 3 * hidden], before[side]))
-            if d_x is not None:
-                d_part = _linear(d_in, w_in[side])
-                if side == 0:
-                    d_x[rows].add_(d_part)
-                else:
-                    d_x.index_add_(0, steps.reverse[rows], d_part)
-        d_bias += d_gates.sum(1)
-    return d_x, d_w_ih.transpose(1, 2), d_w_hh.transpose(1, 2), d_bias
+            add_product(carried, p, w_back)
+        total.add(rows, d_gates, before)
 
 
-def _before(states: Tensor, steps: _Steps, begin: int, end: int) -> Tensor:
+def _before(states: Tensor, steps: Steps, begin: int, end: int) -> Tensor:
     """The states [2, rows, h] that the time steps of a chunk started from."""
     if begin and steps.sizes[begin - 1] == steps.sizes[end - 1]:  # none ended: they lie together
         return states[:, steps.starts[begin - 1] : steps.starts[end - 1]]
@@ -259,34 +240,5 @@ def _gate_bias(b_ih: Tensor, b_hh: Tensor) -> Tensor:
 
 
 def _tanh_(x: Tensor) -> Tensor:
-    """tanh(x) = 2 sigmoid(2 x) - 1, in place: 4 times faster than torch.tanh (MKL on AMD)."""
-    return x.mul_(2).sigmoid_().mul_(2).sub_(1)
-
-
-def _add_product(out: Tensor, x: Tensor, weight: Tensor) -> None:
-    """out [2, rows, outputs] += x [2, rows, in] weight^T; weight: [2, outputs, in]."""
-    if x.shape[1] * weight[0].numel() < _ONEDNN_PRODUCTS or x.dtype != torch.float32 or not _ONEDNN:
-        out.baddbmm_(x, weight.transpose(1, 2))
-    else:
-        for side in (0, 1):
-            out[side].add_(_linear(x[side], weight[side]))
-
-
-def _weight_gradient(grad: Tensor, x: Tensor) -> Tensor:
-    """grad [rows, outputs], x [rows, in] -> x^T grad [in, outputs].
-
-    oneDNN takes its first operand contiguous: transposing x, not the wider grad, saves up to two thirds of the time
-    (h=128: 0.52 for 1.46 ms). The second it takes transposed, but with gaps between the rows is 200 times slower.
-    """
-    return _linear(x.T, grad.contiguous().T)
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [rows, in] -> x weight^T + bias, by oneDNN where that is faster.
-
-    It uses AVX-512 on AMD, where MKL does not: 2.2 times faster with rows contiguous, 1.5 times with x transposed; with
-    AVX2 it gains nothing. PyTorch offers it for float32 only through the operator that its compiler emits.
-    """
-    if x.dtype == torch.float32 and _ONEDNN:
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], ""))
-    return nn.functional.linear(x, weight, bias)
+    """tanh, in place; on AMD as 2 sigmoid(2 x) - 1, 4 times faster than torch.tanh there."""
+    return x.tanh_() if INTEL else x.mul_(2).sigmoid_().mul_(2).sub_(1)
