@@ -8,6 +8,7 @@ for the model itself. `mix` and `out` get their dense gradients, which cost next
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -21,10 +22,10 @@ from raysparse.models import _sparse_layout as layout
 from raysparse.models._sparse_memory import Memory
 
 _SOURCE = Path(__file__).parent / "native" / "chirodiff_train.cpp"
-# Where it beats PyTorch (h = 48 to 256): a direction of a layer with so many active weights, at any density (1.04 times
-# faster at density 1 with 83 thousand, 1.24 at .75 with 111 thousand, .82 at 1 with 147 thousand), or with so many at
-# this density (1.74 times at .5 with 74 thousand, .98 with 295 thousand).
-_FEW, _MANY, _DENSITY = 111_000, 290_000, 0.45
+# Where it beats the packed GRU: (weights of a direction of a layer, active or not; density), each at most. Times faster
+# on an Intel Xeon, 3 layers of h = 16 to 256: 9 thousand weights, density 1, 1.1; 21 thousand, .5, 1.16 (.75: .91); 83
+# thousand, .25, 1.26 (.5: .73); 332 thousand, .25, 1.12 (.5: .56); 590 thousand, .1, 1.78 (.25: .87). Larger: a guess.
+_PAYS = ((10_000, 1.0), (30_000, 0.55), (100_000, 0.35), (350_000, 0.27), (600_000, 0.2), (math.inf, 0.1))
 
 
 class _Side(ctypes.Structure):
@@ -80,10 +81,9 @@ class SparseStep(nn.Module):
     @property
     def pays(self) -> bool:
         """Whether it is faster than PyTorch, by what was measured."""
-        most = max(len(plan.active) for plan in self._plans)
-        size = sum(len(plan.counts) * 3 * (len(plan.rows) - 1) for plan in self._plans)
-        density = sum(len(plan.active) for plan in self._plans) / size
-        return most <= _FEW or (most <= _MANY and density <= _DENSITY)
+        sizes = [len(plan.counts) * 3 * (len(plan.rows) - 1) for plan in self._plans]
+        density = sum(len(plan.active) for plan in self._plans) / sum(sizes)
+        return density <= next(most for size, most in _PAYS if max(sizes) <= size)
 
     def forward(
         self, x: Tensor, timesteps: Tensor, lengths: Tensor | None = None, labels: Tensor | None = None

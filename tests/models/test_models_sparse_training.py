@@ -152,7 +152,16 @@ def test_nothing_finite_is_made_of_what_is_not() -> None:
 
 @pytest.mark.parametrize(
     ("hidden", "sparsity", "pays"),
-    [(8, 0.0, True), (128, 0.0, False), (128, 0.5, True), (256, 0.5, False), (256, 0.75, True)],
+    [
+        (8, 0.0, True),
+        (48, 0.25, False),
+        (48, 0.5, True),
+        (96, 0.5, False),
+        (96, 0.75, True),
+        (256, 0.75, False),
+        (256, 0.9, True),
+        (320, 0.85, False),
+    ],
 )
 def test_where_it_pays(hidden: int, sparsity: float, pays: bool) -> None:
     assert sparse_step(*masked_model(sparsity, hidden, 2)).pays is pays
