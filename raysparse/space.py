@@ -42,7 +42,8 @@ OBJECTIVES = ("fid", "flops_inference", "flops_train", "params_active")  # all a
 ADDED: tuple[tuple[str, str, Any], ...] = (
     ("search", "objectives", ["fid"]),
     ("confirm", "front", 6),
-    ("asha", "first_pass", True),
+    ("asha", "rungs", []),
+    ("asha", "explore_first", False),
     ("asha", "second_chances", 0),
 )
 RAY_UNIT = 1e-4  # Ray counts resources in ten-thousandths
@@ -97,18 +98,45 @@ class Search(Section):
 class Asha(Section):
     """Asynchronous successive halving on the intermediate FID, in optimizer steps (Li et al. 2020)."""
 
-    grace_steps: int = Field(ge=1)  # no trial is stopped before this step: the first rung
+    # No trial is stopped before grace_steps, the first rung; the others are its multiples by reduction_factor.
+    grace_steps: int | None = Field(None, ge=1)
+    rungs: tuple[int, ...] = ()  # instead of grace_steps: the steps of all rungs
     reduction_factor: float = Field(3, gt=1)  # one in so many goes on past a rung
-    # The first at a rung goes on, with nobody to be compared with. False: at each moment only the best 1 in
-    # reduction_factor, rounded down, and up among second chances, which make up for what that stops too early.
-    first_pass: bool = True
-    second_chances: int = Field(0, ge=0)  # stopped trials that go on once the search has no new ones, best first
+    # False: the first at a rung goes on, with nobody to be compared with. True: all stop at the first rung and go on as
+    # second chances; past each rung the best 1 in reduction_factor of those who came there, rounded down.
+    explore_first: bool = False
+    # So many stopped trials go on, one rung at least, once the search has no new ones; more until one is completed.
+    second_chances: int = Field(0, ge=0)
+
+    @field_validator("rungs")
+    @classmethod
+    def _rising(cls, steps: tuple[int, ...]) -> tuple[int, ...]:
+        if any(step < 1 for step in steps) or any(a >= b for a, b in itertools.pairwise(steps)):
+            raise ValueError(f"rungs are steps from 1 on, each above the one before, got {list(steps)}")
+        return steps
 
     @model_validator(mode="after")
     def _something_is_completed(self) -> Self:
-        if not self.first_pass and not self.second_chances:
-            raise ValueError("first_pass: false stops the first trials at a rung; give second_chances as well")
+        if (self.grace_steps is None) == (not self.rungs):
+            raise ValueError("give either grace_steps, the first rung, or rungs, the steps of all of them")
+        if self.explore_first and not self.second_chances:
+            raise ValueError("explore_first stops every trial at the first rung; give second_chances as well")
         return self
+
+    @property
+    def given_steps(self) -> list[tuple[str, int]]:
+        """(setting, step) of each rung that is written down."""
+        return [("grace_steps", self.grace_steps)] if self.grace_steps else [("rungs", step) for step in self.rungs]
+
+    def rung_steps(self, total_steps: int) -> list[float]:
+        """The steps of the rungs below a trial's last step, rising."""
+        if not self.grace_steps:
+            return [float(step) for step in self.rungs if step < total_steps]
+        found, step = [], float(self.grace_steps)
+        while step < total_steps:
+            found.append(step)
+            step *= self.reduction_factor
+        return found
 
 
 class Confirm(Section):
@@ -208,13 +236,14 @@ class Sweep(Section):
         if self.confirm and base.seed in self.confirm.seeds:
             # The search's seed is the one that a winner was lucky with: counting it again would flatter the winner.
             raise ValueError(f"confirm.seeds {list(self.confirm.seeds)} contain the search's own seed {base.seed}")
-        if self.asha and self.asha.grace_steps >= base.train.steps:
-            raise ValueError(f"asha.grace_steps {self.asha.grace_steps} is not below train.steps {base.train.steps}")
-        if self.asha and self.asha.grace_steps % base.evaluate.every_steps:
-            raise ValueError(
-                f"asha.grace_steps {self.asha.grace_steps} is not a multiple of evaluate.every_steps "
-                f"{base.evaluate.every_steps}: there would be no FID at the first rung"
-            )
+        for name, step in self.asha.given_steps if self.asha else ():
+            if step >= base.train.steps:
+                raise ValueError(f"asha.{name} {step} is not below train.steps {base.train.steps}")
+            if step % base.evaluate.every_steps:
+                raise ValueError(
+                    f"asha.{name} {step} is not a multiple of evaluate.every_steps {base.evaluate.every_steps}: there "
+                    "would be no FID at that rung"
+                )
         if base.train.batch_size % (self.resources.workers * base.train.accumulate):
             raise ValueError(
                 f"train.batch_size {base.train.batch_size} cannot be shared by {self.resources.workers} workers "

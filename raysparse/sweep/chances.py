@@ -6,7 +6,6 @@ its rung, seen from the end, may have been stopped. Its checkpoint is there.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 from raysparse.space import Asha
@@ -18,11 +17,11 @@ from raysparse.sweep.journal import event
 def candidates(board: Board, asha: Asha) -> Iterator[tuple[Row, str]]:
     """The trials that ASHA stopped, in the order in which they would go on, and why; as many as chances are left.
 
-    First those among the best 1 / reduction_factor of their rung, rounded up, then the others; from the highest rung
-    down, and of a rung the best first.
+    First those among the best 1 / reduction_factor of their rung, from the highest rung down; then the others from the
+    lowest rung up, where going on to the next one costs least. Of a rung the best first.
     """
-    left = asha.second_chances - board.second_chances
-    if left <= 0:
+    left = _left(board, asha) or int(_owed(board, asha))
+    if not left:
         return
     rows = board.of_stage("search")
     rungs = views.rungs(board, asha, max((row.total_steps for row in rows), default=0))
@@ -34,15 +33,17 @@ def candidates(board: Board, asha: Asha) -> Iterator[tuple[Row, str]]:
     for row in rows:
         if row.state == "STOPPED" and not row.stopped_by and row.trial_id in last:
             step, place = last[row.trial_id]
-            good = place <= math.ceil(len(rungs[step]) / asha.reduction_factor)
-            ranked.append((not good, -step, place, row))
+            good = place <= len(rungs[step]) / asha.reduction_factor
+            ranked.append((not good, -step if good else step, place, row))
     for _, step, place, row in sorted(ranked, key=lambda one: one[:3])[:left]:
-        yield row, f"place {place} of {len(rungs[-step])} at rung {-step:,.0f} in the end"
+        yield row, f"place {place} of {len(rungs[abs(step)])} at rung {abs(step):,.0f} in the end"
 
 
 def take(ledger: Ledger, asha: Asha | None, number: int | None = None) -> Row | None:
     """The next trial to go on, on record; None where there is none. number: of the Optuna trial that stands for it."""
-    for row, why in candidates(ledger.board, asha) if asha else ():
+    if asha is None or (not _left(ledger.board, asha) and _running(ledger.board)):
+        return None
+    for row, why in candidates(ledger.board, asha):
         ledger.add(
             event("second_chance", stage="search", trial_id=row.trial_id, number=number, step=row.step, reason=why)
         )
@@ -52,5 +53,21 @@ def take(ledger: Ledger, asha: Asha | None, number: int | None = None) -> Row | 
 
 def may_come(board: Board, asha: Asha | None) -> bool:
     """Whether a trial that is open may yet be stopped and then go on."""
-    left = asha.second_chances - board.second_chances if asha else 0
-    return left > 0 and any(row.open for row in board.of_stage("search"))
+    return asha is not None and _running(board) and (_left(board, asha) > 0 or _owed(board, asha))
+
+
+def _left(board: Board, asha: Asha) -> int:
+    return max(asha.second_chances - board.second_chances, 0)
+
+
+def _owed(board: Board, asha: Asha) -> bool:
+    """Whether there is one chance more, one at a time: as long as no trial but the dense baseline has been completed.
+
+    At a rung that few have reached the best of them may not go on either, so the chances may end before one is through.
+    """
+    done = any(row.state == "COMPLETED" and row.method != "dense" for row in board.of_stage("search"))
+    return asha.second_chances > 0 and not done
+
+
+def _running(board: Board) -> bool:
+    return any(row.open for row in board.of_stage("search"))

@@ -115,10 +115,7 @@ def of_sweep(board: Board, asha: Asha | None, gpus: float, now: float) -> list[t
 
 def rung_of(row: Row, asha: Asha) -> float:
     """The step of the highest rung at or below the row's last report."""
-    rung = float(asha.grace_steps)
-    while rung * asha.reduction_factor <= row.step:
-        rung *= asha.reduction_factor
-    return rung
+    return max((rung for rung in asha.rung_steps(row.total_steps) if rung <= row.step), default=0.0)
 
 
 @functools.cache

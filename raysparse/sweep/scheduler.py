@@ -7,7 +7,6 @@ the report go to the journal here, as one line, and what follows only repeats it
 from __future__ import annotations
 
 import bisect
-import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -74,13 +73,13 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
             metric="fid",
             mode="min",
             max_t=total_steps,
-            grace_period=asha.grace_steps if asha else total_steps,
+            grace_period=total_steps,
             reduction_factor=asha.reduction_factor if asha else 2,
         )
         self._ledger, self._stage, self._asked_to_stop = ledger, stage, asked_to_stop
-        self._first_pass = asha.first_pass if asha else True
-        bracket = self._brackets[0]
-        bracket._rungs = self._rungs = [(step, Rung()) for step, _ in bracket._rungs]  # the highest first
+        self._explore_first = asha.explore_first if asha else False
+        steps = asha.rung_steps(total_steps) if asha else []
+        self._brackets[0]._rungs = self._rungs = [(step, Rung()) for step in reversed(steps)]  # the highest first
         for row in ledger.board.of_stage(stage):
             for step, fid in sorted(row.fids.items()):
                 rung = self._rung(row.trial_id, step)
@@ -124,11 +123,11 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
             rung[row.trial_id] = -fid
             place = rung.place(-fid)
             why = None
-            # Rounded up once second chances are given: the search is at its end, and somebody has to be completed.
-            rounded = math.ceil if self._ledger.board.second_chances else math.floor
-            if not self._first_pass and place > rounded(len(rung) / self._reduction_factor):
+            if self._explore_first and not self._ledger.board.second_chances:
+                why = "the best of all go on when the search has no new trial"
+            elif self._explore_first and place > len(rung) / self._reduction_factor:
                 why = f"not among the best 1 in {self._reduction_factor:g}"
-            elif self._first_pass and cutoff is not None and -fid < cutoff:
+            elif not self._explore_first and cutoff is not None and -fid < cutoff:
                 name = "intermediate FID" if row.intermediate else "FID"
                 why = f"{name} {fid:.4g} above the cutoff {-cutoff:.4g}"
             if why:

@@ -191,10 +191,7 @@ def best(rows: Sequence[Row]) -> list[Facts]:
 
 def rungs(board: Board, asha: Asha, total_steps: int) -> dict[float, dict[str, float]]:
     """step of a rung -> trial -> the FID that counts there, as `scheduler.Rungs` has it."""
-    steps, step = [], float(asha.grace_steps)
-    while step < total_steps:
-        steps.append(step)
-        step *= asha.reduction_factor
+    steps = asha.rung_steps(total_steps)
     found: dict[float, dict[str, float]] = {step: {} for step in steps}
     for row in board.of_stage("search"):
         for step, fid in sorted(row.fids.items()):

@@ -188,10 +188,10 @@ def _expected_share(sweep: Sweep, steps: int) -> float:
     """Share of all steps that ASHA leaves if it keeps one in reduction_factor at each rung."""
     if sweep.asha is None:
         return 1.0
-    rung, alive, spent, share = float(sweep.asha.grace_steps), 1.0, 0.0, 0.0
-    while rung < steps:
+    alive, spent, share = 1.0, 0.0, 0.0
+    for rung in sweep.asha.rung_steps(steps):
         share += alive * (rung - spent)
-        spent, alive, rung = rung, alive / sweep.asha.reduction_factor, rung * sweep.asha.reduction_factor
+        spent, alive = rung, alive / sweep.asha.reduction_factor
     return (share + alive * (steps - spent)) / steps
 
 

@@ -35,7 +35,7 @@ def asha(count: int, **more: Any) -> Asha:
     return Asha(grace_steps=2, reduction_factor=2, second_chances=count, **more)
 
 
-def test_the_best_of_their_rung_come_first_then_the_others_from_the_highest_rung() -> None:
+def test_the_best_of_their_rung_come_first_then_the_others_from_the_lowest_rung() -> None:
     board = board_of(
         ("done", "COMPLETED", {2: 5.0, 4: 4.0, 8: 3.0, 16: 2.0}),
         ("unlucky", "STOPPED", {2: 4.0}),  # the best at rung 2 in the end
@@ -50,7 +50,7 @@ def test_the_best_of_their_rung_come_first_then_the_others_from_the_highest_rung
     board.rows["person"].stopped_by = "me@here"
     order = [row.trial_id for row, _ in chances.candidates(board, asha(9))]
     # Rung 4 has two, of which the better half is `done`; rung 2 has nine, and the best five are good.
-    assert order == ["unlucky", "second", "far", "fifth", "poor"]
+    assert order == ["unlucky", "second", "fifth", "poor", "far"]
     (first, why), *_ = chances.candidates(board, asha(9))
     assert (first.trial_id, why) == ("unlucky", "place 3 of 9 at rung 2 in the end")
     assert [row.trial_id for row, _ in chances.candidates(board, asha(2))] == order[:2]
@@ -59,18 +59,24 @@ def test_the_best_of_their_rung_come_first_then_the_others_from_the_highest_rung
     assert list(chances.candidates(Board(), asha(2))) == []
 
 
-def test_without_a_first_pass_only_the_best_so_far_go_on(tmp_path: Path) -> None:
+def test_exploring_first_all_stop_at_the_first_rung_and_then_the_best_go_on(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
-    for name in "abcd":
+    for name in "abcde":
         ledger.add(event("planned", stage="search", trial_id=name, method="rigl", total_steps=16, config={}))
-    rungs = Rungs(ledger, "search", 16, asha(1, first_pass=False))
-    for name, fid in (("a", 5.0), ("b", 4.0), ("c", 4.5), ("d", 4.4)):
-        rungs.on_trial_result(None, _tune(name), {"step": 2, "fid": fid})  # type: ignore[arg-type]
-    states = [row.state for row in ledger.board.rows.values()]
-    assert states == ["STOPPED", "RUNNING", "STOPPED", "RUNNING"]  # of 1: none; of 2: one; of 3: one; of 4: two
-    assert ledger.board.rows["c"].reason == "place 2 of 3 at step 2: not among the best 1 in 2"
-    ledger.add(event("second_chance", stage="search", trial_id="c"))
-    assert rungs.on_trial_result(None, _tune("c"), {"step": 4, "fid": 9.0}) == "CONTINUE", "the only one there"
+    rungs = Rungs(ledger, "search", 16, asha(2, explore_first=True))
+    fids = {"a": 5.0, "b": 4.0, "c": 4.5, "d": 4.4}
+    for name, fid in fids.items():
+        assert rungs.on_trial_result(None, _tune(name), {"step": 2, "fid": fid}) == "STOP"  # type: ignore[arg-type]
+    assert ledger.board.rows["b"].reason == (
+        "place 1 of 2 at step 2: the best of all go on when the search has no new trial"
+    )
+    assert [row.trial_id for row, _ in chances.candidates(ledger.board, asha(9))] == ["b", "d", "c", "a"]
+    for name, fid, decision in (("b", 9.0, "STOP"), ("d", 8.5, "CONTINUE"), ("c", 9.5, "STOP")):
+        ledger.add(event("second_chance", stage="search", trial_id=name))
+        assert rungs.on_trial_result(None, _tune(name), {"step": 4, "fid": fid}) == decision, name  # type: ignore[arg-type]
+    reasons = [ledger.board.rows[name].reason for name in "bc"]
+    assert reasons == [f"place {n} of {n} at step 4: not among the best 1 in 2" for n in (1, 3)]
+    assert rungs.on_trial_result(None, _tune("e"), {"step": 2, "fid": 4.3}) == "CONTINUE", "late, and one of the best"  # type: ignore[arg-type]
     ledger.close()
 
 
@@ -83,21 +89,41 @@ def _tune(name: str) -> Any:
 
 def test_a_rung_that_nobody_may_pass_is_refused() -> None:
     with pytest.raises(ValueError, match="give second_chances as well"):
-        Asha(grace_steps=2, first_pass=False)
+        Asha(grace_steps=2, explore_first=True)
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_exploring_first_each_trial_goes_to_the_first_rung_before_any_goes_on(
+    sweep_of: Callable[..., Sweep], workers: int
+) -> None:
+    happened: list[Event] = []
+    sweep = chancy(sweep_of, second_chances=14)
+    run = simulate(sweep, CURVES, workers=workers, on_event=happened.append)
+    first = next(n for n, item in enumerate(happened) if item.kind == "second_chance")
+    stopped = [item for item in happened[:first] if item.kind == "stopped"]
+    assert len(stopped) >= 13 - (workers - 1)  # of 14 one is dense
+    assert {item.step for item in stopped} == {2}
+    rows = [row for row in run.board.rows.values() if row.method != "dense"]
+    best = sorted(rows, key=lambda row: row.fids[2])[:6]  # one in two: each has had its chance
+    assert min(len(row.fids) for row in best) > 1
+    assert any(row.state == "COMPLETED" for row in best)
 
 
 def test_a_grid_has_second_chances_too(sweep_of: Callable[..., Sweep]) -> None:
-    rules = {"grace_steps": 2, "reduction_factor": 2, "first_pass": False, "second_chances": 2}
+    rules = {"grace_steps": 2, "reduction_factor": 2, "explore_first": True, "second_chances": 2}
     axes = {"static": {"sparsity": [0.1, 0.3, 0.5, 0.7, 0.9]}}
     run = simulate(sweep_of(search=None, grid=axes, asha=rules, confirm=None), CURVES, workers=2)
-    assert run.board.second_chances == 2
+    # Two are given. The first to come to rung 4 stops there, and as many more are given as it takes to complete one.
+    assert run.board.second_chances == 3
+    completed = [row.method for row in run.board.rows.values() if row.state == "COMPLETED"]
+    assert completed == ["dense", "static"]
     assert not run.board.repeats
     assert {row.state for row in run.board.rows.values()} == {"COMPLETED", "STOPPED"}
 
 
 def chancy(sweep_of: Callable[..., Sweep], **more: Any) -> Sweep:
     search = {"trials": 14, "axes": {"static": {"sparsity": {"low": 0.1, "high": 0.95}}}}
-    rules = {"grace_steps": 2, "reduction_factor": 2, "first_pass": False, "second_chances": 5}
+    rules = {"grace_steps": 2, "reduction_factor": 2, "explore_first": True, "second_chances": 5}
     return sweep_of(search=search, asha=rules | more, confirm=None)
 
 
@@ -172,7 +198,7 @@ def test_old_files_are_the_sweeps_that_they_were(sweep_of: Callable[..., Sweep])
     spelled = sweep_of(
         base=config.with_value(tiny, "evaluate.validation_examples", 1024),
         search=base.search.model_dump(mode="json") | said,
-        asha={"grace_steps": 2, "reduction_factor": 2, "first_pass": True, "second_chances": 0},
+        asha={"grace_steps": 2, "reduction_factor": 2, "rungs": [], "explore_first": False, "second_chances": 0},
         confirm={"seeds": [1], "front": 6},
     )
     # As the version without these settings had it.

@@ -46,7 +46,7 @@ def ledger(tmp_path: Path) -> Iterator[Ledger]:
 def test_the_worse_half_is_stopped_at_a_rung_and_the_reason_is_on_record(ledger: Ledger) -> None:
     plan(ledger, "a", "b", "c", "d")
     rungs = Rungs(ledger, "search", 16, ASHA)
-    assert sorted(rungs.rungs) == [2, 4, 8, 16]
+    assert sorted(rungs.rungs) == [2, 4, 8]
     assert tell(rungs, "a", 2, 10.0) == TrialScheduler.CONTINUE  # the first at a rung always goes on
     assert tell(rungs, "b", 2, 12.0) == TrialScheduler.STOP
     assert tell(rungs, "c", 2, 9.0) == TrialScheduler.CONTINUE
@@ -83,7 +83,7 @@ def test_a_late_fid_is_not_compared_at_a_rung_that_was_jumped_over(ledger: Ledge
     rungs = Rungs(ledger, "search", 16, ASHA)
     tell(rungs, "a", 6, 5.0)
     tell(rungs, "a", 7, 4.0)
-    assert rungs.rungs == {2: {}, 4: {"a": 5.0}, 8: {}, 16: {}}
+    assert rungs.rungs == {2: {}, 4: {"a": 5.0}, 8: {}}
     assert tell(rungs, "b", 2, 50.0) == TrialScheduler.CONTINUE
 
 

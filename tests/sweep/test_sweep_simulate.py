@@ -65,7 +65,7 @@ def test_virtual_time_is_that_of_the_busiest_slot(grid: Sweep) -> None:
 def test_asha_spends_less_and_every_stopped_trial_is_at_a_rung(grid: Sweep) -> None:
     run = simulate(grid, CURVES, workers=4)
     assert run.spent_share < 0.5
-    assert set(run.stopped_at) <= {4080, 12240, 36720}
+    assert set(run.stopped_at) <= {2040, 8160, 12240, 16320}
     assert run.states()["STOPPED"] == sum(run.stopped_at.values())
     assert run.confirm_steps == 4 * 3 * 40_800  # dense and the best of three methods, three seeds
     dense = next(row for row in run.board.of_stage("search") if row.method == "dense")
