@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optuna
 from optuna.storages import BaseStorage
+from optuna.study._tell import _tell_with_warning
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
@@ -249,14 +250,18 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
                     self._report(trial, step, fid)
                     known.add(step)
             if row.state == "COMPLETED":
-                self.study.tell(trial, objectives.values(row, self._search.objectives))
+                self._tell(trial, objectives.values(row, self._search.objectives), None)
             elif row.state == "STOPPED":
-                self.study.tell(trial, state=TrialState.PRUNED)
+                self._tell(trial, None, TrialState.PRUNED)
             elif row.state == "FAILED":
-                self.study.tell(trial, state=TrialState.FAIL)
+                self._tell(trial, None, TrialState.FAIL)
             if not row.open:
                 self._told.add(trial.number)
                 self._windowed.learn(self.study._storage.get_trial(trial._trial_id))
+
+    def _tell(self, trial: optuna.Trial, values: Sequence[float] | None, state: TrialState | None) -> None:
+        """As study.tell, but for the deep copy of the trial that it returns, .4 ms of a trial's 6."""
+        _tell_with_warning(self.study, trial, values, state)
 
     def _report(self, trial: optuna.Trial, step: int, fid: float) -> None:
         if self._several:  # trial.report refuses
