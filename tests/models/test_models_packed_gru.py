@@ -15,16 +15,12 @@ from raysparse.models import _compiled_gru, _gru_products, _packed_gru
 from raysparse.models._packed_gru import PackedGRU
 
 
-def needs_compiler() -> None:
-    if not _compiled_gru.serves(torch.zeros(1)):
-        pytest.skip("no C++ compiler")
-
-
 @pytest.fixture(params=["compiled", "PyTorch"])
 def gates(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """What computes the gates."""
     if request.param == "compiled":
-        needs_compiler()
+        request.getfixturevalue("compiler")
+        assert _compiled_gru.serves(torch.zeros(1))
     else:
         monkeypatch.setattr(_compiled_gru, "_library", lambda: None)
     return str(request.param)
@@ -170,10 +166,10 @@ def test_either_tanh_gives_the_same(monkeypatch: pytest.MonkeyPatch, intel: bool
     assert_equal_to_torch([9, 1, 4, 9, 2], 16, 2)
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("hidden", [1, 7, 16, 17, 50])
 def test_widths_that_vectors_do_not_fill(hidden: int) -> None:
     """The compiled gates of widths that are no multiple of the CPU's vectors, beside PyTorch's own."""
-    needs_compiler()
     _, ours = pair(5, hidden, 3)
     given = packed([6, 1, 3, 6], 5)
     got, gradients = run(ours, given)
