@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import sys
+from collections.abc import Iterable
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -61,6 +62,16 @@ def all_sum(tensor: Tensor, world_size: int) -> Tensor:
     if world_size > 1:
         dist.all_reduce(tensor, op=dist.ReduceOp.SUM)
     return tensor
+
+
+def average_gradients(parameters: Iterable[Tensor], world_size: int) -> None:
+    """The gradients of parameters, averaged over the ranks in place, by one collective."""
+    if world_size == 1:
+        return
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    means = all_sum(torch.cat([grad.flatten() for grad in grads]), world_size).div_(world_size)
+    for grad, mean in zip(grads, torch.split(means, [grad.numel() for grad in grads]), strict=True):
+        grad.copy_(mean.view(grad.shape))
 
 
 def from_rank_0(value: T | None, world_size: int) -> T:

@@ -100,7 +100,7 @@ class Trainer:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._network: nn.Module = engine.network(model)
         # Gradients of active weights alone, on all steps but those whose update grows by dense ones.
-        self._sparse_step = runtime.for_training(self._network, config, engine, world_size)
+        self._sparse_step = runtime.for_training(self._network, config, engine)
         if config.train.compile:
             # The masks act on gradients and on weights in place, outside the graph: it is compiled once, whatever the
             # topology does.
@@ -173,6 +173,8 @@ class Trainer:
                 loss = loss / train.accumulate
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+        if network is self._sparse_step:  # DDP averages what its own forward pass began
+            distributed.average_gradients(self._parameters, self.world_size)
         self.engine.mask_gradients()
         if optimizer.clip_norm is not None:
             nn.utils.clip_grad_norm_(self._parameters, optimizer.clip_norm)

@@ -84,15 +84,13 @@ def _check_pattern(config: TrialConfig) -> None:
         raise UsageError(f"2:4 is for train.precision bf16, the trial has {config.train.precision}")
 
 
-def for_training(model: nn.Module, config: TrialConfig, engine: SparseEngine, world_size: int) -> Step | None:
+def for_training(model: nn.Module, config: TrialConfig, engine: SparseEngine) -> Step | None:
     """What trains in the model's place under `train.runtime`; None: the model itself.
 
     auto: sparse where that can run and is faster. Errors as above.
     """
 
     def made() -> Step:
-        if world_size > 1:
-            raise UsageError(f"it trains on one process, not {world_size}")
         if engine.keeps_dense_weights:
             raise UsageError(f"method {engine.method!r} trains the weights that the kernels would leave out")
         step: Step = _kernels(config, "sparse_step")(model, engine.masks)

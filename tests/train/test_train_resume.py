@@ -109,8 +109,13 @@ def test_interrupted_run_goes_on_bit_for_bit(tiny, rigl, tmp_path):
     assert a == b
 
 
-def test_two_ranks_resume_bit_exact(tiny, rigl, tmp_path):
-    trial = tiny(rigl, {"train.steps": 24, "evaluate.every_steps": 12, "sparse.update_interval": 5})
+@pytest.mark.parametrize("runtime", ["dense", "sparse"])
+def test_two_ranks_resume_bit_exact(tiny, rigl, tmp_path, runtime, request):
+    """sparse: by kernels, but for the steps that grow, where DDP averages the dense gradients."""
+    if runtime == "sparse":
+        request.getfixturevalue("compiler")
+    changes = {"train.steps": 24, "evaluate.every_steps": 12, "sparse.update_interval": 5, "train.runtime": runtime}
+    trial = tiny(rigl, changes, {"train.accumulate": 2})
     context = multiprocessing.get_context("spawn")
     ranks = [context.Process(target=_rank, args=(rank, trial.dump_json(), tmp_path)) for rank in range(2)]
     for process in ranks:
@@ -128,6 +133,11 @@ def _rank(rank: int, trial_json: str, folder: Path) -> None:
     straight, first, second = (setup.build(trial, rank=rank, world_size=2) for _ in range(3))
     expected = [computed(report) for report in straight.run()]
     assert straight.engine.updates == 4
+    assert (straight._sparse_step is not None) == (trial.train.runtime == "sparse")
+    alone = setup.build(trial)  # the whole batch: the same but for rounding
+    alone._train_to(24)
+    for ours, theirs in zip(straight.model.parameters(), alone.model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
     first.should_stop = lambda: rank == 1  # one rank's wish stops both, at the next look
     assert list(first.run()) == []
     assert first.step == 10

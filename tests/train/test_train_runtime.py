@@ -149,17 +149,6 @@ def test_dense_gradients_are_made_where_growth_looks_at_them(tiny, rigl):
 
 
 @pytest.mark.usefixtures("compiler")
-def test_several_workers_train_dense_only(tiny, rigl):
-    trainer = setup.build(tiny(rigl))
-    trial = tiny(rigl, {"train.runtime": "sparse"})
-    with pytest.raises(UsageError, match="trains on one process, not 2"):
-        runtime.for_training(trainer.model, trial, trainer.engine, world_size=2)
-    auto = tiny(rigl, {"train.runtime": "auto"})
-    assert runtime.for_training(trainer.model, auto, trainer.engine, world_size=2) is None
-    assert runtime.for_training(trainer.model, auto, trainer.engine, world_size=1) is not None
-
-
-@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize(
     ("sparse", "reason"),
     [
