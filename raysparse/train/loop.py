@@ -100,7 +100,7 @@ class Trainer:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._network: nn.Module = engine.network(model)
         # Gradients of active weights alone, on all steps but those whose update grows by dense ones.
-        self._sparse_step = runtime.for_training(self._network, config, engine)
+        self._sparse_step = self._agreed(runtime.for_training(self._network, config, engine))
         if config.train.compile:
             # The masks act on gradients and on weights in place, outside the graph: it is compiled once, whatever the
             # topology does.
@@ -149,6 +149,11 @@ class Trainer:
             if stop and self.step < target:
                 return False
         return True
+
+    def _agreed(self, step: runtime.Step | None) -> runtime.Step | None:
+        """None where any rank has none, for want of a compiler on its machine: all must average gradients alike."""
+        without = torch.tensor(float(step is None), device=self.device)
+        return None if distributed.all_sum(without, self.world_size) > 0 else step
 
     def _train_step(self) -> Tensor:
         """One optimizer step. -> this rank's mean loss, on the device."""

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import multiprocessing
+import os
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from raysparse import cli
+from raysparse import cli, config
 from raysparse.errors import UsageError
 from raysparse.models import chirodiff, latent_unet
-from raysparse.train import draw, reevaluate, restored, run, runtime, setup
+from raysparse.train import distributed, draw, reevaluate, restored, run, runtime, setup
 
 SPARSE = {"evaluate.runtime": "sparse"}
 
@@ -136,6 +140,31 @@ def test_linear_layers_of_pictures_train_to_the_same_weights(pictures, rigl, mon
     assert all(torch.equal(mask, sparse.engine.masks[name]) for name, mask in dense.engine.masks.items())
     for ours, theirs in zip(sparse.model.parameters(), dense.model.parameters(), strict=True):
         assert torch.allclose(ours, theirs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.usefixtures("compiler")
+def test_ranks_of_which_one_has_no_compiler_all_train_dense(tiny, rigl, tmp_path):
+    trial = tiny(rigl, {"train.runtime": "auto", "train.steps": 2})
+    assert setup.build(trial)._sparse_step is not None
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=_rank, args=(rank, trial.dump_json(), tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+        process.kill()
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
+def _rank(rank: int, trial_json: str, folder: Path) -> None:
+    if rank == 1:
+        os.environ["CXX"] = "no-such-compiler"
+    distributed.init(rank, 2, f"file://{folder}/rendezvous", "cpu")
+    trainer = setup.build(config.parse(json.loads(trial_json)), rank=rank, world_size=2)
+    assert trainer._sparse_step is None
+    assert trainer._train_to(2)
+    distributed.cleanup()
+    distributed.end_process()
 
 
 @pytest.mark.usefixtures("compiler")
