@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -11,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from trainer_state import assert_same, computed, everything, stopped_and_resumed, tensors_of
+from two_ranks import on_two_ranks
 
-from raysparse import config, results
+from raysparse import results
+from raysparse.config import TrialConfig
 from raysparse.results import Report
-from raysparse.train import distributed, run, setup, state
+from raysparse.train import run, setup, state
 
 
 @pytest.fixture(scope="module", params=["rigl", "magran", "dense"])
@@ -109,27 +109,18 @@ def test_interrupted_run_goes_on_bit_for_bit(tiny, rigl, tmp_path):
     assert a == b
 
 
-@pytest.mark.parametrize("runtime", ["dense", "sparse"])
-def test_two_ranks_resume_bit_exact(tiny, rigl, tmp_path, runtime, request):
+@pytest.mark.parametrize(("runtime", "accumulate"), [("dense", 1), ("sparse", 2)])
+def test_two_ranks_resume_bit_exact(tiny, rigl, tmp_path, runtime, accumulate, request):
     """sparse: by kernels, but for the steps that grow, where DDP averages the dense gradients."""
     if runtime == "sparse":
         request.getfixturevalue("compiler")
     changes = {"train.steps": 24, "evaluate.every_steps": 12, "sparse.update_interval": 5, "train.runtime": runtime}
-    trial = tiny(rigl, changes, {"train.accumulate": 2})
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_rank, args=(rank, trial.dump_json(), tmp_path)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
+    trial = tiny(rigl, changes, {"train.accumulate": accumulate})
+    on_two_ranks(_resumed, trial, tmp_path)
 
 
-def _rank(rank: int, trial_json: str, folder: Path) -> None:
+def _resumed(rank: int, trial: TrialConfig, folder: Path) -> None:
     """Train to the end; train, stop between two reports, resume in a new trainer. Any difference fails the process."""
-    trial = config.parse(json.loads(trial_json))
-    distributed.init(rank, 2, f"file://{folder}/rendezvous", "cpu")
     straight, first, second = (setup.build(trial, rank=rank, world_size=2) for _ in range(3))
     expected = [computed(report) for report in straight.run()]
     assert straight.engine.updates == 4
@@ -151,5 +142,3 @@ def _rank(rank: int, trial_json: str, folder: Path) -> None:
     moments = [trainer.optimizer.state_dict()["state"] for trainer in (straight, second)]
     for mine, theirs in zip(*(states.values() for states in moments), strict=True):
         assert_same(mine, theirs)
-    distributed.cleanup()
-    distributed.end_process()

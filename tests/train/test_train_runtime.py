@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import multiprocessing
 import os
 import shutil
 from pathlib import Path
@@ -12,11 +10,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from two_ranks import on_two_ranks
 
-from raysparse import cli, config
+from raysparse import cli
+from raysparse.config import TrialConfig
 from raysparse.errors import UsageError
 from raysparse.models import chirodiff, latent_unet
-from raysparse.train import distributed, draw, reevaluate, restored, run, runtime, setup
+from raysparse.train import draw, reevaluate, restored, run, runtime, setup
 
 SPARSE = {"evaluate.runtime": "sparse"}
 
@@ -146,25 +146,15 @@ def test_linear_layers_of_pictures_train_to_the_same_weights(pictures, rigl, mon
 def test_ranks_of_which_one_has_no_compiler_all_train_dense(tiny, rigl, tmp_path):
     trial = tiny(rigl, {"train.runtime": "auto", "train.steps": 2})
     assert setup.build(trial)._sparse_step is not None
-    context = multiprocessing.get_context("spawn")
-    ranks = [context.Process(target=_rank, args=(rank, trial.dump_json(), tmp_path)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(120)
-        process.kill()
-    assert [process.exitcode for process in ranks] == [0, 0]
+    on_two_ranks(_trained_dense, trial, tmp_path)
 
 
-def _rank(rank: int, trial_json: str, folder: Path) -> None:
+def _trained_dense(rank: int, trial: TrialConfig, folder: Path) -> None:
     if rank == 1:
         os.environ["CXX"] = "no-such-compiler"
-    distributed.init(rank, 2, f"file://{folder}/rendezvous", "cpu")
-    trainer = setup.build(config.parse(json.loads(trial_json)), rank=rank, world_size=2)
+    trainer = setup.build(trial, rank=rank, world_size=2)
     assert trainer._sparse_step is None
     assert trainer._train_to(2)
-    distributed.cleanup()
-    distributed.end_process()
 
 
 @pytest.mark.usefixtures("compiler")
