@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from raysparse.space import Asha
+from raysparse.asha import Asha
 from raysparse.sweep import views
 from raysparse.sweep.board import Board, Ledger, Row
 from raysparse.sweep.journal import event

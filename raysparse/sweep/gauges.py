@@ -17,8 +17,9 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
+from raysparse.asha import Asha
 from raysparse.files import write_text
-from raysparse.space import Asha, Sweep
+from raysparse.space import Sweep
 from raysparse.sweep.board import Board, Ledger, Row
 from raysparse.sweep.dashboards import OF_SWEEP, OF_TRIAL, TRIAL_TAGS
 

@@ -14,7 +14,7 @@ from typing import Any
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import AsyncHyperBandScheduler, TrialScheduler
 
-from raysparse.space import Asha
+from raysparse.asha import Asha
 from raysparse.sweep import pulse
 from raysparse.sweep.board import Ledger, Row
 from raysparse.sweep.journal import event

@@ -15,9 +15,10 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from raysparse import rng, space
+from raysparse.asha import Asha
 from raysparse.config import TrialConfig
 from raysparse.errors import UsageError
-from raysparse.space import Asha, Point, Sweep
+from raysparse.space import Point, Sweep
 from raysparse.sweep import chances, objectives
 from raysparse.sweep.axes import all_points, distributions, first_points, quiet, sampler, suggest, to_params
 from raysparse.sweep.board import Ledger, Repeat, Row

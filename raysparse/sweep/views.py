@@ -18,8 +18,9 @@ import pyarrow as pa
 
 from raysparse import results as records
 from raysparse import space
+from raysparse.asha import Asha
 from raysparse.errors import UsageError, unknown
-from raysparse.space import Asha, Sweep
+from raysparse.space import Sweep
 from raysparse.sweep import control, folder, objectives, trial_log
 from raysparse.sweep.board import Board, Row
 from raysparse.sweep.journal import read

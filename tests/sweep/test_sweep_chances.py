@@ -11,7 +11,8 @@ import pytest
 from optuna.trial import TrialState
 
 from raysparse import config, space
-from raysparse.space import Asha, Sweep
+from raysparse.asha import Asha
+from raysparse.space import Sweep
 from raysparse.sweep import chances
 from raysparse.sweep.board import Board, Ledger, Row
 from raysparse.sweep.curves import Published
@@ -66,17 +67,17 @@ def test_exploring_first_all_stop_at_the_first_rung_and_then_the_best_go_on(tmp_
     rungs = Rungs(ledger, "search", 16, asha(2, explore_first=True))
     fids = {"a": 5.0, "b": 4.0, "c": 4.5, "d": 4.4}
     for name, fid in fids.items():
-        assert rungs.on_trial_result(None, _tune(name), {"step": 2, "fid": fid}) == "STOP"  # type: ignore[arg-type]
+        assert rungs.on_trial_result(None, _tune(name), {"step": 2, "fid": fid}) == "STOP"
     assert ledger.board.rows["b"].reason == (
         "place 1 of 2 at step 2: the best of all go on when the search has no new trial"
     )
     assert [row.trial_id for row, _ in chances.candidates(ledger.board, asha(9))] == ["b", "d", "c", "a"]
     for name, fid, decision in (("b", 9.0, "STOP"), ("d", 8.5, "CONTINUE"), ("c", 9.5, "STOP")):
         ledger.add(event("second_chance", stage="search", trial_id=name))
-        assert rungs.on_trial_result(None, _tune(name), {"step": 4, "fid": fid}) == decision, name  # type: ignore[arg-type]
+        assert rungs.on_trial_result(None, _tune(name), {"step": 4, "fid": fid}) == decision, name
     reasons = [ledger.board.rows[name].reason for name in "bc"]
     assert reasons == [f"place {n} of {n} at step 4: not among the best 1 in 2" for n in (1, 3)]
-    assert rungs.on_trial_result(None, _tune("e"), {"step": 2, "fid": 4.3}) == "CONTINUE", "late, and one of the best"  # type: ignore[arg-type]
+    assert rungs.on_trial_result(None, _tune("e"), {"step": 2, "fid": 4.3}) == "CONTINUE", "late, and one of the best"
     ledger.close()
 
 
@@ -85,11 +86,6 @@ def _tune(name: str) -> Any:
         trial_id, config = f"tune-{name}", {"trial_id": name}
 
     return Trial()
-
-
-def test_a_rung_that_nobody_may_pass_is_refused() -> None:
-    with pytest.raises(ValueError, match="give second_chances as well"):
-        Asha(grace_steps=2, explore_first=True)
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -174,7 +170,7 @@ def test_a_resume_takes_the_chances_that_are_left(
         row = ledger.board.rows[config["trial_id"]]
         curve = CURVES.curve(row.trial_id, row.config, 0)
         for step, fid in curve[len(row.fids) :]:
-            rungs.on_trial_result(None, _tune(row.trial_id), {"step": step, "fid": fid})  # type: ignore[arg-type]
+            rungs.on_trial_result(None, _tune(row.trial_id), {"step": step, "fid": fid})
             if not row.open:
                 break
         searcher.on_trial_complete(str(number))

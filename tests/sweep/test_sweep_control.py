@@ -15,8 +15,9 @@ import pytest
 from optuna.trial import TrialState
 from ray.tune.schedulers import TrialScheduler
 
+from raysparse.asha import Asha
 from raysparse.errors import UsageError
-from raysparse.space import Asha, Sweep
+from raysparse.space import Sweep
 from raysparse.sweep import control, folder
 from raysparse.sweep.board import Board, Ledger
 from raysparse.sweep.journal import event, read

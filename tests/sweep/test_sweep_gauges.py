@@ -19,7 +19,8 @@ import pytest
 import yaml
 
 from raysparse import space
-from raysparse.space import Asha, Sweep
+from raysparse.asha import Asha
+from raysparse.space import Sweep
 from raysparse.sweep import dashboards
 from raysparse.sweep.board import Board, Ledger
 from raysparse.sweep.gauges import STATES, Gauges, of_sweep, rung_of

@@ -15,9 +15,10 @@ from recorded_trials import record
 
 from raysparse import pages, screen, space
 from raysparse import results as records
+from raysparse.asha import Asha
 from raysparse.config import TrialConfig
 from raysparse.errors import UsageError
-from raysparse.space import Asha, Confirm, Sweep
+from raysparse.space import Confirm, Sweep
 from raysparse.sweep import confirm, gauges, objectives, price, tuner, views
 from raysparse.sweep.board import Board, Ledger, Row
 from raysparse.sweep.curves import Recorded

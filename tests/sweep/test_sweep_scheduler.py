@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from ray.tune.schedulers import TrialScheduler
 from ray.tune.schedulers.async_hyperband import _Bracket
 
-from raysparse.space import Asha
+from raysparse.asha import Asha
 from raysparse.sweep.board import Ledger
 from raysparse.sweep.journal import event
 from raysparse.sweep.scheduler import Rung, Rungs, exit_detail, last_line

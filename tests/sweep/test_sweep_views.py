@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from raysparse.asha import Asha
 from raysparse.errors import UsageError
-from raysparse.space import Asha
 from raysparse.sweep import views
 from raysparse.sweep.board import Board, Ledger
 from raysparse.sweep.journal import event
