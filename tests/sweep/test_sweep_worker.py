@@ -108,7 +108,8 @@ def test_two_workers_train_past_the_loss_and_the_hang_of_one_and_an_error_is_not
     notes = {item.trial_id: str(item.reason) for item in events if item.kind == "note"}
     # Whether Ray hears of the loss first, or of what it did to the other rank.
     assert re.match(r"(rank 1 was lost: .*|a rank was lost: the others .*); started again$", notes[dense])
-    assert re.match(r"it hung: rank 0 asleep at step \d+ .*; rank 1 stopped at step \d+ for ", notes[rigl])
+    # Busy where Ray's threads in it wait for a core: then its steps' known length tells (see test_sweep_pulse.py).
+    assert re.match(r"it hung: rank 0 (asleep|busy) at step \d+ .*; rank 1 stopped at step \d+ for ", notes[rigl])
     assert " in train_rank\n" in trial_log.path_of(out / "trials" / rigl, 1).read_text(), "the stacks"
 
     check_records(out, summary.board)
