@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import math
 from pathlib import Path
 
 import torch
@@ -19,9 +20,12 @@ from raysparse.models import _sparse_layout as layout
 from raysparse.models._sparse_memory import Memory
 
 _SOURCE = Path(__file__).parent / "native" / "chirodiff.cpp"
-# A direction of a layer with at least this density is computed with all its weights. Measured at h = 48 to 256:
-# skipping zeros takes 1.07 times as long at density 1, .95 times at .9 and .87 times at .75.
-_DENSE = 0.95
+# A direction of a layer is computed with all its weights where that is faster: (its input's and state's features, at
+# most; density, at least). Two units share what they load then, which counts where the features fill the first cache
+# (48 KB: 384). Times as long by skipping zeros, on an Intel Xeon, h = 48: 1.0 at density .9, .92 at .8; h = 64: 1.0 at
+# .7 to .8; h = 96: 1.1 at .8, .9 at .7; h = 128 to 256: 1.0 to 1.3 at .6, .9 to 1.05 at .5. On an AMD EPYC it was .95
+# at .9 for all of them: there the rule gives away a little.
+_DENSE = ((150, 0.85), (200, 0.75), (300, 0.65), (400, 0.55), (math.inf, 0.5))
 # Few sketches leave the kernel's vectors empty: it takes 30 ms per million active weights and 100 time steps for up to
 # 16 of them, PyTorch 7 ms and 6 ms per million weights and sketch. With this much to spare PyTorch is not slower where
 # it is chosen (h = 48, 96, 256, 1 to 4 sketches): 7 x active > sketches x weights + _CALLS
@@ -76,7 +80,7 @@ class SparseChiroDiff(nn.Module):
             start, tail, head = layout.sums(self._model[0], timesteps, labels)
         start = start * self._scales
         y = torch.zeros(x.shape)
-        kept = (layout.by_point(x), start, tail, y, lengths.argsort(descending=True, stable=True), lengths)
+        kept = (x.float().contiguous(), start, tail, y, lengths.argsort(descending=True, stable=True), lengths)
         sketches = layout.Sketches(*(tensor.data_ptr() for tensor in kept), *x.shape[:2])
         self._net.head.weights = head.data_ptr()
         threads = torch.get_num_threads()
@@ -114,7 +118,7 @@ class SparseChiroDiff(nn.Module):
         weights = w_in.numel() + w_state.numel()
         self._active += active
         self._weights += weights
-        if active >= _DENSE * weights:
+        if active >= weights * next(least for most, least in _DENSE if w_in.shape[1] + w_state.shape[1] <= most):
             tiles = _tiles(w_in, w_state, self._library.raysparse_units())
             return layout.Side(None, None, *map(self._keep, (tiles, bias)), before, to)
         plan = layout.plan(*used, before, self._row)

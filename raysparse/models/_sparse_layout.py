@@ -16,6 +16,8 @@ from raysparse.errors import UsageError
 from raysparse.models.chirodiff import ChiroDiff
 
 SIDES = ("", "_reverse")
+CHANNELS = 3  # of a point: x, y, pen; the kernels add the velocity
+_LISTS = 11  # of a unit's columns that the same gates use; a column that none uses is in no list
 
 
 def fields(names: str, kind: type) -> list[tuple[str, type]]:
@@ -47,7 +49,7 @@ class Plan(NamedTuple):
 
     active: Tensor  # int64 [weights] places in W_ih (the columns that differ by point) and W_hh, flattened, end to end
     scale: Tensor  # float32 [weights] what the kernel wants them multiplied with
-    counts: Tensor  # int32 [h, 14]; see Side in gru.h
+    counts: Tensor  # int32 [h, 11]; see Side in gru.h
     offsets: Tensor  # int32 [weights]
     by_column: Tensor  # int64 [weights] the kernel's order -> by column, the state's columns first
     rows: Tensor  # int32 [h + inputs + 1] where each column's begin in that order
@@ -60,10 +62,11 @@ def plan(in_mask: Tensor, state_mask: Tensor, before: int, row: int) -> Plan:
     used = torch.cat((in_mask, state_mask), 1).reshape(3, hidden, -1).permute(1, 2, 0)  # [h, columns, 3]
     used_by = (used * torch.tensor([1, 2, 4])).sum(2)  # bits: r, z, n or q
     is_state = torch.arange(inputs + hidden) >= inputs
-    group = torch.where(used_by > 0, used_by - 1 + 7 * is_state, 14)  # 14: a column that no gate uses
-    counts = nn.functional.one_hot(group, 15)[:, :, :14].sum(1)
+    of_state = is_state & (used_by >= 4)  # where input and state differ: n is of the input, q of the state
+    group = torch.where(used_by > 0, used_by - 1 + 4 * of_state, _LISTS)
+    counts = nn.functional.one_hot(group, _LISTS + 1)[:, :, :_LISTS].sum(1)
     order = group.argsort(dim=1, stable=True)
-    columns = order[group.gather(1, order) < 14]
+    columns = order[group.gather(1, order) < _LISTS]
     offsets = torch.where(columns < inputs, columns * row, (columns - inputs) * row + before)
     unit, rank, gate = used.gather(1, order[:, :, None].expand_as(used)).nonzero(as_tuple=True)
     column, line = order[unit, rank], gate * hidden + unit
@@ -95,8 +98,10 @@ def check(model: nn.Module) -> ChiroDiff:
 
 
 def checked_lengths(lengths: Tensor | None, x: Tensor) -> Tensor:
-    """int64 [B] as ChiroDiff takes them, None: all points. ValueError: out of range."""
-    sketches, points, _ = x.shape
+    """int64 [B] as ChiroDiff takes them, None: all points. ValueError: out of range, or an x that is not [B, L, 3]."""
+    sketches, points, channels = x.shape
+    if channels != CHANNELS:
+        raise ValueError(f"x must be [sketches, points, {CHANNELS}], got {list(x.shape)}")
     if lengths is None:
         return torch.full((sketches,), points)
     if lengths.shape != (sketches,) or int(lengths.min()) < 1 or int(lengths.max()) > points:
@@ -108,13 +113,6 @@ def inputs_by_point(model: ChiroDiff) -> int:
     """Inputs of the first layer that differ from point to point: x, y, pen and the velocity; they come first."""
     width = model.gru.input_size - (model.out.in_features - model.config.hidden)
     return width if model.config.num_classes is None else width - model.config.label_features
-
-
-def by_point(x: Tensor) -> Tensor:
-    """[B, L, 3] -> those inputs, float32 [B, L, 5], contiguous."""
-    x = x.float()
-    velocity = nn.functional.pad(x[:, 1:, :2] - x[:, :-1, :2], (0, 0, 1, 0))
-    return torch.cat((x, velocity), 2).contiguous()
 
 
 def direction(model: ChiroDiff, layer: int, side: str) -> tuple[Tensor, Tensor, Tensor]:

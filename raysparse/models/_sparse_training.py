@@ -102,7 +102,7 @@ class SparseStep(nn.Module):
                     w_in, w_state, bias = layout.direction(model, layer, end)
                     # The first layer's biases and its weights of time and class are in the sums.
                     parameters += [w_in, w_state, bias] if layer else [w_in[:, :inputs], w_state, bias.detach()]
-            return cast(Tensor, _Step.apply(self, layout.by_point(x), order, lengths, *parameters))
+            return cast(Tensor, _Step.apply(self, x.float().contiguous(), order, lengths, *parameters))
 
     def _lay_out(self, masks: Mapping[str, Tensor]) -> None:
         model, row = self._model[0], 4 * self._width

@@ -193,6 +193,12 @@ def test_lengths_out_of_range_are_refused(lengths: Any) -> None:
         network(**given | {"lengths": torch.tensor(lengths)})
 
 
+def test_points_of_another_form_are_refused() -> None:
+    given = batch_of([3, 3])
+    with pytest.raises(ValueError, match=r"x must be \[sketches, points, 3\], got \[2, 4, 2\]"):
+        sparse_runtime(model_of(0.5, hidden=6, layers=1))(**given | {"x": given["x"][..., :2]})
+
+
 def test_labels_are_checked_as_the_model_does() -> None:
     given = batch_of([3, 3], 2)
     with pytest.raises(UsageError, match="no classes"):
@@ -205,7 +211,7 @@ def test_labels_are_checked_as_the_model_does() -> None:
 def test_the_rule_for_dense_sides_changes_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = model_of(0.3, hidden=11, layers=2), batch_of([20, 11, 3])
     for dense in (0.0, 2.0):  # all dense, all sparse
-        monkeypatch.setattr(_sparse_chirodiff, "_DENSE", dense)
+        monkeypatch.setattr(_sparse_chirodiff, "_DENSE", ((math.inf, dense),))
         assert_equal(model, given)
 
 

@@ -22,6 +22,7 @@ template <int NV>
 void dense_step(const Now& now, const Side& side, int hidden) {
   const vec* before = (const vec*)(now.in + side.before);
   const float* values = side.values;
+  vec block[BLOCK][4][NV];
   for (int first = 0; first < hidden; first += UNITS) {
     const int units = hidden - first < UNITS ? hidden - first : UNITS;
     vec sums[UNITS][4][NV] = {};
@@ -29,7 +30,10 @@ void dense_step(const Now& now, const Side& side, int hidden) {
       for (int gate = 0; gate < 4; ++gate) begin<NV>(sums[u][gate], side, now.start, 4 * (first + u) + gate);
     values = tile<NV, 2>(sums, now.in, values, now.inputs);
     values = tile<NV, 3>(sums, (const char*)before, values, hidden);
-    for (int u = 0; u < units; ++u) activate<NV, false>(sums[u], before, now, first + u);
+    const int place = first % BLOCK;
+    memcpy(block[place], sums, units * sizeof(sums[0]));
+    if (place + units == BLOCK || first + units == hidden)
+      activate_all<NV, false>(block, before, now, first - place, place + units);
   }
 }
 

@@ -40,7 +40,7 @@ struct Gradient {
 
 // The gradient of one column's weights: grads[k] += sum over the sketches, lane by lane.
 template <int NV, int GATES, int THIRD>
-inline void add_share(const vec (*d)[NV], const char* base, const int32_t*& offsets, vec*& grads, int count) {
+INLINE void add_share(const vec (*d)[NV], const char* base, const int32_t*& offsets, vec*& grads, int count) {
   constexpr int USES = (GATES & 1) + (GATES >> 1 & 1) + (GATES >> 2);
   for (int k = 0; k < count; ++k, grads += USES) {
     const vec* one = (const vec*)(base + offsets[k]);
@@ -57,15 +57,19 @@ inline void add_share(const vec (*d)[NV], const char* base, const int32_t*& offs
   offsets += count;
 }
 
-template <int NV, int THIRD>
-inline void add_all(const vec (*d)[NV], const char* base, const int32_t*& offsets, vec*& grads, const int32_t* counts) {
-  add_share<NV, 1, THIRD>(d, base, offsets, grads, counts[0]);
-  add_share<NV, 2, THIRD>(d, base, offsets, grads, counts[1]);
-  add_share<NV, 3, THIRD>(d, base, offsets, grads, counts[2]);
-  add_share<NV, 4, THIRD>(d, base, offsets, grads, counts[3]);
-  add_share<NV, 5, THIRD>(d, base, offsets, grads, counts[4]);
-  add_share<NV, 6, THIRD>(d, base, offsets, grads, counts[5]);
-  add_share<NV, 7, THIRD>(d, base, offsets, grads, counts[6]);
+template <int NV>
+INLINE void add_all(const vec (*d)[NV], const char* base, const int32_t*& offsets, vec*& grads, const int32_t* counts) {
+  add_share<NV, 1, 2>(d, base, offsets, grads, counts[0]);
+  add_share<NV, 2, 2>(d, base, offsets, grads, counts[1]);
+  add_share<NV, 3, 2>(d, base, offsets, grads, counts[2]);
+  add_share<NV, 4, 2>(d, base, offsets, grads, counts[3]);
+  add_share<NV, 5, 2>(d, base, offsets, grads, counts[4]);
+  add_share<NV, 6, 2>(d, base, offsets, grads, counts[5]);
+  add_share<NV, 7, 2>(d, base, offsets, grads, counts[6]);
+  add_share<NV, 4, 3>(d, base, offsets, grads, counts[7]);
+  add_share<NV, 5, 3>(d, base, offsets, grads, counts[8]);
+  add_share<NV, 6, 3>(d, base, offsets, grads, counts[9]);
+  add_share<NV, 7, 3>(d, base, offsets, grads, counts[10]);
 }
 
 struct Grads {
@@ -92,7 +96,7 @@ void backward_step(const Back& now, const TrainSide& train, int hidden, const Gr
   const vec* before = (const vec*)(now.in + train.side.before);
   const int32_t *counts = train.side.counts, *offsets = train.side.offsets;
   vec* weights = grads.weights;
-  for (int unit = 0; unit < hidden; ++unit, counts += 14) {
+  for (int unit = 0; unit < hidden; ++unit, counts += LISTS) {
     const vec* gates = (const vec*)now.gates + 4 * unit * VECTORS;
     vec d[4][NV];
     for (int v = 0; v < NV; ++v) {
@@ -110,8 +114,7 @@ void backward_step(const Back& now, const TrainSide& train, int hidden, const Gr
         grads.biases[(4 * unit + gate) * VECTORS + v] += d[gate][v];
       }
     }
-    add_all<NV, 2>(d, now.in, offsets, weights, counts);
-    add_all<NV, 3>(d, now.in, offsets, weights, counts + 7);
+    add_all<NV>(d, now.in, offsets, weights, counts);
   }
   const int32_t* rows = train.rows;
   for (int unit = 0; unit < hidden; ++unit, ++rows)

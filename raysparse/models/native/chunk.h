@@ -15,7 +15,7 @@
 namespace {
 
 struct Sketches {
-  const float* x;          // [sketches, points, inputs]
+  const float* x;          // [sketches, points, inputs - 2]; the last two inputs are by how much the first two grow
   const float* start;      // [sketches, 2, 4 h] sums of the first layer before its inputs by point
   const float* tail;       // [sketches, outputs] the same of the outputs
   float* y;                // [sketches, points, outputs]
@@ -30,14 +30,14 @@ struct Head {
   int64_t last;  // bytes from a time step's row to the last layer's states
 };
 
-inline ivec lanes_of(int running, int vectors) {
+INLINE ivec lanes_of(int running, int vectors) {
   ivec lanes;
   for (int j = 0; j < LANES; ++j) lanes[j] = (vectors - 1) * LANES + j < running ? -1 : 0;
   return lanes;
 }
 
 // Bytes of the first layer's and the outputs' sums of a chunk.
-inline int64_t sums_of(const Head& head) { return (8ll * head.hidden + head.outputs) * ROW; }
+INLINE int64_t sums_of(const Head& head) { return (8ll * head.hidden + head.outputs) * ROW; }
 
 struct Chunk {
   const Sketches& all;
@@ -69,33 +69,44 @@ struct Chunk {
   void read_in(const Head& head) const {
     memset(rows - stride, 0, stride);
     memset(rows + steps * stride, 0, stride);
-    for (int lane = 0; lane < WIDTH; ++lane) {
-      const bool used = lane < count;
-      const int64_t sketch = used ? order[lane] : 0, length = used ? all.lengths[sketch] : 0;
-      for (int i = 0; i < 8 * head.hidden; ++i)
-        starts[i * WIDTH + lane] = used ? all.start[sketch * 8 * head.hidden + i] : 0;
-      for (int i = 0; i < head.outputs; ++i)
-        tails[i * WIDTH + lane] = used ? all.tail[sketch * head.outputs + i] : 0;
-      const float* x = all.x + sketch * all.points * head.inputs;
-      for (int64_t t = 0; t < steps; ++t)
-        for (int i = 0; i < head.inputs; ++i)
-          ((float*)(rows + t * stride))[i * WIDTH + lane] = t < length ? x[t * head.inputs + i] : 0;
+    // All sketches of a feature, then the next: the rows lie too far apart to be walked once for each sketch.
+    const int sums = 8 * head.hidden, outputs = head.outputs, given = head.inputs - 2;
+    for (int i = 0; i < sums; ++i)
+      for (int lane = 0; lane < WIDTH; ++lane)
+        starts[i * WIDTH + lane] = lane < count ? all.start[order[lane] * sums + i] : 0;
+    for (int i = 0; i < outputs; ++i)
+      for (int lane = 0; lane < WIDTH; ++lane)
+        tails[i * WIDTH + lane] = lane < count ? all.tail[order[lane] * outputs + i] : 0;
+    for (int64_t t = 0; t < steps; ++t) {
+      float *row = (float*)(rows + t * stride), *velocity = row + given * WIDTH;
+      const float* before = row - stride / sizeof(float);
+      for (int lane = 0; lane < WIDTH; ++lane)
+        for (int i = 0; i < given; ++i)
+          row[i * WIDTH + lane] = lane < running[t] ? all.x[(order[lane] * all.points + t) * given + i] : 0;
+      for (int i = 0; i < 2 * WIDTH; ++i) velocity[i] = t && i % WIDTH < running[t] ? row[i] - before[i] : 0;
     }
   }
 
   void read_out(const Head& head) const {
-    for (int64_t t = 0; t < steps; ++t) {
-      const vec* states = (const vec*)(rows + t * stride + head.last);
-      const int used = vectors(t);
-      for (int out = 0; out < head.outputs; ++out) {
-        const float* weights = head.weights + out * 2 * head.hidden;
-        union { vec sums[VECTORS]; float lanes[WIDTH]; };
-        for (int v = 0; v < used; ++v) sums[v] = ((const vec*)(tails + out * WIDTH))[v];
-        for (int j = 0; j < 2 * head.hidden; ++j)
-          for (int v = 0; v < used; ++v) sums[v] += weights[j] * states[j * VECTORS + v];
-        for (int lane = 0; lane < running[t]; ++lane)
-          all.y[(order[lane] * all.points + t) * head.outputs + out] = lanes[lane];
-      }
+    for (int64_t t = 0; t < steps; ++t) vectors(t) == 1 ? read_out<1>(head, t) : read_out<2>(head, t);
+  }
+
+  template <int NV>
+  void read_out(const Head& head, int64_t t) const {
+    const vec* states = (const vec*)(rows + t * stride + head.last);
+    const float* weights = head.weights;
+    for (int out = 0; out < head.outputs; ++out, weights += 2 * head.hidden) {
+      union { vec sums[NV]; float lanes[NV * LANES]; };
+      vec second[NV] = {};
+      for (int v = 0; v < NV; ++v) sums[v] = ((const vec*)(tails + out * WIDTH))[v];
+      for (int j = 0; j < 2 * head.hidden; j += 2)
+        for (int v = 0; v < NV; ++v) {
+          sums[v] += weights[j] * states[j * VECTORS + v];
+          second[v] += weights[j + 1] * states[(j + 1) * VECTORS + v];
+        }
+      for (int v = 0; v < NV; ++v) sums[v] += second[v];
+      for (int lane = 0; lane < running[t]; ++lane)
+        all.y[(order[lane] * all.points + t) * head.outputs + out] = lanes[lane];
     }
   }
 
