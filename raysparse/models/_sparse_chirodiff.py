@@ -26,10 +26,11 @@ _SOURCE = Path(__file__).parent / "native" / "chirodiff.cpp"
 # .7 to .8; h = 96: 1.1 at .8, .9 at .7; h = 128 to 256: 1.0 to 1.3 at .6, .9 to 1.05 at .5. On an AMD EPYC it was .95
 # at .9 for all of them: there the rule gives away a little.
 _DENSE = ((150, 0.85), (200, 0.75), (300, 0.65), (400, 0.55), (math.inf, 0.5))
-# Few sketches leave the kernel's vectors empty: it takes 30 ms per million active weights and 100 time steps for up to
-# 16 of them, PyTorch 7 ms and 6 ms per million weights and sketch. With this much to spare PyTorch is not slower where
-# it is chosen (h = 48, 96, 256, 1 to 4 sketches): 7 x active > sketches x weights + _CALLS
-_PER_ACTIVE, _CALLS = 7, 1_100_000
+# Few sketches leave the kernel's vectors empty: up to 16 take it as long as one, and PyTorch less. The kernel is chosen
+# for at least (cost of the weights - _CALLS) / weights sketches, a weight costing _PER_ACTIVE or, of a dense side,
+# _PER_DENSE. Of 96 cases (h = 48 to 256, S = 0 to .9, 1 to 32 sketches, one thread, Intel Xeon) it was 1.02 to 7.4
+# times as fast where it is chosen, but for two (.79 and .86), and .29 to .98 times where it is not.
+_PER_ACTIVE, _PER_DENSE, _CALLS = 20.7, 15.0, 2_900_000
 
 
 class _Layer(ctypes.Structure):
@@ -63,7 +64,7 @@ class SparseChiroDiff(nn.Module):
         self._row = 4 * self._library.raysparse_width()  # bytes of one feature of a chunk of sketches
         self._memory = Memory()
         self._kept: list[Tensor] = []  # what the kernel's pointers point at
-        self._active = self._weights = 0  # of the GRU
+        self._cost, self._weights = 0.0, 0  # of the GRU
         with torch.no_grad():
             self._pack()
 
@@ -72,7 +73,7 @@ class SparseChiroDiff(nn.Module):
         self, x: Tensor, timesteps: Tensor, lengths: Tensor | None = None, labels: Tensor | None = None
     ) -> Tensor:
         """As `ChiroDiff.forward`, with its errors."""
-        if _PER_ACTIVE * self._active > len(x) * self._weights + _CALLS:
+        if self._cost > len(x) * self._weights + _CALLS:
             found: Tensor = self._model[0](x, timesteps, lengths, labels)
             return found
         lengths = layout.checked_lengths(lengths, x)
@@ -116,11 +117,12 @@ class SparseChiroDiff(nn.Module):
         used = w_in != 0, w_state != 0
         active = sum(int(mask.sum()) for mask in used)
         weights = w_in.numel() + w_state.numel()
-        self._active += active
         self._weights += weights
         if active >= weights * next(least for most, least in _DENSE if w_in.shape[1] + w_state.shape[1] <= most):
+            self._cost += _PER_DENSE * weights
             tiles = _tiles(w_in, w_state, self._library.raysparse_units())
             return layout.Side(None, None, *map(self._keep, (tiles, bias)), before, to)
+        self._cost += _PER_ACTIVE * active
         plan = layout.plan(*used, before, self._row)
         values = torch.cat((w_in.flatten(), w_state.flatten()))[plan.active] * plan.scale
         return layout.Side(*map(self._keep, (plan.counts, plan.offsets, values, bias)), before, to)

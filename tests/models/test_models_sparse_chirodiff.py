@@ -221,5 +221,5 @@ def test_a_large_model_and_one_sketch_is_left_to_pytorch(monkeypatch: pytest.Mon
     assert not torch.equal(network(**given), model(**given))  # rounding: it was the kernel
     monkeypatch.setattr(_sparse_chirodiff, "_CALLS", 0)
     assert torch.equal(network(**given), model(**given))
-    many = batch_of([9] * 8)
+    many = batch_of([9] * 16)
     assert not torch.equal(network(**many), model(**many))
