@@ -40,7 +40,7 @@ struct Gradient {
 
 // The gradient of one column's weights: grads[k] += sum over the sketches, lane by lane.
 template <int NV, int GATES, int THIRD>
-INLINE void add_share(const vec (*d)[NV], const char* base, const int32_t*& offsets, vec*& grads, int count) {
+inline void add_share(const vec (*d)[NV], const char* base, const int32_t*& offsets, vec*& grads, int count) {
   constexpr int USES = (GATES & 1) + (GATES >> 1 & 1) + (GATES >> 2);
   for (int k = 0; k < count; ++k, grads += USES) {
     const vec* one = (const vec*)(base + offsets[k]);
@@ -58,7 +58,7 @@ INLINE void add_share(const vec (*d)[NV], const char* base, const int32_t*& offs
 }
 
 template <int NV>
-INLINE void add_all(const vec (*d)[NV], const char* base, const int32_t*& offsets, vec*& grads, const int32_t* counts) {
+inline void add_all(const vec (*d)[NV], const char* base, const int32_t*& offsets, vec*& grads, const int32_t* counts) {
   add_share<NV, 1, 2>(d, base, offsets, grads, counts[0]);
   add_share<NV, 2, 2>(d, base, offsets, grads, counts[1]);
   add_share<NV, 3, 2>(d, base, offsets, grads, counts[2]);

@@ -30,14 +30,14 @@ struct Head {
   int64_t last;  // bytes from a time step's row to the last layer's states
 };
 
-INLINE ivec lanes_of(int running, int vectors) {
+inline ivec lanes_of(int running, int vectors) {
   ivec lanes;
   for (int j = 0; j < LANES; ++j) lanes[j] = (vectors - 1) * LANES + j < running ? -1 : 0;
   return lanes;
 }
 
 // Bytes of the first layer's and the outputs' sums of a chunk.
-INLINE int64_t sums_of(const Head& head) { return (8ll * head.hidden + head.outputs) * ROW; }
+inline int64_t sums_of(const Head& head) { return (8ll * head.hidden + head.outputs) * ROW; }
 
 struct Chunk {
   const Sketches& all;

@@ -21,9 +21,6 @@
 #include <immintrin.h>
 #endif
 
-// Left to itself the compiler keeps a unit's sums in memory: 1.6 times slower at S = .5.
-#define INLINE inline __attribute__((always_inline))
-
 namespace {
 
 #if defined(__AVX512F__)
@@ -38,10 +35,10 @@ typedef int32_t ivec __attribute__((vector_size(LANES * sizeof(float))));
 constexpr int VECTORS = 2;  // of a chunk
 constexpr int WIDTH = VECTORS * LANES;
 constexpr int64_t ROW = WIDTH * sizeof(float);  // bytes of one feature
-constexpr int LISTS = 11;   // of columns that the same gates use
-constexpr int CHAINS = 2;  // of sums of a gate
+constexpr int LISTS = 11;  // of columns that the same gates use
+constexpr int CHAINS = 2;  // of sums of a gate; 3 and 4 gain nothing
 constexpr int BLOCK = 8;   // units whose gates are computed together, a multiple of UNITS
-constexpr int LONG = 12;   // of a list without gates: shorter ones are walked in one chain
+constexpr int LONG = 12;   // of a walk for one sum: shorter ones are one chain
 
 // One direction of a layer. The gates of a unit are r, z, n (of the input) and q (of the state, which r scales), each
 // weight and bias times -log2(e), those of n and q twice that: the sums are then what 2^x is taken of.
@@ -56,11 +53,11 @@ struct Side {
   int64_t to;              // bytes from a time step's first row to the new state
 };
 
-INLINE vec splat(float x) { return x - vec{}; }
+inline vec splat(float x) { return x - vec{}; }
 
 // 2^x to 1e-7, for x cut to +-60; NaN stays NaN. The polynomials are the best of degree 5 on [0, 1] and [-.5, .5].
 #if defined(__AVX512DQ__)
-INLINE vec exp2(vec x) {
+inline vec exp2(vec x) {
   x = (vec)_mm512_min_ps((__m512)splat(60.f), (__m512)x);  // far below, it is 0
   const vec rest = (vec)_mm512_reduce_ps((__m512)x, 1);    // above the whole number below x
   vec p = splat(1.8775766734e-3f);
@@ -73,12 +70,12 @@ INLINE vec exp2(vec x) {
 }
 
 // 1 / x to rounding
-INLINE vec one_by(vec x) {
+inline vec one_by(vec x) {
   const vec y = (vec)_mm512_rcp14_ps((__m512)x);
   return y + y * (1.f - x * y);
 }
 #else
-INLINE vec exp2(vec x) {
+inline vec exp2(vec x) {
   const vec low = splat(-60.f), high = splat(60.f);
   const vec shift = splat(12582912.f);  // 1.5 x 2^23: adding it rounds to an integer, which its last bits then hold
   x = x < low ? low : x;
@@ -94,12 +91,12 @@ INLINE vec exp2(vec x) {
   return (vec)((ivec)p + ((ivec)whole << 23));
 }
 
-INLINE vec one_by(vec x) { return 1.f / x; }
+inline vec one_by(vec x) { return 1.f / x; }
 #endif
 
 // sums += columns x weights, for the NV vectors that are in use.
 template <int NV>
-INLINE void walk(vec* sums, const char* base, const int32_t* offsets, const float* values, int count) {
+inline void walk(vec* sums, const char* base, const int32_t* offsets, const float* values, int count) {
   int k = 0;
   if (count >= LONG) {  // two independent chains, because an FMA takes four cycles
     vec second[NV] = {};
@@ -121,7 +118,7 @@ INLINE void walk(vec* sums, const char* base, const int32_t* offsets, const floa
 
 // The next N columns that exactly the gates GATES use (bits: r, z, and the gate THIRD), each in a chain of its own.
 template <int NV, int GATES, int THIRD, int N>
-INLINE void add(vec (*sums)[4][NV], const char* base, const int32_t*& offsets, const float*& values) {
+inline void add(vec (*sums)[4][NV], const char* base, const int32_t*& offsets, const float*& values) {
   constexpr int USES = (GATES & 1) + (GATES >> 1 & 1) + (GATES >> 2);
   for (int c = 0; c < N; ++c, ++offsets, values += USES) {
     const vec* one = (const vec*)(base + *offsets);
@@ -134,14 +131,14 @@ INLINE void add(vec (*sums)[4][NV], const char* base, const int32_t*& offsets, c
 }
 
 template <int NV, int GATES, int THIRD>
-INLINE void share(vec (*sums)[4][NV], const char* base, const int32_t*& offsets, const float*& values, int count) {
+inline void share(vec (*sums)[4][NV], const char* base, const int32_t*& offsets, const float*& values, int count) {
   for (; count >= CHAINS; count -= CHAINS) add<NV, GATES, THIRD, CHAINS>(sums, base, offsets, values);
   for (; count > 0; --count) add<NV, GATES, THIRD, 1>(sums, base, offsets, values);
 }
 
 // A unit's; see Side. Lists of input and state that may be one are one: the fewer, the fewer ends to be foreseen.
 template <int NV>
-INLINE void share_all(vec (*sums)[4][NV], const char* base, const int32_t*& offsets, const float*& values,
+inline void share_all(vec (*sums)[4][NV], const char* base, const int32_t*& offsets, const float*& values,
                       const int32_t* counts) {
   share<NV, 1, 2>(sums, base, offsets, values, counts[0]);
   share<NV, 2, 2>(sums, base, offsets, values, counts[1]);
@@ -158,7 +155,7 @@ INLINE void share_all(vec (*sums)[4][NV], const char* base, const int32_t*& offs
 
 // All columns: `count` features from `base`, each with three weights (r, z, the gate THIRD) for each of UNITS units.
 template <int NV, int THIRD>
-INLINE const float* tile(vec (*sums)[4][NV], const char* base, const float* values, int count) {
+inline const float* tile(vec (*sums)[4][NV], const char* base, const float* values, int count) {
   for (int k = 0; k < count; ++k, base += ROW, values += 3 * UNITS) {
     const vec* one = (const vec*)base;
     for (int u = 0; u < UNITS; ++u)
@@ -173,7 +170,7 @@ INLINE const float* tile(vec (*sums)[4][NV], const char* base, const float* valu
 
 // A gate's sums before any weight: its bias, or what is given per sketch, [4 h, WIDTH].
 template <int NV>
-INLINE void begin(vec* sums, const Side& side, const float* start, int gate) {
+inline void begin(vec* sums, const Side& side, const float* start, int gate) {
   for (int v = 0; v < NV; ++v) sums[v] = start ? ((const vec*)(start + gate * WIDTH))[v] : splat(side.bias[gate]);
 }
 
@@ -190,7 +187,7 @@ struct Now {
 
 // h' = (1 - z) n + z h with z = 1 / (1 + z_), n = (1 - n_) / (1 + n_): one division for both.
 template <int NV, bool KEEP>
-INLINE void activate(const vec (*sums)[NV], const vec* before, const Now& now, int unit) {
+inline void activate(const vec (*sums)[NV], const vec* before, const Now& now, int unit) {
   vec* to = (vec*)now.to + unit * VECTORS;
   for (int v = 0; v < NV; ++v) {
     const vec r = one_by(1.f + exp2(sums[0][v]));
@@ -212,7 +209,8 @@ INLINE void activate(const vec (*sums)[NV], const vec* before, const Now& now, i
   }
 }
 
-// Of `count` units. Apart from the walks, whose sums else leave the registers to the constants of 2^x.
+// Of `count` units. A function of its own: else the constants of 2^x may drive the sums of the walks out of the
+// registers (GCC 12 with AVX-512: 1.6 times slower at S = .5).
 template <int NV, bool KEEP>
 __attribute__((noinline)) void activate_all(const vec (*sums)[4][NV], const vec* before, const Now& now, int first,
                                             int count) {
