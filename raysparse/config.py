@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -21,8 +21,8 @@ from raysparse.sparse import settings
 # Where things lie on one machine, and how fast it is: never part of what a trial is.
 PATHS = (("data", "source"), ("data", "root"), ("evaluate", "weights"))
 PLACES = (*PATHS, ("evaluate", "runtime"), ("train", "threads"), ("train", "runtime"))
-# Settings of `evaluate` that came later, and what was done before: there, the ids of known trials stay what they were.
-LATER_IN_EVALUATE = {"intermediate": None, "validation_examples": 1_024}
+# Settings that came later, and what was done before: there, the ids of known trials stay what they were.
+LATER = (("evaluate", "intermediate", None), ("evaluate", "validation_examples", 1_024))
 
 # The settings of the first version. They are in every trial's content, null where the method has none; a later setting
 # is there where it differs from its default. So the ids of known trials stay what they were.
@@ -237,10 +237,7 @@ class TrialConfig(Section):
             del content["first_stage"]["weights"]  # then the hash says which they are
         for section, name in PLACES:
             del content[section][name]
-        for name, default in LATER_IN_EVALUATE.items():
-            if content["evaluate"][name] == default:
-                del content["evaluate"][name]
-        return content
+        return as_before(content, LATER)
 
     @property
     def intermediate(self) -> TrialConfig | None:
@@ -254,6 +251,16 @@ class TrialConfig(Section):
     def dump_json(self) -> str:
         """Canonical JSON; `parse(json.loads(text))` gives the same trial back."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True)
+
+
+def as_before(content: dict[str, Any], later: Collection[tuple[str, str, Any]]) -> dict[str, Any]:
+    """Settings without those of `later` (section, name, default) that have their default, as if they were unknown."""
+    return {
+        section: {name: value for name, value in part.items() if (section, name, value) not in later}
+        if isinstance(part, dict)
+        else part
+        for section, part in content.items()
+    }
 
 
 def parse(data: Mapping[str, Any], where: str = "trial") -> TrialConfig:

@@ -33,14 +33,14 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from raysparse import config
 from raysparse.asha import Asha
-from raysparse.config import Section, TrialConfig
+from raysparse.config import Section, TrialConfig, as_before
 from raysparse.errors import UsageError, unknown, usage_error_from
 from raysparse.files import size_bytes
 
 Point = dict[str, Any]  # {"method": "rigl", "sparsity": 0.9, "optimizer.lr": 1e-3, ...}
 OBJECTIVES = ("fid", "flops_inference", "flops_train", "params_active")  # all are made small; FLOPs, true convention
 # Settings that earlier versions did not have: at these values a sweep is what it was, and so is its digest.
-ADDED: tuple[tuple[str, str, Any], ...] = (
+LATER: tuple[tuple[str, str, Any], ...] = (
     ("search", "objectives", ["fid"]),
     ("confirm", "front", 6),
     ("asha", "rungs", []),
@@ -220,9 +220,7 @@ class Sweep(Section):
     def digest(self) -> str:
         """Of everything that the sweep computes: two files with the same digest are the same sweep."""
         content = self.model_dump(mode="json", exclude={"storage": True, "resources": {"hung_after_s"}})
-        for section, name, default in ADDED:
-            if content[section] and content[section][name] == default:
-                del content[section][name]
+        content = as_before(content, LATER)
         content["base"] = parsed_base(self).content() | {"sparse": self.base.get("sparse", {})}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
