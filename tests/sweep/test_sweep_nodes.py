@@ -132,7 +132,9 @@ def test_a_trial_of_two_workers_goes_on_when_the_node_of_one_is_lost(
     (row,) = summary.board.rows.values()
     assert (row.state, sorted(row.fids)) == ("COMPLETED", [40, 80, 120])
     (note,) = [str(item.reason) for item in read(out / "journal.jsonl") if item.kind == "note"]
-    assert re.match(r"(rank 1 was lost: .*|a rank was lost: the others .*); started again$", note)
+    # The last where Ray had put the trial's own process, which needs no core, on that node too.
+    lost = "rank 1 was lost: .*|a rank was lost: the others .*|its process was lost: neither it nor its node answers"
+    assert re.match(rf"({lost}); started again$", note)
     assert went_on(out, trial.trial_id) == [40]
     run.train(trial, tmp_path / "alone", workers=2, device="cpu")
     found = [state.latest(place / "checkpoints" / trial.trial_id) for place in (out, tmp_path / "alone")]
