@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from raysparse.errors import UsageError
-from raysparse.models.chirodiff import ChiroDiff
+from raysparse.models.chirodiff import CHANNELS, ChiroDiff
 
 SIDES = ("", "_reverse")
-CHANNELS = 3  # of a point: x, y, pen; the kernels add the velocity
 _LISTS = 11  # of a unit's columns that the same gates use; a column that none uses is in no list
 
 

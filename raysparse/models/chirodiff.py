@@ -27,7 +27,7 @@ KIND = "denoiser"
 PAPER_CONVENTION = "chirodiff"  # of raysparse.metrics.flops
 SMALL: dict[str, Any] = {"hidden": 8, "layers": 2}  # a Config for tests of what every model must do
 
-_CHANNELS = 3  # x, y, pen
+CHANNELS = 3  # x, y, pen
 _VELOCITY = 2
 _FREQUENCIES = 4
 _TIME_SCALE = 4.0
@@ -60,7 +60,7 @@ def build(config: Config, seed: int) -> ChiroDiff:
 def example(config: Config, batch: int, points: int, device: str = "cpu") -> dict[str, Tensor]:
     """Keyword arguments of a forward pass over `batch` sketches of `points` points, all 0."""
     given = {
-        "x": torch.zeros(batch, points, _CHANNELS, device=device),
+        "x": torch.zeros(batch, points, CHANNELS, device=device),
         "timesteps": torch.zeros(batch, dtype=torch.int64, device=device),
         "lengths": torch.full((batch,), points, dtype=torch.int64, device=device),
     }
@@ -98,14 +98,14 @@ class ChiroDiff(nn.Module):
         super().__init__()
         self.config = config
         time_features = 2 * _FREQUENCIES
-        inputs = _CHANNELS + _VELOCITY + time_features
+        inputs = CHANNELS + _VELOCITY + time_features
         if config.num_classes is not None:
             self.labels = nn.Embedding(config.num_classes, config.label_features)
             inputs += config.label_features
         self.register_buffer("frequencies", torch.zeros(_FREQUENCIES))
         self.gru = PackedGRU(inputs, config.hidden, config.layers)
         self.mix = nn.Linear(2 * config.hidden, config.hidden)
-        self.out = nn.Linear(config.hidden + time_features, _CHANNELS)
+        self.out = nn.Linear(config.hidden + time_features, CHANNELS)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
