@@ -316,7 +316,7 @@ class SparseEngine:
         self._replaced += self._replace(masks)
         self.updates += 1
 
-    def _replace(self, masks: dict[str, Tensor]) -> int:
+    def _replace(self, masks: dict[str, Tensor]) -> int | Tensor:
         """Put new masks in place, zero what they prune, and return how many connections are new.
 
         A grown weight and its moments are 0 already: they are kept so while it is pruned.

@@ -51,23 +51,33 @@ class Undo:
     """Zeroes weights and moments in place and can give them their values back."""
 
     def __init__(self) -> None:
-        self.positions = 0  # weights zeroed so far
-        self._before: list[tuple[Tensor, Tensor, Tensor]] = []  # tensor, flat indices, values
+        self.positions: int | Tensor = 0  # weights zeroed so far
+        self._before: list[tuple[Tensor, Tensor, Tensor]] = []  # tensor, where, values
 
     @torch.no_grad()
     def zero(self, optimizer: optim.Optimizer, weight: nn.Parameter, where: Tensor) -> None:
         """Zero the weight and its moments at few positions; where: bool, the weight's shape."""
-        index = true_indices(where)
-        self.positions += index.numel()
-        for tensor in (weight, *moments(optimizer, weight)):
-            self._before.append((tensor, index, tensor.take(index)))
-            put(tensor, index, 0)
+        if where.device.type == "cpu":
+            index = true_indices(where)
+            self.positions += index.numel()
+            for tensor in (weight, *moments(optimizer, weight)):
+                self._before.append((tensor, index, tensor.take(index)))
+                put(tensor, index, 0)
+            return
+        zeroed, known = where.count_nonzero(), self.positions
+        self.positions = zeroed.to(known.device) + known if isinstance(known, Tensor) else zeroed + known
+        for tensor in (weight, *moments(optimizer, weight)):  # whole copies: indices would have to be waited for
+            self._before.append((tensor, where, tensor.clone()))
+            tensor.masked_fill_(where, 0)
 
     @torch.no_grad()
     def restore(self) -> None:
         """Put back what `zero` has zeroed; harmless to repeat."""
-        for tensor, index, values in self._before:
-            put(tensor, index, values)
+        for tensor, where, values in self._before:
+            if where.dtype == torch.bool:
+                tensor.copy_(values)
+            else:
+                put(tensor, where, values)
 
 
 def optimized_weights(
