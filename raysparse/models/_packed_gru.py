@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.rnn import PackedSequence
 
 from raysparse.models import _compiled_gru as compiled
+from raysparse.models import _cuda_gru
 from raysparse.models._gru_products import INTEL, LayerGradient, add_product, laid_out, project
 
 _CHUNK_ROWS = 1024  # measured the same at 512, 10 % slower at 256
@@ -29,6 +30,7 @@ class PackedGRU(nn.GRU):
     forward(packed) -> packed: data float32 or float64 [points, input_size] -> [points, 2 * hidden_size], time-major
     as torch packs it. The initial state is 0. On a CPU it runs the code below, also under autocast, where it computes
     and returns float32 (a CPU's recurrence gains nothing from bf16); on other devices it is nn.GRU (cuDNN on CUDA).
+    A model on CUDA calls `padded` instead, where `takes_padded`.
     Results are the same bit for bit at a fixed number of threads.
     """
 
@@ -52,6 +54,18 @@ class PackedGRU(nn.GRU):
                 else:
                     x, _ = _forward(x, of_layer, steps, keep=False)
         return packed._replace(data=x)
+
+    def takes_padded(self, x: Tensor) -> bool:
+        """Whether `padded` runs on x's device, with this model's width and type."""
+        return x.device.type == "cuda" and _cuda_gru.serves(x, cast(Tensor, self.weight_hh_l0))
+
+    def padded(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """On CUDA: [B, L, input_size] of floats, int32 [B] -> [B, L, 2 * hidden_size], 0 beyond a length; the numbers
+        are nn.GRU's to rounding (TF32, as its own, unless torch.backends.cudnn.allow_tf32 is off)."""
+        x, lengths = x[None], lengths[None]
+        for layer in range(self.num_layers):
+            x = _cuda_gru.layer(x, [weight[None] for weight in self._layer_weights(layer)], lengths)
+        return x[0]
 
     def _layer_weights(self, layer: int) -> list[Tensor]:
         """W_ih, W_hh, b_ih, b_hh of the forward, then of the reverse direction."""

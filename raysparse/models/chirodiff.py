@@ -127,6 +127,8 @@ class ChiroDiff(nn.Module):
         The prediction is float32 also under autocast. ValueError: a length out of range. UsageError: labels.
         """
         self._check_labels(labels)
+        if isinstance(self.gru, PackedGRU) and self.gru.takes_padded(x):
+            return self._padded(x, timesteps, lengths, labels)
         rows, batch_sizes = _packing(x, lengths)
         velocity = nn.functional.pad(x[:, 1:, :2] - x[:, :-1, :2], (0, 0, 1, 0))
         points = torch.cat((x, velocity), 2).flatten(0, 1).index_select(0, rows)
@@ -138,6 +140,25 @@ class ChiroDiff(nn.Module):
         hidden = self.gru(PackedSequence(torch.cat(inputs, 1), batch_sizes)).data
         prediction = self.out(torch.cat((self.mix(hidden), time), 1)).float()
         return x.new_zeros(x.shape).flatten(0, 1).index_copy(0, rows, prediction).view(x.shape)
+
+    def _padded(self, x: Tensor, timesteps: Tensor, lengths: Tensor | None, labels: Tensor | None) -> Tensor:
+        """forward on CUDA: the same work whatever the lengths, and no waiting for the device."""
+        batch, points, _ = x.shape
+        if lengths is None:
+            lengths = torch.full((batch,), points)
+        elif lengths.device.type == "cpu":
+            _check_lengths(x, lengths)
+        lengths = lengths.to(x.device, torch.int32, non_blocking=True).clamp(max=points)
+        inside = (torch.arange(points, device=x.device) < lengths[:, None])[..., None]
+        x = torch.where(inside, x, 0.0)
+        velocity = nn.functional.pad(x[:, 1:, :2] - x[:, :-1, :2], (0, 0, 1, 0))
+        time = self._time_features(timesteps)[:, None].expand(-1, points, -1)
+        inputs = [x, velocity, time]
+        if labels is not None:
+            inputs.append(self.labels(labels)[:, None].expand(-1, points, -1))
+        hidden = self.gru.padded(torch.cat(inputs, 2), lengths)
+        prediction = self.out(torch.cat((self.mix(hidden), time), 2)).float()
+        return torch.where(inside, prediction, 0.0)
 
     def _time_features(self, timesteps: Tensor) -> Tensor:
         """int64 [B] -> float32 [B, 8]."""
@@ -166,10 +187,16 @@ def _packing(x: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     with torch.device("cpu"):
         whole = lengths is None or lengths.is_meta
         host = torch.full((batch,), points) if whole else cast(Tensor, lengths).cpu()
-        if host.shape != (batch,) or int(host.min()) < 1 or int(host.max()) > points:
-            raise ValueError(f"lengths must be {batch} numbers in 1 .. {points}, got {host.tolist()}")
+        _check_lengths(x, host)
         host, order = host.sort(descending=True, stable=True)
         running = torch.arange(int(host[0]))[:, None] < host
         time, place = running.nonzero(as_tuple=True)
         rows = order[place] * points + time
     return rows.to(x.device, non_blocking=True), running.sum(1)
+
+
+def _check_lengths(x: Tensor, lengths: Tensor) -> None:
+    """lengths: on the host."""
+    batch, points, _ = x.shape
+    if lengths.shape != (batch,) or int(lengths.min()) < 1 or int(lengths.max()) > points:
+        raise ValueError(f"lengths must be {batch} numbers in 1 .. {points}, got {lengths.tolist()}")

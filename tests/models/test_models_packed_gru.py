@@ -48,7 +48,7 @@ def run(gru: nn.GRU, given: PackedSequence) -> tuple[Tensor, list[Tensor]]:
     x = given.data.clone().requires_grad_()
     output = gru(given._replace(data=x))
     data = (output if isinstance(output, PackedSequence) else output[0]).data
-    weight = torch.randn(data.shape, generator=rng.generator(2, "test loss")).to(data.dtype)
+    weight = torch.randn(data.shape, generator=rng.generator(2, "test loss")).to(data)
     return data.detach(), list(torch.autograd.grad((data * weight).sum(), [x, *gru.parameters()]))
 
 
