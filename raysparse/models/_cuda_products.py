@@ -1,11 +1,11 @@
 """Linear layers and convolutions of kernel 1 on a CUDA device that leave out zeros in a pattern: for sampling.
 
-2:4 by PyTorch's semi-structured tensors (cuSPARSELt), blocks and diagonals by the kernels of `_triton_products`; which
-pattern a layer has is seen from where its zeros lie. A layer that none fits stays dense: convolutions with a kernel,
-single zeros, blocks below 16, which a tensor core cannot take.
+2:4 by PyTorch's semi-structured tensors (cuSPARSELt), blocks by the kernels of `_triton_products`: where a layer's
+zeros lie says which. A layer that none fits stays dense, and so does one that an H200 computes as fast with its zeros:
+convolutions with a kernel, single zeros, blocks below 32; see `EDGES` and `why_not_two_of_four`.
 
-Nothing of this has been timed: no GPU was at hand. Diagonals are not expected to be faster at S = .9: they take no
-tensor core, 15 times as fast on an H200 (bfloat16 against float32), and as blocks of 16 they would be 96 % full.
+Diagonals too. A kernel that walked them took 25 to 140 times as long as the dense product in bfloat16 with 2 to 10 % of
+them left (512 x 1,536 to 2,048 x 512, 32,896 tokens): it uses no tensor core, and as blocks of 16 they are 96 % full.
 """
 
 from __future__ import annotations
@@ -21,10 +21,18 @@ from torch.nn import functional as F
 
 from raysparse.errors import UsageError
 
-EDGES = (64, 32, 16)
+# A block's edge, and the share of blocks up to which leaving out the others is faster, in bfloat16 on an H200. Linear
+# layers of 512 to 4,096 features, 32,896 tokens: with .05, .1, .25, .35 of blocks of 64 left 1.8 to 4.1, 1.5 to 2.7,
+# 1.04 to 1.27, .95 to 1.02 times as fast as dense; of 32 1.3 to 1.9, 1.01 to 1.15, .45 to .76. Of 16 .5 to .8 with .05
+# left: they fill too little of a tensor core, also when four are taken as one of 64 outputs.
+EDGES = {64: 0.25, 32: 0.1}
 _HALVES = (torch.bfloat16, torch.float16)
-_LEFT = 0.75  # a layer of which more would be computed stays dense; not measured
+_ZEROS = 0.25  # share of zeros below which a layer is a dense one
 _FIT = 1.1  # a larger block may compute so much more than a smaller one
+# cuSPARSELt on an H200, 32,896 tokens: 512 x 2,048 takes 3 to 7 times as long as the dense product, 1,024 x 4,096 1.2
+# times; 8,192 x 8,192 with 8,192 tokens .77. Nothing between was measured.
+_HOPPER = (9, 0)
+_TWO_OF_FOUR_FROM = 8_192
 
 
 def with_sparse_products(model: nn.Module) -> nn.Module:
@@ -35,8 +43,8 @@ def with_sparse_products(model: nn.Module) -> nn.Module:
     """
     kernels()
     found = copy.deepcopy(model)
-    if (remove := getattr(found, "remove_dead_units", None)) and not any(map(_has_diagonals, found.modules())):
-        remove()  # a matrix of diagonals without some of its rows has none
+    if remove := getattr(found, "remove_dead_units", None):
+        remove()
     made, reasons = 0, collections.Counter[str]()
     for owner in list(found.modules()):
         for name, layer in owner.named_children():
@@ -46,12 +54,22 @@ def with_sparse_products(model: nn.Module) -> nn.Module:
             elif product is not None:
                 setattr(owner, name, product)
                 made += 1
+        _with_activations(owner)
     if reasons and not made:
         why = "; ".join(f"{count} layers: {reason}" for reason, count in reasons.most_common())
         raise UsageError(
-            f"a GPU leaves out zeros as 2:4, blocks of 16 to 64 or diagonals; it can do so in no layer here: {why}"
+            f"a GPU leaves out zeros as 2:4 or in blocks of 64 or 32; it can do so in no layer here: {why}"
         )
     return found
+
+
+def _with_activations(owner: nn.Module) -> None:
+    """Let products apply the exact GELU that alone takes what they make, in place: owner.activated says which do."""
+    for layer, name in getattr(owner, "activated", {}).items():
+        product, activation = getattr(owner, layer), getattr(owner, name)
+        if isinstance(product, BlockProduct) and type(activation) is nn.GELU and activation.approximate == "none":
+            product.gelu = True
+            setattr(owner, name, nn.Identity())
 
 
 def kernels() -> ModuleType:
@@ -69,18 +87,15 @@ def product_of(layer: nn.Module) -> nn.Module | str | None:
     if not isinstance(layer, nn.Linear | nn.Conv2d):
         return None
     weight = matrix(layer)
-    if int(layer.weight.count_nonzero()) > _LEFT * layer.weight.numel():
+    if int(layer.weight.count_nonzero()) > (1 - _ZEROS) * layer.weight.numel():
         return None
     if weight is None:
         return "convolutions with a kernel, hooks or groups"
     if edge := block_edge(weight):
         return BlockProduct(layer, edge)
-    reason: str | None = "its zeros are single ones"
-    if is_two_of_four(weight):  # as few diagonals may be, too
-        reason = why_not_two_of_four(layer)
-    if reason is None:
-        return TwoOfFourProduct(layer)
-    return DiagonalProduct(layer) if _share(diagonals(weight)) <= _LEFT else reason
+    if not is_two_of_four(weight):
+        return "its zeros are in no blocks that save time"
+    return why_not_two_of_four(layer) or TwoOfFourProduct(layer)
 
 
 def matrix(layer: nn.Module) -> Tensor | None:
@@ -97,14 +112,14 @@ def matrix(layer: nn.Module) -> Tensor | None:
 def blocks(weight: Tensor, edge: int) -> Tensor:
     """bool [outputs / edge, inputs / edge]: which blocks hold a weight that is not 0."""
     outputs, inputs = weight.shape
-    return weight.view(outputs // edge, edge, inputs // edge, edge).ne(0).any(3).any(1)
+    return weight.reshape(outputs // edge, edge, inputs // edge, edge).ne(0).any(3).any(1)
 
 
 def block_edge(weight: Tensor) -> int | None:
-    """Of the blocks that cover the weight: the largest that computes no more than the others, if any is worth it."""
+    """Of the blocks that cover the weight: the largest that computes hardly more than the others, if one saves time."""
     sizes = [edge for edge in EDGES if not any(side % edge for side in weight.shape)]
     shares = {edge: _share(blocks(weight, edge)) for edge in sizes}
-    fit = [edge for edge in sizes if shares[edge] <= min(_LEFT, _FIT * min(shares.values()))]
+    fit = [edge for edge in sizes if shares[edge] <= min(EDGES[edge], _FIT * min(shares.values()))]
     return max(fit, default=None)
 
 
@@ -123,15 +138,9 @@ def why_not_two_of_four(layer: nn.Linear | nn.Conv2d) -> str | None:
     if not torch.backends.cusparselt.is_available():
         return "2:4 needs a PyTorch with cuSPARSELt"
     major, minor = torch.cuda.get_device_capability(layer.weight.device)
+    if (major, minor) == _HOPPER and min(outputs, inputs) < _TWO_OF_FOUR_FROM:
+        return f"2:4 is slower than all weights at {outputs} x {inputs} on compute capability 9.0"
     return None if major >= 8 else f"2:4 needs compute capability 8.0, the GPU has {major}.{minor}"
-
-
-def diagonals(weight: Tensor) -> Tensor:
-    """bool [max(outputs, inputs)]: which of its wrapped diagonals hold a weight that is not 0.
-
-    Of a wide matrix, diagonal d is (i, (i + d) mod inputs); of a tall one, the transpose's.
-    """
-    return _aligned(weight if weight.shape[0] <= weight.shape[1] else weight.T).ne(0).any(0)
 
 
 def compute_type(weight: Tensor) -> torch.dtype:
@@ -192,60 +201,18 @@ class BlockProduct(_Product):
         weight = layer.weight.detach().flatten(1).to(self.dtype)
         used = blocks(weight, edge)
         cut = weight.view(self.outputs // edge, edge, self.inputs // edge, edge).permute(0, 2, 3, 1)
-        self._keep(values=cut[used].contiguous(), columns=used.nonzero()[:, 1].int(), starts=_starts(used.sum(1)))
-        self._kernel = kernels().block
+        self._keep(values=cut[used].contiguous(), columns=used.nonzero()[:, 1].int(), starts=starts(used.sum(1)))
+        self.edge, self.gelu = edge, False
+        self._kernels = kernels()
         self._tf32 = torch.get_float32_matmul_precision() != "highest"  # asked in forward it would break the graph
 
     def _product(self, x: Tensor) -> Tensor:
-        y: Tensor = self._kernel(x, self.values, self.columns, self.starts, self.bias, self.outputs, self._tf32)
+        found = self._kernels.Blocks(self.columns, self.starts, self.edge)
+        y: Tensor = self._kernels.block(x, self.values, found, self.bias, gelu=self.gelu, tf32=self._tf32)
         return y
 
 
-class DiagonalProduct(_Product):
-    """By a kernel that walks the diagonals that hold weights."""
-
-    values: Tensor
-    shifts: Tensor
-    starts: Tensor
-
-    def __init__(self, layer: nn.Linear | nn.Conv2d) -> None:
-        super().__init__(layer)
-        weight, longer = layer.weight.detach().flatten(1).to(self.dtype), max(self.outputs, self.inputs)
-        tile = kernels().DIAGONAL_OUTPUTS
-        offsets = diagonals(weight).nonzero()[:, 0]
-        shifts = offsets if self.outputs <= self.inputs else -offsets % longer
-        output = torch.arange(self.outputs, device=weight.device)
-        read = (output + shifts[:, None]) % longer  # [diagonals, outputs]: the input
-        inside = read < self.inputs
-        values = weight[output, read.clamp(max=self.inputs - 1)].masked_fill(~inside, 0)
-        tiles = -(-self.outputs // tile)
-        values = F.pad(values, (0, -self.outputs % tile)).view(-1, tiles, tile).transpose(0, 1)
-        meets = values.ne(0).any(2)
-        self._keep(
-            values=values[meets].contiguous(),
-            shifts=shifts.expand(len(values), -1)[meets].int(),
-            starts=_starts(meets.sum(1)),
-        )
-        self._kernel = kernels().diagonal
-
-    def _product(self, x: Tensor) -> Tensor:
-        y: Tensor = self._kernel(x, self.values, self.shifts, self.starts, self.bias, self.outputs)
-        return y
-
-
-def _has_diagonals(layer: nn.Module) -> bool:
-    weight = matrix(layer)
-    return weight is not None and block_edge(weight) is None and _share(diagonals(weight)) <= _LEFT
-
-
-def _aligned(wide: Tensor) -> Tensor:
-    """[outputs, inputs]: column d is diagonal d."""
-    outputs, inputs = wide.shape
-    rows, columns = torch.arange(outputs, device=wide.device), torch.arange(inputs, device=wide.device)
-    return wide.gather(1, (rows[:, None] + columns) % inputs)
-
-
-def _starts(counts: Tensor) -> Tensor:
+def starts(counts: Tensor) -> Tensor:
     """int32 [n + 1]: where each of so many begins."""
     return F.pad(counts.cumsum(0), (1, 0)).int()
 

@@ -1,4 +1,6 @@
-"""Linear layers and convolutions in training on a CPU through compiled kernels that touch the active weights only.
+"""Linear layers and convolutions in training through compiled kernels that touch the active weights only.
+
+Those of this file are for a CPU; on a CUDA device `_cuda_product_training` leaves out blocks.
 
 Forward and backward are those of the layers, to rounding, but the gradient of a weight outside its mask may be 0: a
 step whose dense gradients are needed (RigL's growth) is one for the model itself.
@@ -14,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from raysparse.errors import UsageError
+from raysparse.models import _cuda_product_training, _cuda_products
 from raysparse.models import _sparse_products as products
 from raysparse.models._sparse_memory import Memory
 
@@ -33,24 +37,39 @@ class SparseStep(nn.Module):
     masks: of its weights by name, as a SparseEngine has them; what lies outside is taken for 0. `follow` after a change
     of the masks. Runs on torch.get_num_threads() threads; what comes out does not depend on how many.
 
-    UsageError: not float32 on the CPU, or no compiler (see `native.load`).
+    UsageError: not float32 on the CPU, or no compiler (see `native.load`); on a CUDA device no triton, or no layer
+    whose mask is of blocks that save time.
     """
 
     def __init__(self, model: nn.Module, masks: Mapping[str, Tensor]) -> None:
         super().__init__()
-        products.check(model)
+        cuda = _on_cuda(model)
+        if cuda:
+            _cuda_products.kernels()
+        else:
+            products.check(model)
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self._network = [copy.deepcopy(model, shared)]  # its modules are new, its parameters the model's
-        self._layers: dict[str, SparseLayer] = {}
+        self._layers: dict[str, SparseLayer | _cuda_product_training.BlockLayer] = {}
         memory = Memory()
         for owner_name, owner in list(self._network[0].named_modules()):
             for name, layer in owner.named_children():
                 weight = f"{owner_name}.{name}.weight".lstrip(".")
                 if weight in masks and products.supported(layer) and getattr(layer, "stride", (1, 1)) == (1, 1):
-                    self._layers[weight] = SparseLayer(layer, memory)
+                    if not cuda:
+                        self._layers[weight] = SparseLayer(layer, memory)
+                    elif _cuda_products.matrix(layer) is not None:
+                        self._layers[weight] = _cuda_product_training.BlockLayer(layer)
+                    else:
+                        continue
                     setattr(owner, name, self._layers[weight])
         self._masks: dict[str, Tensor] = {}
         self.follow(masks)
+        if cuda and not any(getattr(layer, "blocked", False) for layer in self._layers.values()):
+            raise UsageError(
+                "a GPU leaves out zeros in blocks of 64 or 32 in training, at most a quarter or a tenth of them left "
+                "(sparse.pattern: block, sparse.block: 64); no layer here has such a mask"
+            )
 
     def follow(self, masks: Mapping[str, Tensor]) -> None:
         """Take over new masks; nothing is done where they are those it has (the same tensors)."""
@@ -61,11 +80,15 @@ class SparseStep(nn.Module):
 
     @property
     def pays(self) -> bool:
-        """Whether it is faster than the model, by what was measured: where one layer is."""
-        return any(layer.pays for layer in self._layers.values())
+        """Whether it is faster than the model, by what was measured: on a CPU where one layer is, on CUDA nowhere."""
+        return any(isinstance(layer, SparseLayer) and layer.pays for layer in self._layers.values())
 
     def forward(self, x: Tensor, timesteps: Tensor, **cond: Tensor) -> Tensor:
         return cast(Tensor, self._network[0](x, timesteps, **cond))
+
+
+def _on_cuda(model: nn.Module) -> bool:
+    return next(model.parameters()).device.type == "cuda"
 
 
 class SparseLayer(nn.Module):

@@ -10,7 +10,7 @@ and v are one linear layer, and sparse with proj, fc1 and fc2.
 from __future__ import annotations
 
 import math
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -160,6 +160,8 @@ class UViT(nn.Module):
 class Block(nn.Module):
     """Attention and MLP over tokens [B, L, D], each added to its input; a late block first takes in an early one's."""
 
+    activated: ClassVar = {"fc1": "activation"}  # what goes from one to the other goes nowhere else
+
     def __init__(self, config: Config, joined: bool = False) -> None:
         super().__init__()
         width = config.embed_dim
@@ -170,6 +172,7 @@ class Block(nn.Module):
         self.proj = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
         self.fc1 = nn.Linear(width, config.mlp_ratio * width)
+        self.activation = nn.GELU()
         self.fc2 = nn.Linear(config.mlp_ratio * width, width)
 
     def forward(self, tokens: Tensor, early: Tensor | None = None) -> Tensor:
@@ -177,11 +180,11 @@ class Block(nn.Module):
             assert early is not None
             tokens = self.skip(torch.cat((tokens, early), -1))
         tokens = tokens + self._attention(self.norm1(tokens))
-        found: Tensor = tokens + self.fc2(F.gelu(self.fc1(self.norm2(tokens))))
+        found: Tensor = tokens + self.fc2(self.activation(self.fc1(self.norm2(tokens))))
         return found
 
     def remove_dead_units(self) -> None:
-        _dead_units.remove_neurons(self.fc1, self.fc2, F.gelu)
+        _dead_units.remove_neurons(self.fc1, self.fc2, self.activation)
         self.heads = _dead_units.remove_heads(self.qkv, self.proj, self.heads)
 
     def _attention(self, tokens: Tensor) -> Tensor:

@@ -242,3 +242,35 @@ def _cli(monkeypatch, *arguments):
     with pytest.raises(SystemExit) as ended:
         cli.main()
     return ended.value.code or 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_blocks_train_to_the_same_weights_on_a_gpu(pictures, rigl, compiled):
+    """One compilation of the sparse step, whatever the topology does; growth takes the dense network's gradients."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    options = {"sample_size": 16, "patch_size": 4, "embed_dim": 128, "depth": 2, "num_heads": 2}
+    change = {
+        "model": {"name": "uvit", "options": options},
+        "sparse.sparsity": 0.8,
+        "sparse.pattern": "block",
+        "sparse.block": 64,
+        "train.steps": 8,
+        "train.compile": compiled,
+    }
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    made = {}
+    for name in ("dense", "sparse"):
+        trainer = setup.build(pictures(rigl, change, {"train.runtime": name}), device="cuda")
+        trainer._train_to(8)
+        made[name] = trainer
+    dense, sparse = made.values()
+    assert sparse.engine.updates == 2
+    assert sparse._step_network() is sparse._sparse_network
+    assert (sparse._sparse_network is sparse._sparse_step) == (not compiled)
+    if compiled:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] in (2, 3)  # both dense models may share one
+    for ours, theirs in zip(sparse.model.parameters(), dense.model.parameters(), strict=True):
+        assert torch.allclose(ours, theirs, rtol=0, atol=1e-3)
