@@ -64,6 +64,7 @@ PLACES = (
     "evaluate.runtime",
     "train.threads",
     "train.runtime",
+    "train.cuda_graph",
 )
 UNREADABLE = "(config)"  # stands for all settings where the text is no JSON object
 # Settings that have a column of their own.

@@ -20,7 +20,7 @@ from raysparse.sparse import settings
 
 # Where things lie on one machine, and how fast it is: never part of what a trial is.
 PATHS = (("data", "source"), ("data", "root"), ("evaluate", "weights"))
-PLACES = (*PATHS, ("evaluate", "runtime"), ("train", "threads"), ("train", "runtime"))
+PLACES = (*PATHS, ("evaluate", "runtime"), ("train", "threads"), ("train", "runtime"), ("train", "cuda_graph"))
 # Settings that came later, and what was done before: there, the ids of known trials stay what they were.
 LATER = (("evaluate", "intermediate", None), ("evaluate", "validation_examples", 1_024))
 
@@ -160,6 +160,9 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights stay fp32
     channels_last: bool = False  # memory format of image models; faster convolutions on GPUs, other rounding
     compile: bool = False  # torch.compile the network; masks stay outside the graph
+    # Record the network's forward and backward once and replay them, on CUDA (elsewhere nothing changes), one worker:
+    # for models so small that starting their kernels takes longer than running them
+    cuda_graph: bool = False
     label_dropout: float = Field(0.0, ge=0, lt=1)  # share of labels replaced by the null class; .1 for guidance
     threads: int = Field(1, ge=1)  # CPU threads of a worker
     # What trains: PyTorch, or kernels that leave zero weights out, forward and backward (equal to rounding); auto:
@@ -170,6 +173,14 @@ class TrainConfig(Section):
     def _whole_parts(self) -> Self:
         if self.batch_size % self.accumulate:
             raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulate {self.accumulate}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_recording(self) -> Self:
+        if self.cuda_graph and self.compile:
+            raise ValueError("cuda_graph and compile are both true: both record the network; leave one out")
+        if self.cuda_graph and self.accumulate > 1:  # each backward pass writes its gradients to the same place
+            raise ValueError(f"cuda_graph is true, but accumulate is {self.accumulate}; leave one of the two out")
         return self
 
 

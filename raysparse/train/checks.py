@@ -102,11 +102,12 @@ def _check_ranges(config: TrialConfig) -> None:
             f"ranges {config.sparse.setting('ranges')!r} end at {end}, but diffusion.timesteps is "
             f"{config.diffusion.timesteps}: every timestep needs a mask, and there are no others"
         )
-    if config.train.compile:
-        raise UsageError(
-            "train.compile is true, but a mask per range of timesteps splits each batch anew, which would be compiled "
-            "again for every split; leave it out"
-        )
+    for name in ("compile", "cuda_graph"):
+        if getattr(config.train, name):
+            raise UsageError(
+                f"train.{name} is true, but a mask per range of timesteps splits each batch anew, and one split is "
+                "not another; leave it out"
+            )
 
 
 def null_label(config: TrialConfig) -> int | None:

@@ -24,6 +24,7 @@ from raysparse.results import Report
 from raysparse.train import distributed, mask_sample, runtime
 from raysparse.train.conditions import placed
 from raysparse.train.ema import Ema
+from raysparse.train.graphed import Graphed
 from raysparse.train.lr import learning_rate
 
 if TYPE_CHECKING:
@@ -101,10 +102,14 @@ class Trainer:
         self._network: nn.Module = engine.network(model)
         # Gradients of active weights alone, on all steps but those whose update grows by dense ones.
         self._sparse_step = self._agreed(runtime.for_training(self._network, config, engine))
+        self._sparse_network: Callable[..., Tensor] | None = self._sparse_step
         if config.train.compile:
             # The masks act on gradients and on weights in place, outside the graph: it is compiled once, whatever the
             # topology does.
             self._network = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+            if self._sparse_step is not None and device.type == "cuda":  # a CPU's kernels are no part of a graph
+                self._sparse_network = torch.compile(self._sparse_step, dynamic=False)
+        self._graphed = Graphed(self._network) if config.train.cuda_graph and device.type == "cuda" else None
         if world_size > 1:
             device_ids = [device] if device.type == "cuda" else None
             self._network = DistributedDataParallel(self._network, device_ids=device_ids)
@@ -178,7 +183,7 @@ class Trainer:
                 loss = loss / train.accumulate
                 loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        if network is self._sparse_step:  # DDP averages what its own forward pass began
+        if network is self._sparse_network:  # DDP averages what its own forward pass began
             distributed.average_gradients(self._parameters, self.world_size)
         self.engine.mask_gradients()
         if optimizer.clip_norm is not None:
@@ -193,9 +198,10 @@ class Trainer:
     def _step_network(self) -> Callable[..., Tensor]:
         """What predicts at this step: a function of the step and the masks, so that a resume does the same."""
         if self._sparse_step is None or self.engine.needs_dense_gradients:
-            return self._network
+            return self._graphed or self._network
         self._sparse_step.follow(self.engine.masks)
-        return self._sparse_step
+        assert self._sparse_network is not None
+        return self._sparse_network
 
     def _draws(self) -> tuple[Tensor, Tensor]:
         """Of this step, for the global batch: timesteps int64 [B], noise float32 [B, *example]."""
@@ -218,6 +224,8 @@ class Trainer:
         x = batch["x"]
         if train.channels_last and x.ndim == 4:
             x = x.to(memory_format=torch.channels_last)
+        if self._sequences and self.device.type == "cuda":  # one shape for all steps: compiled, or recorded, once
+            x = nn.functional.pad(x, (0, 0, 0, self._noise_shape[0] - x.shape[1]))
         return x.to(self.device, non_blocking=True), placed(cond, self.device), rows
 
     def _flips(self, rows: slice) -> dict[str, Any]:

@@ -59,6 +59,8 @@ def build(config: TrialConfig, *, device: str = "cpu", rank: int = 0, world_size
 
     Sets the number of CPU threads of this process (train.threads): sums depend on it, and so does a resume bit for bit.
     """
+    if config.train.cuda_graph and world_size > 1:
+        raise UsageError(f"train.cuda_graph is for one worker, the trial has {world_size}; leave it out")
     torch.set_num_threads(config.train.threads)
     place = torch.device(device)
     folder = _folder(config)

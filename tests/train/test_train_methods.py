@@ -176,7 +176,8 @@ def test_ranges_cover_the_trials_timesteps(tiny):
 
     for changes, message in (
         ({"sparse.ranges": "0-400:0.5,400-900:0.5"}, "end at 900, but diffusion.timesteps is 1000"),
-        ({"train.compile": True}, "compiled again"),
+        ({"train.compile": True}, "train.compile is true, but"),
+        ({"train.cuda_graph": True}, "train.cuda_graph is true, but"),
     ):
         with pytest.raises(UsageError, match=message):
             setup.check(tiny({"sparse.method": "timesteps", **changes}))
