@@ -64,16 +64,14 @@ class Runner:
             self.engine.after_step()
 
 
-def batch_of(turn: int, count: int, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def batch_of(turn: int, count: int, size: int, channels: int = 3) -> tuple[Tensor, Tensor, Tensor]:
     draw = rng.generator(0, "training benchmark of pictures", step=turn)
-    x, eps = (torch.randn(count, 3, size, size, generator=draw) for _ in range(2))
+    x, eps = (torch.randn(count, channels, size, size, generator=draw) for _ in range(2))
     return x, torch.randint(0, 1000, (count,), generator=draw), eps
 
 
-def difference(model: nn.Module, reference: nn.Module) -> float:
-    """Of all gradients together, relative: those of a key's bias alone are rounding."""
-    pairs = [(a.grad, b.grad) for a, b in zip(model.parameters(), reference.parameters(), strict=True)]
-    both = [(a, b) for a, b in pairs if a is not None and b is not None]
+def difference(both: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """Of all gradients together from what they are to be, relative: those of a key's bias alone are rounding."""
     off, whole = (
         sum(float(part.double().square().sum()) for part in parts)
         for parts in zip(*((a - b, b) for a, b in both), strict=True)
@@ -87,7 +85,9 @@ def measure(options: argparse.Namespace, name: str, sparsity: float, pattern: st
     runners = {kind: Runner(name, settings, kind, sparsity, pattern) for kind in ("dense", "masked", "sparse")}
     for kind in ("masked", "sparse"):
         runners[kind].gradients(*batch_of(0, options.pictures, options.size))
-    off = difference(runners["sparse"].model, runners["masked"].model)
+    models = (runners[kind].model.parameters() for kind in ("sparse", "masked"))
+    pairs = ((mine.grad, theirs.grad) for mine, theirs in zip(*models, strict=True))
+    off = difference([(a, b) for a, b in pairs if a is not None and b is not None])
     seconds: dict[str, list[float]] = {kind: [] for kind in runners}
     for turn in range(options.turns + 1):
         batch = batch_of(turn, options.pictures, options.size)
