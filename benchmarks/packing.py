@@ -1,6 +1,6 @@
 """Many small trials on one device: trial-steps per second of ChiroDiff, against one trial that has it to itself.
 
-    python benchmarks/packing.py               # the papers' three sizes; on a GPU 8 and 32 trials, on a CPU 4
+    python benchmarks/packing.py               # the papers' three sizes; on a GPU 8, 16 and 32 trials, on a CPU 4
     python benchmarks/packing.py --threads 1 --trials 4 --sizes 48x2
 
 Needs PyTorch, diffusers, safetensors, numpy and pydantic, and this checkout; no Ray, no Optuna, nothing installed.
@@ -13,34 +13,40 @@ one turn, to the first row's. FLOPs ratio: mean 1 - S, which a kernel that leave
 here are dense. The ways:
 
     alone             one trial, as `raysparse train` steps it
+    alone, cuDNN      the same with PyTorch's GRU, which raysparse's kernel stands for on a GPU
+    alone, recorded   as with `train.cuda_graph`: prediction and gradients are one CUDA graph each
     processes         each in a process of its own, together on the device: a sweep with gpus_per_worker: 1 / trials
+    processes, MPS    the same under a Multi-Process Service of this script's own, which lets their kernels overlap;
+                      also with `train.cuda_graph`, "recorded"
     one by one        in one process, a step of each in turn
     stacked           in one process, prediction and gradients in batched products over a leading trial dimension
     ... CUDA graph    the whole step recorded once and replayed, over sketches padded to the longest there may be
 
-The ways that need a GPU have not been run yet; tests/models/test_models_packing.py checks them where there is one.
+On a CPU a stack has packed points and PyTorch's own operations: see stacked_chirodiff.py.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
+import os
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for the other file; a script has it already
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a machine without Ray has no `pip install raysparse`
 
-from stacked_chirodiff import Batch, Stack, stacked
+from stacked_chirodiff import Batch, Stack, padded
 
 from raysparse import rng
 from raysparse.diffusion.losses import eps_mse
@@ -48,6 +54,7 @@ from raysparse.diffusion.schedule import NoiseSchedule
 from raysparse.models.chirodiff import ChiroDiff, Config, build
 from raysparse.sparse import SparseEngine
 from raysparse.train.ema import Ema
+from raysparse.train.graphed import Graphed
 
 SIZES = ("48x2", "96x3", "128x3")  # h x layers: VMNIST, KanjiVG, QuickDraw
 MIX = (("rigl", 0.5), ("static", 0.75), ("magran", 0.9), ("dense", 0.0))  # method and S of trials 0, 1, ...
@@ -56,6 +63,7 @@ COLUMNS += ("x alone (min / median / max)", "FLOPs ratio", "peak memory")
 LONGEST = 165  # points, as in KanjiVG
 LATE = 10**6  # updates of the running mean: its warm-up is over
 MOST_PROCESSES = 16  # each takes some hundred MB of a GPU for its CUDA context
+MPS_CONTROL = "nvidia-cuda-mps-control"
 HAS_GPU = torch.cuda.is_available()
 
 
@@ -90,7 +98,7 @@ def batch_of(work: Work, trial: int, step: int) -> Batch:
 class Trial:
     """One trial as the project trains it; `step` is the loop's, without its bookkeeping."""
 
-    def __init__(self, work: Work, number: int) -> None:
+    def __init__(self, work: Work, number: int, recorded: bool = False) -> None:
         self.number, self.device = number, work.device
         method, sparsity = MIX[number % len(MIX)]
         settings: dict[str, Any] = {} if method == "dense" else {"sparsity": sparsity}
@@ -104,6 +112,7 @@ class Trial:
             fused=True,
             capturable=work.device == "cuda",
         )
+        self.network: Callable[..., Tensor] = Graphed(self.model) if recorded else self.model
         self.engine = SparseEngine(self.model, self.optimizer, method=method, seed=number, **settings)
         self.average = Ema(self.model, 0.9999)
         self.shadow = self.average.parameters()
@@ -112,7 +121,7 @@ class Trial:
     def step(self, batch: Batch) -> None:
         x, eps, timesteps, lengths = (getattr(batch, field.name).to(self.device) for field in dataclasses.fields(Batch))
         self.optimizer.zero_grad()
-        prediction = self.model(self.schedule.add_noise(x, eps, timesteps), timesteps, lengths)
+        prediction = self.network(self.schedule.add_noise(x, eps, timesteps), timesteps, lengths=lengths)
         eps_mse(prediction, eps, lengths).backward()  # type: ignore[no-untyped-call]
         self.apply()
         self.close()
@@ -134,8 +143,8 @@ class Graph:
     """A stack's step as a CUDA graph. A step whose topology update is due would run outside it, one in 800."""
 
     def __init__(self, stack: Stack, batches: Sequence[Batch]) -> None:
-        self.device = stack.device
-        self.inputs = stacked(batches, self.device, padded=True)
+        self.stack, self.device = stack, stack.device  # the graph works in the stack's memory, and does not hold it
+        self.inputs = padded(batches, self.device)
         side = torch.cuda.Stream()  # PyTorch asks for a few steps on a side stream before a capture
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -143,37 +152,50 @@ class Graph:
                 stack.run(self.inputs)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool()):
+        with torch.cuda.graph(self.graph):
             stack.run(self.inputs)
 
     def step(self, batches: Sequence[Batch]) -> None:
-        for here, new in zip(self.inputs.tensors(), stacked(batches, "cpu", padded=True).tensors(), strict=True):
+        for here, new in zip(self.inputs.tensors(), padded(batches, "cpu").tensors(), strict=True):
             here.copy_(new, non_blocking=True)
         self.graph.replay()
 
 
-@functools.cache
-def pool() -> Any:
-    """Memory that all graphs work in: they are replayed one after the other, and nothing in it outlives a replay."""
-    return torch.cuda.graph_pool_handle()
+class Mps:
+    """A Multi-Process Service that serves only processes with its environment."""
+
+    def __init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="mps")
+        place = {f"CUDA_MPS_{kind}_DIRECTORY": self._folder.name for kind in ("PIPE", "LOG")}
+        self.environment = os.environ | place
+        subprocess.run([MPS_CONTROL, "-d"], env=self.environment, check=True)
+
+    def end(self) -> None:
+        subprocess.run([MPS_CONTROL], input="quit\n", text=True, env=self.environment, check=False, timeout=60)
+        self._folder.cleanup()
 
 
 class Processes:
     """k processes that each train a trial, this script with --worker; they wait for their turn."""
 
-    def __init__(self, work: Work, trials: int, threads: int) -> None:
+    def __init__(self, work: Work, trials: int, threads: int, mps: Mps | None = None, recorded: bool = False) -> None:
         size = f"{work.hidden}x{work.layers}"
         words = ["--worker", "--threads", threads, "--sizes", size, "--batch", work.batch, "--longest", work.longest]
+        words += ["--recorded"] if recorded else []
         self.workers = [
             subprocess.Popen(
                 [sys.executable, __file__, *map(str, words), "--trials", str(number), "--device", work.device],
+                env=None if mps is None else mps.environment,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
             )
             for number in range(trials)
         ]
-        self.peak_bytes = sum(self._answers())
+
+    def ready(self) -> int:
+        """Wait until all have made a step; the bytes that they then hold, together."""
+        return sum(self._answers())
 
     def run(self, steps: int) -> None:
         for worker in self.workers:
@@ -192,9 +214,9 @@ class Processes:
             worker.communicate()  # closes its input, which ends it
 
 
-def serve(work: Work, number: int) -> None:
+def serve(work: Work, number: int, recorded: bool) -> None:
     """What a worker does: its peak memory after a step, then so many steps for each line that says how many."""
-    trial, batches = Trial(work, number), [batch_of(work, number, step) for step in range(4)]
+    trial, batches = Trial(work, number, recorded), [batch_of(work, number, step) for step in range(4)]
     trial.step(batches[0])
     work.synchronise()
     print(peak_bytes(work), flush=True)
@@ -226,22 +248,36 @@ class Ways:
     def __init__(self, work: Work, counts: Sequence[int], threads: int | None) -> None:
         """threads: of each process; None: there are to be none."""
         self.work, self.rows, self.processes = work, list[Way](), list[Processes]()
+        self.mps = Mps() if work.device == "cuda" and threads is not None and shutil.which(MPS_CONTROL) else None
         self._batches = {(t, s): batch_of(work, t, s) for t in range(max(counts)) for s in range(4)}
         self._add("alone", 1, lambda: [self._eager(0)])
+        self._add("alone, cuDNN", 1, lambda: [self._eager(0, cudnn=True)], needs_gpu=True)
+        self._add("alone, recorded", 1, lambda: [self._eager(0, recorded=True)], needs_gpu=True)
         self._add("alone, stacked", 1, lambda: [self._stack([0])])
         self._add("alone, CUDA graph", 1, lambda: [self._graph([0])], needs_gpu=True)
         for count in counts:
             self._add_many(range(count), threads)
+        for way in self.rows:  # processes have started meanwhile
+            if isinstance(owner := getattr(way.run, "__self__", None), Processes):
+                way.peak_bytes = owner.ready()
 
     def _add_many(self, numbers: Sequence[int], threads: int | None) -> None:
         count = len(numbers)
         if threads is not None and count <= MOST_PROCESSES:
-            self.processes.append(Processes(self.work, count, threads))
-            self.rows.append(Way("processes", count, self.processes[-1].run, self.processes[-1].peak_bytes))
-        self._add("one by one", count, lambda: [self._eager(number) for number in numbers])
-        self._add("one by one, CUDA graph", count, lambda: [self._graph([n]) for n in numbers], needs_gpu=True)
+            if not (self.mps and self.processes):  # without the service more of them are no faster
+                self._add_processes("processes", count, threads)
+            if self.mps:
+                self._add_processes("processes, MPS", count, threads, self.mps)
+                self._add_processes("processes, MPS, recorded", count, threads, self.mps, True)
+        if not any(row.name == "one by one" for row in self.rows):  # more of them are no faster
+            self._add("one by one", count, lambda: [self._eager(number) for number in numbers])
+            self._add("one by one, CUDA graph", count, lambda: [self._graph([n]) for n in numbers], needs_gpu=True)
         self._add("stacked", count, lambda: [self._stack(numbers)])
         self._add("stacked, CUDA graph", count, lambda: [self._graph(numbers)], needs_gpu=True)
+
+    def _add_processes(self, name: str, *given: Any) -> None:
+        self.processes.append(Processes(self.work, *given))
+        self.rows.append(Way(name, given[0], self.processes[-1].run))
 
     def _add(self, name: str, count: int, make: Callable[[], list[Stepper]], needs_gpu: bool = False) -> None:
         if needs_gpu and self.work.device != "cuda":
@@ -266,8 +302,10 @@ class Ways:
     def _at(self, step: int, numbers: Sequence[int]) -> list[Batch]:
         return [self._batches[number, step % 4] for number in numbers]
 
-    def _eager(self, number: int) -> Stepper:
-        trial = Trial(self.work, number)
+    def _eager(self, number: int, cudnn: bool = False, recorded: bool = False) -> Stepper:
+        trial = Trial(self.work, number, recorded)
+        if cudnn:
+            trial.model.gru.takes_padded = lambda _: False  # type: ignore[method-assign]
         return lambda step: trial.step(self._at(step, [number])[0])
 
     def _stack(self, numbers: Sequence[int]) -> Stepper:
@@ -292,6 +330,8 @@ class Ways:
     def end(self) -> None:
         for processes in self.processes:
             processes.end()
+        if self.mps:
+            self.mps.end()
 
 
 def start_of_peak(work: Work) -> int:
@@ -336,7 +376,9 @@ def parameters(work: Work) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=SIZES, metavar="HxL", help="h x layers (default: the papers')")
-    parser.add_argument("--trials", nargs="+", type=int, default=[8, 32] if HAS_GPU else [4], help="trials together")
+    parser.add_argument(
+        "--trials", nargs="+", type=int, default=[8, 16, 32] if HAS_GPU else [4], help="trials together"
+    )
     parser.add_argument("--turns", type=int, default=5, help="measured turns (default 5)")
     parser.add_argument("--steps", type=int, default=5 if HAS_GPU else 1, help="steps of each trial in a turn")
     parser.add_argument("--batch", type=int, default=128, help="sketches of each trial and step (default 128)")
@@ -347,6 +389,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if HAS_GPU else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--cpu-time", action="store_true", help="CPU seconds, for a machine in use; no processes then")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--recorded", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     works = [
@@ -354,7 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for size in options.sizes
     ]
     if options.worker:
-        serve(works[0], options.trials[0])
+        serve(works[0], options.trials[0], options.recorded)
         return
     name = torch.cuda.get_device_name() if options.device == "cuda" else f"CPU, {options.threads} thread(s) a process"
     clock, timed = (time.process_time, "CPU time") if options.cpu_time else (time.perf_counter, "wall clock")

@@ -1,8 +1,9 @@
 """ChiroDiff for k trials at a time: their weights lie in one tensor per parameter, a step is batched over the trials.
 
-Plain PyTorch operations: autograd makes the backward pass, and a CUDA graph can hold all of it. Each trial has its own
-sketches of unequal lengths, weights, frequencies, mask, method, optimizer and running mean; computed together are
-the prediction and the gradients. Equal to separate training to rounding (tests/models/test_models_packing.py).
+Each trial has its own sketches of unequal lengths, weights, frequencies, mask, method, optimizer and running mean;
+computed together are the prediction and the gradients. Equal to separate training to rounding
+(tests/models/test_models_packing.py). On a CPU the points are packed and the recurrence is PyTorch's operations; on a
+GPU they are padded, the recurrence is raysparse's kernel for all trials at once, and a CUDA graph can hold the step.
 """
 
 from __future__ import annotations
@@ -14,6 +15,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from raysparse.models import _cuda_gru
+
+GRU = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +52,31 @@ class Stacked:
         return [value for field in dataclasses.fields(self) if isinstance(value := getattr(self, field.name), Tensor)]
 
 
-def stacked(batches: Sequence[Batch], device: str, padded: bool = False) -> Stacked:
-    """padded: every slot lasts for all L points, so that all batches have one shape."""
+@dataclasses.dataclass(frozen=True)
+class Padded:
+    """The batches of k trials as one, whose shapes do not depend on lengths."""
+
+    x: Tensor  # float32 [k, B, L, 3]
+    eps: Tensor
+    timesteps: Tensor  # int64 [k, B]
+    lengths: Tensor  # int32 [k, B]
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, field.name) for field in dataclasses.fields(self)]
+
+
+def padded(batches: Sequence[Batch], device: str) -> Padded:
+    x, eps, timesteps, lengths = (
+        torch.stack([getattr(one, field.name) for one in batches]) for field in dataclasses.fields(Batch)
+    )
+    return Padded(*(tensor.to(device) for tensor in (x, eps, timesteps, lengths.int())))
+
+
+def stacked(batches: Sequence[Batch], device: str) -> Stacked:
     x, lengths = torch.stack([one.x for one in batches]), torch.stack([one.lengths for one in batches])
     k, size, longest, _ = x.shape
     ordered, order = lengths.sort(dim=1, descending=True, stable=True)
-    lasts = torch.full((size,), longest) if padded else ordered.amax(0)
+    lasts = ordered.amax(0)
     running = torch.arange(int(lasts[0]))[:, None] < lasts
     point, slot = running.nonzero(as_tuple=True)  # [P]: the time and slot of a row
     sizes = running.sum(1)
@@ -96,33 +120,57 @@ class Stack:
         self.frequencies = torch.stack([trial.model.frequencies for trial in trials])
 
     def step(self, batches: Sequence[Batch]) -> None:
-        self.run(stacked(batches, self.device))
+        self.run(padded(batches, self.device) if self.device == "cuda" else stacked(batches, self.device))
         for trial in self.trials:
             trial.close()
 
-    def run(self, batch: Stacked) -> None:
+    def run(self, batch: Stacked | Padded) -> None:
         """One step of all trials but for what `Trial.close` does."""
         for weight in self.weights.values():
             weight.grad.zero_()  # type: ignore[union-attr]
         noisy = self.trials[0].schedule.add_noise(
             batch.x.flatten(0, 1), batch.eps.flatten(0, 1), batch.timesteps.flatten()
         )
-        error = self.predict(noisy, batch) - rows_of(batch.eps.flatten(0, 2), batch.rows)
-        (error.square().mean(2) * batch.share).sum().backward()  # type: ignore[no-untyped-call]
+        loss = self.padded_loss if isinstance(batch, Padded) else self.packed_loss
+        loss(noisy, batch).backward()  # type: ignore[arg-type, no-untyped-call]
         for trial in self.trials:
             trial.apply()
+
+    def packed_loss(self, noisy: Tensor, batch: Stacked) -> Tensor:
+        """noisy: float32 [k B, L, 3] -> the sum of the trials' losses."""
+        error = self.predict(noisy, batch) - rows_of(batch.eps.flatten(0, 2), batch.rows)
+        return (error.square().mean(2) * batch.share).sum()
+
+    def padded_loss(self, noisy: Tensor, batch: Padded) -> Tensor:
+        noisy = noisy.view_as(batch.x)
+        inside = torch.arange(noisy.shape[2], device=noisy.device) < batch.lengths[..., None]
+        noisy = noisy.where(inside[..., None], 0)
+        velocity = nn.functional.pad(noisy[:, :, 1:, :2] - noisy[:, :, :-1, :2], (0, 0, 1, 0))
+        features = self.time_features(batch.timesteps)[:, :, None].expand(*noisy.shape[:3], -1)
+        hidden = torch.cat((noisy, velocity, features), 3)
+        for layer in range(self.config.layers):
+            names = (f"{name}_l{layer}{end}" for end in ("", "_reverse") for name in GRU)
+            hidden = _cuda_gru.layer(hidden, [self.weights[f"gru.{name}"] for name in names], batch.lengths)
+        mixed = self.linear("mix", hidden.flatten(1, 2))
+        prediction = self.linear("out", torch.cat((mixed, features.flatten(1, 2)), 2)).view_as(noisy)
+        error = (prediction.float() - batch.eps).where(inside[..., None], 0)
+        return (error.square().mean(3).sum(2) / batch.lengths).mean(1).sum()
 
     def predict(self, noisy: Tensor, batch: Stacked) -> Tensor:
         """ChiroDiff's forward. noisy: float32 [k B, L, 3] -> eps float32 [k, P, 3]."""
         velocity = nn.functional.pad(noisy[:, 1:, :2] - noisy[:, :-1, :2], (0, 0, 1, 0))
         points = rows_of(torch.cat((noisy, velocity), 2).flatten(0, 1), batch.rows)
-        turns = (batch.timesteps / self.config.timesteps)[..., None] * (8 * math.pi * self.frequencies[:, None])
-        features = rows_of(torch.cat((turns.sin(), turns.cos()), 2).flatten(0, 1), batch.sketch)
+        features = rows_of(self.time_features(batch.timesteps).flatten(0, 1), batch.sketch)
         hidden = torch.cat((points, features), 2)
         for layer in range(self.config.layers):
             hidden = self.recur(hidden, layer, batch)
         mixed = self.linear("mix", hidden)
         return self.linear("out", torch.cat((mixed, features), 2))
+
+    def time_features(self, timesteps: Tensor) -> Tensor:
+        """int64 [k, B] -> float32 [k, B, 8]."""
+        turns = (timesteps / self.config.timesteps)[..., None] * (8 * math.pi * self.frequencies[:, None])
+        return torch.cat((turns.sin(), turns.cos()), 2)
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         return torch.baddbmm(self.weights[f"{name}.bias"][:, None], x, self.weights[f"{name}.weight"].mT)
@@ -131,7 +179,7 @@ class Stack:
         """A bidirectional GRU layer: float32 [k, P, in] -> [k, P, 2 h]. The 2 k directions advance together."""
         w_ih, w_hh, b_ih, b_hh = (
             torch.stack([self.weights[f"gru.{name}_l{layer}{end}"] for end in ("", "_reverse")], 1).flatten(0, 1)
-            for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            for name in GRU
         )
         sides = torch.stack((x, rows_of(x.flatten(0, 1), batch.reverse)), 1).flatten(0, 1)
         given = torch.baddbmm(b_ih[:, None], sides, w_ih.mT)

@@ -46,8 +46,7 @@ def state(trial: Any) -> dict[str, torch.Tensor]:
     return found
 
 
-@pytest.mark.parametrize("padded", [False, True])
-def test_trials_together_become_what_they_become_alone(script: dict[str, Any], padded: bool) -> None:
+def test_trials_together_become_what_they_become_alone(script: dict[str, Any]) -> None:
     """Five steps with two topology updates; other methods, sparsities, seeds, learning rates and lengths each."""
     work = work_of(script)
     alone, together = ([script["Trial"](work, number) for number in range(5)] for _ in range(2))
@@ -58,9 +57,7 @@ def test_trials_together_become_what_they_become_alone(script: dict[str, Any], p
         assert len({tuple(sorted(batch.lengths.tolist())) for batch in batches}) > 1
         for trial, batch in zip(alone, batches, strict=True):
             trial.step(batch)
-        stack.run(script["stacked"](batches, "cpu", padded=padded))
-        for trial in together:
-            trial.close()
+        stack.step(batches)
     assert [trial.engine.updates for trial in alone] == [2, 0, 2, 0, 2]
     for one, other, before in zip(alone, together, first, strict=True):
         assert one.engine.masks.keys() == other.engine.masks.keys()
@@ -81,7 +78,7 @@ def test_one_trials_gradient_knows_nothing_of_the_others(script: dict[str, Any])
     gradients = []
     for given in (batches, spoilt):
         stack = script["Stack"]([script["Trial"](work, number) for number in range(3)])
-        stack.run(script["stacked"](given, "cpu"))
+        stack.step(given)
         gradients.append({name: weight.grad for name, weight in stack.weights.items()})
     for name, right in gradients[0].items():
         assert torch.equal(right[1:], gradients[1][name][1:]), name
@@ -107,7 +104,9 @@ def check(printed: str, measured: set[str]) -> None:
     head, *rows = [line.split(" | ") for line in printed.splitlines() if " | " in line]
     assert head[3:7] == ["runtime", "trials", "ms per step of all", "trial-steps per s"]
     found = {row[3]: row for row in rows}
-    graphs = {"alone, CUDA graph", "one by one, CUDA graph", "stacked, CUDA graph"}
+    graphs = {"alone, CUDA graph", "one by one, CUDA graph", "stacked, CUDA graph"} | {
+        f"alone, {how}" for how in ("cuDNN", "recorded")
+    }
     assert found.keys() == measured | graphs
     for name, row in found.items():
         assert row[0] == "2,539"
@@ -131,7 +130,7 @@ def test_a_cuda_graph_does_what_the_same_steps_do_without_one(script: dict[str, 
         if step:
             graph.step(batches[step])
         for _ in range(1 if step else 3):
-            eager.run(script["stacked"](batches[step], "cuda", padded=True))
+            eager.run(script["padded"](batches[step], "cuda"))
     for one, other in zip(eager.trials, graphed.trials, strict=True):
         for name, value in state(one).items():
             torch.testing.assert_close(state(other)[name], value, rtol=1e-4, atol=1e-6, msg=name)
