@@ -28,3 +28,20 @@ def run(script: str, folder: Path, *arguments: str) -> subprocess.CompletedProce
     environment |= {"TRITON_INTERPRET": "1", "TRITON_CACHE_DIR": str(folder), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", BARE, str(BENCHMARKS / script), *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def run_kernels(file: str, folder: Path, **environment: str) -> str:
+    """The tests of a file beside this one in a process of their own, as triton reads its variables once. -> its output.
+
+    AssertionError: one failed.
+    """
+    path = Path(__file__).parent / file
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(path)],
+        env=os.environ | {"TRITON_CACHE_DIR": str(folder)} | environment,
+        cwd=path.parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout
+    return done.stdout

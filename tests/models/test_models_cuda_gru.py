@@ -3,42 +3,29 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from bare_script import run_kernels
 
 from raysparse.models import _cuda_gru, chirodiff
 
-RECURRENCE = Path(__file__).parent / "triton_gru.py"
-
-
-def run_recurrence(tmp_path: Path, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(RECURRENCE)],
-        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)} | environment,
-        cwd=RECURRENCE.parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+FILE = "triton_gru.py"
 
 
 @pytest.mark.slow
 def test_interpreted_it_computes_what_nn_gru_does(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    assert "9 passed, 3 skipped" in run_recurrence(tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    assert "9 passed, 3 skipped" in run_kernels(FILE, tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_it_does_too(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    assert "12 passed" in run_recurrence(tmp_path)
+    assert "12 passed" in run_kernels(FILE, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from bare_script import run_kernels
 from torch import Tensor, nn
 
 from raysparse import plugins
@@ -21,32 +20,20 @@ from raysparse.models._cuda_product_training import BlockLayer
 from raysparse.models._cuda_products import BlockProduct, product_of
 from raysparse.sparse import SparseEngine
 
-PRODUCTS = Path(__file__).parent / "triton_products.py"
-
-
-def run_products(tmp_path: Path, **environment: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(PRODUCTS)],
-        env=os.environ | {"TRITON_CACHE_DIR": str(tmp_path)} | environment,
-        cwd=PRODUCTS.parents[2],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
-    return done.stdout
+FILE = "triton_products.py"
 
 
 @pytest.mark.slow
 def test_interpreted_kernels_compute_what_dense_layers_do(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    assert "7 passed, 1 skipped" in run_products(tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    assert "6 passed, 1 skipped" in run_kernels(FILE, tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_they_do_too(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    assert "8 passed" in run_products(tmp_path)
+    assert "7 passed" in run_kernels(FILE, tmp_path)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
