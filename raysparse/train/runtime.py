@@ -78,8 +78,10 @@ def autocast(config: TrialConfig, device: torch.device) -> torch.autocast:
 def _check_pattern(config: TrialConfig) -> None:
     """UsageError where a GPU leaves out no zeros of the trial's pattern: now, not after the first steps."""
     pattern = config.sparse.setting("pattern")
-    if pattern == "element":
-        raise UsageError("single zeros save no time on a GPU; train with sparse.pattern nm, block or diagonal")
+    if pattern in ("element", "diagonal"):
+        raise UsageError(
+            f"zeros of sparse.pattern {pattern} save no time on a GPU; train with block (sparse.block: 64) or nm"
+        )
     if pattern == "nm" and config.train.precision != "bf16":
         raise UsageError(f"2:4 is for train.precision bf16, the trial has {config.train.precision}")
 

@@ -212,12 +212,14 @@ def on_a_gpu(monkeypatch):
 @pytest.mark.filterwarnings("ignore:.*Disabling")
 def test_on_a_gpu_kernels_are_for_patterns(pictures, rigl, on_a_gpu):
     trial = pictures(rigl, SPARSE)
-    with pytest.raises(UsageError, match=r"single zeros save no time on a GPU; train with sparse\.pattern nm"):
+    with pytest.raises(UsageError, match=r"zeros of sparse\.pattern element save no time on a GPU; train with block"):
         runtime.for_sampling(on_a_gpu, trial)
+    with pytest.raises(UsageError, match=r"zeros of sparse\.pattern diagonal save no time on a GPU"):
+        runtime.for_sampling(on_a_gpu, pictures(rigl, SPARSE, {"sparse.pattern": "diagonal"}))
     two_of_four = pictures(rigl, SPARSE, {"sparse.pattern": "nm"})
     with pytest.raises(UsageError, match=r"2:4 is for train\.precision bf16, the trial has fp32"):
         runtime.for_sampling(on_a_gpu, two_of_four)
-    for pattern in ("block", "diagonal", "nm"):
+    for pattern in ("block", "nm"):
         half = pictures(rigl, SPARSE, {"sparse.pattern": pattern, "train.precision": "bf16"})
         assert runtime.for_sampling(on_a_gpu, half) == "kernels"
     assert runtime.for_sampling(on_a_gpu, pictures(SPARSE)) == "kernels"
