@@ -76,11 +76,13 @@ class Row:
     pattern: dict[str, Any] = dataclasses.field(default_factory=dict)
     bf16: bool = True
     compiled: bool = True
+    graphs: bool = False
     updates: bool = False
 
     @property
     def cells(self) -> list[str]:
         how = [self.runtime, "bf16" if self.bf16 else "float32", *(["compile"] if self.compiled else [])]
+        how += ["CUDA graphs"] if self.graphs else []
         named = f"{self.pattern.get('pattern', '')} {self.pattern.get('block', '')}".strip()
         return [f"{self.sparsity:g}", named, "topology update (rigl)" if self.updates else " + ".join(how)]
 
@@ -95,6 +97,8 @@ ROWS = (
     Row("masked", 0.9, updates=True, compiled=False),
     Row("masked", 0.9, blocks(64), updates=True, compiled=False),
     Row("masked", 0.9),
+    Row(graphs=True),
+    Row("sparse", 0.9, blocks(64), graphs=True),
     Row("sparse", 0.95, blocks(64)),
     Row(compiled=False, bf16=False),
     Row("sparse", 0.95, blocks(32)),
@@ -121,7 +125,8 @@ class Runner:
         if row.runtime == "sparse":
             self.network = module.sparse_step(self.model, self.engine.masks)
         if row.compiled and self.device.type == "cuda":
-            self.network = torch.compile(self.network, dynamic=False)
+            mode = "reduce-overhead" if row.graphs else "default"
+            self.network = torch.compile(self.network, dynamic=False, mode=mode)
         batch = batch_of(0, options.pictures, config.sample_size, config.in_channels)
         given = (tensor.to(self.device) for tensor in batch)
         self.x, self.timesteps, self.eps = given
@@ -214,6 +219,8 @@ class Table:
             other = base.seconds(self.options.steps)
             times.append(runner.seconds(self.options.steps))
             ratios.append(other / times[-1])
+        if self.options.profile:
+            self._profile(runner)
         each = statistics.median(times)
         masks = {name: float(mask.float().mean()) for name, mask in runner.engine.masks.items()}
         return [
@@ -224,6 +231,13 @@ class Table:
             peak,
             "" if row.updates else f"{off:.0e}",
         ]
+
+    def _profile(self, runner: Runner) -> None:
+        """On stderr: what three steps spend on the device, or on a CPU."""
+        with torch.profiler.profile() as seen:
+            runner.seconds(3)
+        order = f"self_{'cuda' if self.options.device == 'cuda' else 'cpu'}_time_total"
+        print(seen.key_averages().table(sort_by=order, row_limit=15, max_name_column_width=60), file=sys.stderr)
 
     def _memory(self, peak: bool) -> int:
         if self.options.device != "cuda":
@@ -239,6 +253,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=10, help="in a turn (default 10)")
     parser.add_argument("--turns", type=int, default=5, help="measured turns (default 5)")
     parser.add_argument("--seconds", type=float, default=400, help="a row that would end later is left out (400)")
+    parser.add_argument("--profile", action="store_true", help="after each row what its time went to, on stderr")
     parser.add_argument("--quick", action="store_true", help="the smallest models, once: does it run?")
     options = parser.parse_args(arguments)
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -24,7 +24,7 @@ def test_quick_run_on_a_cpu(tmp_path: Path) -> None:
     assert rows[0][1:4] == ["0", "", "dense + bf16 + compile"]
     assert float(rows[0][5]) == pytest.approx(1e3 / float(rows[0][4]), rel=0.01)
     kinds = collections.Counter(row[3].partition(" ")[0] for row in rows)
-    assert kinds == {"dense": 3, "masked": 1, "sparse": 3, "topology": 2}
+    assert kinds == {"dense": 4, "masked": 1, "sparse": 4, "topology": 2}
     assert all((float(row[7]) == 1) == (row[1] == "0") for row in rows)
     assert max(float(row[9]) for row in rows if row[9]) < 1e-5
     assert [row[3] for row in rows if not row[9]] == ["topology update (rigl)"] * 2
