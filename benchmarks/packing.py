@@ -29,12 +29,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 import shutil
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -47,6 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for the other file; 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a machine without Ray has no `pip install raysparse`
 
 from stacked_chirodiff import Batch, Stack, padded
+from worker_processes import MPS_CONTROL, Mps, Processes
 
 from raysparse import rng
 from raysparse.diffusion.losses import eps_mse
@@ -63,7 +61,6 @@ COLUMNS += ("x alone (min / median / max)", "FLOPs ratio", "peak memory")
 LONGEST = 165  # points, as in KanjiVG
 LATE = 10**6  # updates of the running mean: its warm-up is over
 MOST_PROCESSES = 16  # each takes some hundred MB of a GPU for its CUDA context
-MPS_CONTROL = "nvidia-cuda-mps-control"
 HAS_GPU = torch.cuda.is_available()
 
 
@@ -161,57 +158,11 @@ class Graph:
         self.graph.replay()
 
 
-class Mps:
-    """A Multi-Process Service that serves only processes with its environment."""
-
-    def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="mps")
-        place = {f"CUDA_MPS_{kind}_DIRECTORY": self._folder.name for kind in ("PIPE", "LOG")}
-        self.environment = os.environ | place
-        subprocess.run([MPS_CONTROL, "-d"], env=self.environment, check=True)
-
-    def end(self) -> None:
-        subprocess.run([MPS_CONTROL], input="quit\n", text=True, env=self.environment, check=False, timeout=60)
-        self._folder.cleanup()
-
-
-class Processes:
-    """k processes that each train a trial, this script with --worker; they wait for their turn."""
-
-    def __init__(self, work: Work, trials: int, threads: int, mps: Mps | None = None, recorded: bool = False) -> None:
-        size = f"{work.hidden}x{work.layers}"
-        words = ["--worker", "--threads", threads, "--sizes", size, "--batch", work.batch, "--longest", work.longest]
-        words += ["--recorded"] if recorded else []
-        self.workers = [
-            subprocess.Popen(
-                [sys.executable, __file__, *map(str, words), "--trials", str(number), "--device", work.device],
-                env=None if mps is None else mps.environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-            )
-            for number in range(trials)
-        ]
-
-    def ready(self) -> int:
-        """Wait until all have made a step; the bytes that they then hold, together."""
-        return sum(self._answers())
-
-    def run(self, steps: int) -> None:
-        for worker in self.workers:
-            print(steps, file=worker.stdin, flush=True)
-        self._answers()
-
-    def _answers(self) -> list[int]:
-        lines = [worker.stdout.readline() for worker in self.workers]  # type: ignore[union-attr]
-        if not all(lines):
-            self.end()
-            raise RuntimeError("a worker process ended; what it said is above")
-        return [int(line) for line in lines]
-
-    def end(self) -> None:
-        for worker in self.workers:
-            worker.communicate()  # closes its input, which ends it
+def worker_command(work: Work, threads: int, recorded: bool) -> list[str]:
+    """This script as a worker, but for its trial's number."""
+    words = ["--worker", "--threads", threads, "--sizes", f"{work.hidden}x{work.layers}", "--batch", work.batch]
+    words += ["--longest", work.longest, "--device", work.device, *(["--recorded"] if recorded else []), "--trials"]
+    return [sys.executable, __file__, *map(str, words)]
 
 
 def serve(work: Work, number: int, recorded: bool) -> None:
@@ -247,7 +198,7 @@ class Ways:
 
     def __init__(self, work: Work, counts: Sequence[int], threads: int | None) -> None:
         """threads: of each process; None: there are to be none."""
-        self.work, self.rows, self.processes = work, list[Way](), list[Processes]()
+        self.work, self.rows, self.processes = work, list[Way](), list[tuple[Way, Processes]]()
         self.mps = Mps() if work.device == "cuda" and threads is not None and shutil.which(MPS_CONTROL) else None
         self._batches = {(t, s): batch_of(work, t, s) for t in range(max(counts)) for s in range(4)}
         self._add("alone", 1, lambda: [self._eager(0)])
@@ -257,9 +208,8 @@ class Ways:
         self._add("alone, CUDA graph", 1, lambda: [self._graph([0])], needs_gpu=True)
         for count in counts:
             self._add_many(range(count), threads)
-        for way in self.rows:  # processes have started meanwhile
-            if isinstance(owner := getattr(way.run, "__self__", None), Processes):
-                way.peak_bytes = owner.ready()
+        for way, processes in self.processes:  # which have started meanwhile
+            way.peak_bytes = processes.ready()
 
     def _add_many(self, numbers: Sequence[int], threads: int | None) -> None:
         count = len(numbers)
@@ -275,9 +225,12 @@ class Ways:
         self._add("stacked", count, lambda: [self._stack(numbers)])
         self._add("stacked, CUDA graph", count, lambda: [self._graph(numbers)], needs_gpu=True)
 
-    def _add_processes(self, name: str, *given: Any) -> None:
-        self.processes.append(Processes(self.work, *given))
-        self.rows.append(Way(name, given[0], self.processes[-1].run))
+    def _add_processes(
+        self, name: str, count: int, threads: int, mps: Mps | None = None, recorded: bool = False
+    ) -> None:
+        processes = Processes(worker_command(self.work, threads, recorded), count, mps)
+        self.rows.append(Way(name, count, processes.run))
+        self.processes.append((self.rows[-1], processes))
 
     def _add(self, name: str, count: int, make: Callable[[], list[Stepper]], needs_gpu: bool = False) -> None:
         if needs_gpu and self.work.device != "cuda":
@@ -328,7 +281,7 @@ class Ways:
                 way.rates.append(way.trials * steps / (clock() - start))
 
     def end(self) -> None:
-        for processes in self.processes:
+        for _, processes in self.processes:
             processes.end()
         if self.mps:
             self.mps.end()

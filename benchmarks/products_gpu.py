@@ -112,10 +112,13 @@ class Table:
         for edge, shares in BLOCKS:
             for left in shares if not (self.inputs % edge or self.outputs % edge) else ():
                 layer = self.layer(block_mask(self.inputs, self.outputs, edge, left, self.draw))
-                self.row(f"block {edge}", left, "sampling", lambda: self.sampled(products.BlockProduct(layer, edge)))  # noqa: B023
-                self.row(f"block {edge}", left, "training", lambda: trained(layer, edge, self.x, self.dy))  # noqa: B023
+                self.block_rows(layer, edge, left)
         layer = self.layer(two_of_four_mask(self.inputs, self.outputs, self.draw))
         self.row("2:4", 0.5, "sampling", lambda: self.sampled(products.TwoOfFourProduct(layer)))
+
+    def block_rows(self, layer: nn.Linear, edge: int, left: float) -> None:
+        self.row(f"block {edge}", left, "sampling", lambda: self.sampled(products.BlockProduct(layer, edge)))
+        self.row(f"block {edge}", left, "training", lambda: trained(layer, edge, self.x, self.dy))
 
     def layer(self, mask: Tensor) -> nn.Linear:
         layer = nn.Linear(self.inputs, self.outputs).requires_grad_(False)
