@@ -61,7 +61,7 @@ def lengths_of(count: int, kanjivg: Path | None) -> Tensor:
 
 def dense_kernel(model: ChiroDiff) -> nn.Module:
     """Our kernel with no zero skipped."""
-    rule, _sparse_chirodiff._DENSE = _sparse_chirodiff._DENSE, ((float("inf"), 0.0),)
+    rule, _sparse_chirodiff._DENSE = _sparse_chirodiff._DENSE, 0.0
     try:
         return sparse_runtime(model)
     finally:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import itertools
 import math
 from pathlib import Path
 
@@ -20,17 +21,20 @@ from raysparse.models import _sparse_layout as layout
 from raysparse.models._sparse_memory import Memory
 
 _SOURCE = Path(__file__).parent / "native" / "chirodiff.cpp"
-# A direction of a layer is computed with all its weights where that is faster: (its input's and state's features, at
-# most; density, at least). Two units share what they load then, which counts where the features fill the first cache
-# (48 KB: 384). Times as long by skipping zeros, on an Intel Xeon, h = 48: 1.0 at density .9, .92 at .8; h = 64: 1.0 at
-# .7 to .8; h = 96: 1.1 at .8, .9 at .7; h = 128 to 256: 1.0 to 1.3 at .6, .9 to 1.05 at .5. On an AMD EPYC it was .95
-# at .9 for all of them: there the rule gives away a little.
-_DENSE = ((150, 0.85), (200, 0.75), (300, 0.65), (400, 0.55), (math.inf, 0.5))
+# A direction of a layer of at least this density is computed with all its weights. Times as long by skipping the zeros,
+# on an Intel Xeon, h = 32 to 256, 64 sketches: .9 to 1.07 at density .95, .82 to 1.08 at .9, .83 to 1.01 at .85, .75 to
+# 1.01 at .8, .7 to .9 at .6.
+_DENSE = 0.88
+# The columns of a side are walked in passes of what fits the first cache; a side of at most this density in one, for
+# its sums' way to memory and back costs more. On an Intel Xeon, h = 96 to 256, 64 sketches: one pass takes 1.13 to 1.2
+# times as long at density .5, 1.1 to 1.16 at .25, .99 to 1.08 at .1 and .94 at .05; three quarters or 1.4 times of the
+# cache at a time are at most .9 to 1.1 times as fast.
+_ONE_PASS = 0.07
 # Few sketches leave the kernel's vectors empty: up to 16 take it as long as one, and PyTorch less. The kernel is chosen
 # for at least (cost of the weights - _CALLS) / weights sketches, a weight costing _PER_ACTIVE or, of a dense side,
-# _PER_DENSE. Of 96 cases (h = 48 to 256, S = 0 to .9, 1 to 32 sketches, one thread, Intel Xeon) it was 1.02 to 7.4
-# times as fast where it is chosen, but for two (.79 and .86), and .29 to .98 times where it is not.
-_PER_ACTIVE, _PER_DENSE, _CALLS = 20.7, 15.0, 2_900_000
+# _PER_DENSE. Of 96 cases (h = 32 to 192, S = 0 to .9, 1 to 32 sketches, one thread, Intel Xeon) it was 1.05 to 6 times
+# as fast where it is chosen, but for one (.83), and .29 to 1.18 times where it is not.
+_PER_ACTIVE, _PER_DENSE, _CALLS = 37.0, 18.0, 2_900_000
 
 
 class _Layer(ctypes.Structure):
@@ -86,7 +90,7 @@ class SparseChiroDiff(nn.Module):
         self._net.head.weights = head.data_ptr()
         threads = torch.get_num_threads()
         each = self._library.raysparse_scratch(ctypes.byref(self._net), ctypes.c_int64(x.shape[1]))
-        memory = ctypes.c_void_p(self._memory.at_least(threads * each))  # 8 MB each at h = 96 and 165 points
+        memory = ctypes.c_void_p(self._memory.at_least(threads * each))  # 16 MB each at h = 96 and 165 points
         self._library.raysparse_predict(
             ctypes.byref(self._net), ctypes.byref(sketches), memory, ctypes.c_int32(threads)
         )
@@ -118,19 +122,34 @@ class SparseChiroDiff(nn.Module):
         active = sum(int(mask.sum()) for mask in used)
         weights = w_in.numel() + w_state.numel()
         self._weights += weights
-        if active >= weights * next(least for most, least in _DENSE if w_in.shape[1] + w_state.shape[1] <= most):
+        if active >= weights * _DENSE:
             self._cost += _PER_DENSE * weights
             tiles = _tiles(w_in, w_state, self._library.raysparse_units())
-            return layout.Side(None, None, *map(self._keep, (tiles, bias)), before, to)
+            return layout.Side(None, None, *map(self._keep, (tiles, bias)), before, to, 1, 0)
         self._cost += _PER_ACTIVE * active
-        plan = layout.plan(*used, before, self._row)
-        values = torch.cat((w_in.flatten(), w_state.flatten()))[plan.active] * plan.scale
-        return layout.Side(*map(self._keep, (plan.counts, plan.offsets, values, bias)), before, to)
+        inputs, columns = w_in.shape[1], torch.arange(w_in.shape[1] + w_state.shape[1])
+        ends = _pass_ends(len(columns), active / weights, self._library.raysparse_first_cache() / self._row)
+        plans = []
+        for begin, end in itertools.pairwise((0, *ends)):
+            walked = (begin <= columns) & (columns < end)
+            plans.append(layout.plan(used[0] & walked[:inputs], used[1] & walked[inputs:], before, self._row))
+        counts, offsets, scale = (
+            torch.cat([getattr(plan, name) for plan in plans]) for name in ("counts", "offsets", "scale")
+        )
+        values = torch.cat((w_in.flatten(), w_state.flatten()))[torch.cat([plan.active for plan in plans])] * scale
+        pointers = map(self._keep, (counts, offsets, values, bias))
+        return layout.Side(*pointers, before, to, len(ends), sum(end <= inputs for end in ends))
 
     def _keep(self, tensor: Tensor) -> int:
         """Its address, for as long as this module lives."""
         self._kept.append(tensor.contiguous())
         return self._kept[-1].data_ptr()
+
+
+def _pass_ends(columns: int, density: float, most: float) -> list[int]:
+    """Where the passes over the columns of a side end; most: columns that fill the first cache."""
+    passes = 1 if density <= _ONE_PASS else math.ceil(columns / most)
+    return [columns * (number + 1) // passes for number in range(passes)]
 
 
 def _tiles(w_in: Tensor, w_state: Tensor, units: int) -> Tensor:

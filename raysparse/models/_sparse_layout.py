@@ -25,7 +25,11 @@ def fields(names: str, kind: type) -> list[tuple[str, type]]:
 
 
 class Side(ctypes.Structure):
-    _fields_ = [*fields("counts offsets values bias", ctypes.c_void_p), *fields("before to", ctypes.c_int64)]
+    _fields_ = [
+        *fields("counts offsets values bias", ctypes.c_void_p),
+        *fields("before to", ctypes.c_int64),
+        *fields("passes stateless", ctypes.c_int32),
+    ]
 
 
 class Head(ctypes.Structure):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -69,7 +70,36 @@ def test_equals_the_model(lengths: list[int], hidden: int, layers: int, sparsity
     assert_equal(model, batch_of(lengths, classes))
 
 
-@pytest.mark.parametrize("batch", [1, 15, 16, 17, 31, 32, 33, 64, 65])
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=140),
+    st.integers(1, 20),
+    st.sampled_from([0.0, 0.3, 0.5, 0.9, 0.97]),
+    st.integers(1, 12),
+)
+def test_equals_the_model_in_any_number_of_passes(
+    lengths: list[int], hidden: int, sparsity: float, columns: int
+) -> None:
+    def in_passes(count: int, density: float, most: float) -> list[int]:
+        return [*range(columns, count, columns), count]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_sparse_chirodiff, "_pass_ends", in_passes)
+        patch.setattr(_sparse_chirodiff, "_DENSE", 2.0)
+        assert_equal(model_of(sparsity, hidden=hidden, layers=2), batch_of(lengths))
+
+
+@given(st.integers(1, 3000), st.floats(0.08, 1), st.floats(1, 1000))
+def test_passes_fit_the_cache_and_are_of_one_size(columns: int, density: float, most: float) -> None:
+    ends = _sparse_chirodiff._pass_ends(columns, density, most)
+    sizes = [end - begin for begin, end in itertools.pairwise((0, *ends))]
+    assert ends[-1] == columns
+    assert max(sizes) <= math.ceil(most)
+    assert max(sizes) - min(sizes) <= 1
+    assert _sparse_chirodiff._pass_ends(columns, 0.05, most) == [columns]
+
+
+@pytest.mark.parametrize("batch", [1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 128, 129])
 @pytest.mark.parametrize("sparsity", [0.0, 0.9])
 def test_equals_the_model_around_the_width_of_a_chunk(batch: int, sparsity: float) -> None:
     lengths = [1 + 7 * place % 30 for place in range(batch)]
@@ -114,11 +144,11 @@ def test_saturated_gates_stay_exact() -> None:
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:
     model = model_of(0.8, hidden=24, layers=2)
-    given = batch_of([1 + 13 * place % 50 for place in range(90)])
+    given = batch_of([1 + 13 * place % 50 for place in range(150)])
     network, threads = sparse_runtime(model), torch.get_num_threads()
     try:
         found = []
-        for count in (1, 2, 5):
+        for count in (1, 2, 3, 5):
             torch.set_num_threads(count)
             found.append(network(**given))
     finally:
@@ -211,7 +241,7 @@ def test_labels_are_checked_as_the_model_does() -> None:
 def test_the_rule_for_dense_sides_changes_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = model_of(0.3, hidden=11, layers=2), batch_of([20, 11, 3])
     for dense in (0.0, 2.0):  # all dense, all sparse
-        monkeypatch.setattr(_sparse_chirodiff, "_DENSE", ((math.inf, dense),))
+        monkeypatch.setattr(_sparse_chirodiff, "_DENSE", dense)
         assert_equal(model, given)
 
 
@@ -221,5 +251,5 @@ def test_a_large_model_and_one_sketch_is_left_to_pytorch(monkeypatch: pytest.Mon
     assert not torch.equal(network(**given), model(**given))  # rounding: it was the kernel
     monkeypatch.setattr(_sparse_chirodiff, "_CALLS", 0)
     assert torch.equal(network(**given), model(**given))
-    many = batch_of([9] * 16)
+    many = batch_of([9] * 40)
     assert not torch.equal(network(**many), model(**many))

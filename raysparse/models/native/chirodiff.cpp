@@ -1,7 +1,12 @@
 // ChiroDiff's prediction with sparse weights. See raysparse/models/_sparse_chirodiff.py, which packs the weights and
 // checks what is handed over: nothing is checked here. A chunk of sketches runs all layers alone, and a layer reads
 // where the one before it wrote, in a row of two places in turn.
+#if defined(__AVX512F__)
+#define RAYSPARSE_VECTORS 4
+#endif
 #include "chunk.h"
+
+#include <unistd.h>
 
 namespace {
 
@@ -37,10 +42,27 @@ void dense_step(const Now& now, const Side& side, int hidden) {
   }
 }
 
-using Step = void (*)(const Now&, const Side&, int);
-constexpr Step SPARSE[] = {sparse_step<1, false>, sparse_step<2, false>}, DENSE[] = {dense_step<1>, dense_step<2>};
+// Two vectors at a time: with all weights two units share what they load, and four vectors of two are too many sums.
+void dense_steps(const Now& now, const Side& side, int hidden, int used) {
+  for (int v = 0; v < used; v += 2) {
+    Now part = now;
+    part.in += v * sizeof(vec);
+    part.to += v * sizeof(vec);
+    if (part.start) part.start += v * LANES;
+    if (v + 2 < used) part.running = ~ivec{};
+    v + 1 == used ? dense_step<1>(part, side, hidden) : dense_step<2>(part, side, hidden);
+  }
+}
 
-void run_side(const Layer& layer, int reverse, int hidden, const Chunk& chunk, const float* start) {
+using Step = void (*)(const Now&, const Side&, int);
+constexpr Step SPARSE[] = {
+  sparse_step<1, false>, sparse_step<2, false>,
+#if RAYSPARSE_VECTORS == 4
+  sparse_step<3, false>, sparse_step<4, false>,
+#endif
+};
+
+void run_side(const Layer& layer, int reverse, int hidden, const Chunk& chunk, const float* start, vec* partial) {
   const Side& side = layer.sides[reverse];
   for (int64_t k = 0; k < chunk.steps; ++k) {
     const int64_t t = reverse ? chunk.steps - 1 - k : k;
@@ -49,12 +71,16 @@ void run_side(const Layer& layer, int reverse, int hidden, const Chunk& chunk, c
     const char* next = row + layer.from + (reverse ? -chunk.stride : chunk.stride);
     if (reverse) chunk.start_reverse(t, side.to, hidden);
     const ivec lanes = lanes_of(chunk.running[t], used);
-    const Now now = {row + layer.from, row + side.to, nullptr, next, start, lanes, layer.inputs};
-    (side.counts ? SPARSE : DENSE)[used - 1](now, side, hidden);
+    const Now now = {row + layer.from, row + side.to, nullptr, next, start, lanes, layer.inputs, partial};
+    side.counts ? SPARSE[used - 1](now, side, hidden) : dense_steps(now, side, hidden, used);
   }
 }
 
-int64_t scratch_of(const Net& net, int64_t points) { return (points + 2) * net.places * ROW + sums_of(net.head); }
+int64_t rows_of(const Net& net, int64_t points) { return (points + 2) * net.places * ROW; }
+
+int64_t scratch_of(const Net& net, int64_t points) {
+  return rows_of(net, points) + 4ll * net.head.hidden * ROW + sums_of(net.head);
+}
 
 }  // namespace
 
@@ -63,22 +89,34 @@ extern "C" {
 int32_t raysparse_units() { return UNITS; }
 int32_t raysparse_width() { return WIDTH; }
 
+// Bytes; the least that CPUs have today where the system does not tell.
+int32_t raysparse_first_cache() {
+  long found = 0;
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  found = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+  return found > 0 ? (int32_t)found : 32768;
+}
+
 // Bytes of memory that each thread needs, a multiple of a vector's.
 int64_t raysparse_scratch(const Net* net, int64_t points) { return scratch_of(*net, points); }
 
 // memory: `threads` times raysparse_scratch, on a boundary of 64 bytes. y must be 0 where it shall be beyond the ends.
 void raysparse_predict(const Net* net, const Sketches* all, char* memory, int32_t threads) {
-  // Where there are too few sketches for all threads, two threads with half a chunk each are faster.
-  const int64_t size = all->sketches >= WIDTH * (int64_t)threads ? WIDTH : LANES;
+  // As many sketches for each thread, in whole vectors.
+  const int64_t share = (all->sketches + LANES * threads - 1) / (LANES * threads) * LANES;
+  const int64_t size = share < WIDTH ? share : WIDTH;
   const int64_t each = scratch_of(*net, all->points), stride = net->places * ROW;
   over_threads((all->sketches + size - 1) / size, threads, [&](int64_t number, int thread) {
     char* mine = memory + thread * each;
-    const Chunk chunk(*all, number * size, size, mine, stride, mine + (all->points + 2) * stride, net->head);
+    vec* partial = (vec*)(mine + rows_of(*net, all->points));
+    char* sums = (char*)partial + 4ll * net->head.hidden * ROW;
+    const Chunk chunk(*all, number * size, size, mine, stride, sums, net->head);
     chunk.read_in(net->head);
     for (int l = 0; l < net->layer_count; ++l)
       for (int reverse = 0; reverse < 2; ++reverse)
         run_side(net->layers[l], reverse, net->head.hidden, chunk,
-                 l ? nullptr : chunk.starts + reverse * 4ll * net->head.hidden * WIDTH);
+                 l ? nullptr : chunk.starts + reverse * 4ll * net->head.hidden * WIDTH, partial);
     chunk.read_out(net->head);
   });
 }

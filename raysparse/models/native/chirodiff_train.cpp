@@ -144,7 +144,7 @@ void forward_side(const TrainNet& net, int l, int reverse, const Chunk& chunk) {
     const char* next = row + net.from[l] + (reverse ? -chunk.stride : chunk.stride);
     if (reverse) chunk.start_reverse(t, train.side.to, net.head.hidden);
     const ivec lanes = lanes_of(chunk.running[t], used);
-    const Now now = {row + net.from[l], row + train.side.to, row + train.gates, next, start, lanes, net.widths[l]};
+    const Now now = {row + net.from[l], row + train.side.to, row + train.gates, next, start, lanes, net.widths[l], nullptr};
     FORWARD[used - 1](now, train.side, net.head.hidden);
   }
 }

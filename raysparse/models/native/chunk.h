@@ -88,25 +88,27 @@ struct Chunk {
   }
 
   void read_out(const Head& head) const {
-    for (int64_t t = 0; t < steps; ++t) vectors(t) == 1 ? read_out<1>(head, t) : read_out<2>(head, t);
+    for (int64_t t = 0; t < steps; ++t)
+      for (int first = 0, used = vectors(t); first < used; first += 2)
+        first + 1 == used ? read_out<1>(head, t, first) : read_out<2>(head, t, first);
   }
 
   template <int NV>
-  void read_out(const Head& head, int64_t t) const {
-    const vec* states = (const vec*)(rows + t * stride + head.last);
+  void read_out(const Head& head, int64_t t, int first) const {
+    const vec* states = (const vec*)(rows + t * stride + head.last) + first;
     const float* weights = head.weights;
     for (int out = 0; out < head.outputs; ++out, weights += 2 * head.hidden) {
       union { vec sums[NV]; float lanes[NV * LANES]; };
       vec second[NV] = {};
-      for (int v = 0; v < NV; ++v) sums[v] = ((const vec*)(tails + out * WIDTH))[v];
+      for (int v = 0; v < NV; ++v) sums[v] = ((const vec*)(tails + out * WIDTH))[first + v];
       for (int j = 0; j < 2 * head.hidden; j += 2)
         for (int v = 0; v < NV; ++v) {
           sums[v] += weights[j] * states[j * VECTORS + v];
           second[v] += weights[j + 1] * states[(j + 1) * VECTORS + v];
         }
       for (int v = 0; v < NV; ++v) sums[v] += second[v];
-      for (int lane = 0; lane < running[t]; ++lane)
-        all.y[(order[lane] * all.points + t) * head.outputs + out] = lanes[lane];
+      for (int lane = 0, left = running[t] - first * LANES; lane < NV * LANES && lane < left; ++lane)
+        all.y[(order[first * LANES + lane] * all.points + t) * head.outputs + out] = lanes[lane];
     }
   }
 

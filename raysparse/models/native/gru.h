@@ -1,16 +1,19 @@
 // What the kernels of a sparse bidirectional GRU share: vectors, gates, and the products of one unit.
 //
-// The batch is the contiguous axis. A chunk of WIDTH sketches is a column of WIDTH floats per feature, two of the CPU's
-// vectors, so that the states and inputs of a time step lie in the cache while all units read them, and the four sums
-// of a unit stay in registers while its weights are walked. Measured with AVX-512 (h = 96, 512 sketches, S = .9): 32
-// sketches are 1.2 times faster than 64 and 1.4 times faster than 16.
+// The batch is the contiguous axis. A chunk of WIDTH sketches is a column of WIDTH floats per feature, so that the
+// states and inputs of a time step lie in the first cache while all units read them, and the four sums of a unit stay
+// in registers while its weights are walked.
 //
-// A column that several gates of a unit use is loaded once for all of them: loads, not products, are what limits a
-// walk. Against a list per gate that is 1.2 times faster at S = .5 and 1.1 times at .9.
+// Loads, not products, are what limits a walk: one for each weight, one for each vector of a column. So a column that
+// several gates of a unit use is loaded once for all of them (against a list per gate 1.2 times faster at S = .5), and
+// a chunk has as many vectors as there are registers for: four for sampling with AVX-512. The columns of a time step
+// are more than the first cache then, and are walked in passes that fit it, the sums kept between. Sampling takes 1.07
+// / 1.17 / 1.05 / 1.07 times as long with two vectors and 1.15 / 1.14 / 1.0 / 1.0 times with four in one pass at S = .5
+// / .75 / .9 / .95 (Intel Xeon, h = 96, 256 sketches). Training has two: with four it is 1.05 to 1.15 times faster for
+// 64 sketches and more, and 1.2 to 1.3 times slower for 32.
 //
-// A walk is a chain of sums, each of which waits for the one before. With two chains, the gates of eight units computed
-// together after their walks, and 2^x by AVX-512's own instructions, sampling is 1.2 times faster at S = .5 to .95
-// (Intel, h = 96) than with one chain and each unit's gates after its walk; with all weights it is not.
+// A sum waits for the one before: eight must be on their way for two products a cycle. With two vectors there are two
+// chains of sums for each gate, with four only where one gate alone uses a column.
 //
 // Vectors are the compiler's own (GCC and clang), so the same text is AVX-512, AVX2, SSE or NEON by the flags it is
 // given. They must be as wide as the CPU's: GCC computes wider ones float by float, 10 times slower.
@@ -19,6 +22,9 @@
 #include <cstring>
 #if defined(__AVX512DQ__)
 #include <immintrin.h>
+#endif
+#if !defined(RAYSPARSE_VECTORS)
+#define RAYSPARSE_VECTORS 2
 #endif
 
 namespace {
@@ -32,28 +38,47 @@ constexpr int LANES = 4, UNITS = 1;
 #endif
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef int32_t ivec __attribute__((vector_size(LANES * sizeof(float))));
-constexpr int VECTORS = 2;  // of a chunk
+constexpr int VECTORS = RAYSPARSE_VECTORS;  // of a chunk
 constexpr int WIDTH = VECTORS * LANES;
 constexpr int64_t ROW = WIDTH * sizeof(float);  // bytes of one feature
 constexpr int LISTS = 11;  // of columns that the same gates use
-constexpr int CHAINS = 2;  // of sums of a gate; 3 and 4 gain nothing
-constexpr int BLOCK = 8;   // units whose gates are computed together, a multiple of UNITS
-constexpr int LONG = 12;   // of a walk for one sum: shorter ones are one chain
+constexpr int CHAINS = VECTORS > 2 ? 1 : 2;  // of sums of a gate; 3 and 4 gain nothing
+constexpr int BLOCK = VECTORS > 2 ? 2 : 8;   // units whose gates are computed together, a multiple of UNITS
+constexpr int LONG = 12;                     // of a walk for one sum: shorter ones are one chain
 
 // One direction of a layer. The gates of a unit are r, z, n (of the input) and q (of the state, which r scales), each
 // weight and bias times -log2(e), those of n and q twice that: the sums are then what 2^x is taken of.
 struct Side {
   // Sparse: how many columns are used by r alone, by z, by r and z, of input and state; by n, r and n, z and n, all
-  // three of the input; by q, r and q, z and q, all three of the state; [h, 11]. null: a dense side.
+  // three of the input; by q, r and q, z and q, all three of the state; [passes, h, 11]. null: a dense side.
   const int32_t* counts;
   const int32_t* offsets;  // bytes from the layer's input of a time step to each of those columns, in that order
   const float* values;     // their weights, r before z before n or q; dense: see `tile`
   const float* bias;       // [4 h]
   int64_t before;          // bytes from the layer's input of a time step to the state that the time step starts from
   int64_t to;              // bytes from a time step's first row to the new state
+  int32_t passes;          // over the columns of a sparse side
+  int32_t stateless;       // so many of them, the first ones, have no columns of the state
 };
 
 inline vec splat(float x) { return x - vec{}; }
+
+// An address in one register: an FMA that adds two itself is two operations on Intel.
+inline const vec* at(const char* address) {
+#if defined(__x86_64__)
+  asm("" : "+r"(address));
+#endif
+  return (const vec*)address;
+}
+
+// Load it once: GCC reads what several products use from memory for each of them (S = .5: 1.07 times as long).
+inline void in_register(vec& x) {
+#if defined(__x86_64__)
+  asm("" : "+v"(x));
+#else
+  (void)x;
+#endif
+}
 
 // 2^x to 1e-7, for x cut to +-60; NaN stays NaN. The polynomials are the best of degree 5 on [0, 1] and [-.5, .5].
 #if defined(__AVX512DQ__)
@@ -101,8 +126,8 @@ inline void walk(vec* sums, const char* base, const int32_t* offsets, const floa
   if (count >= LONG) {  // two independent chains, because an FMA takes four cycles
     vec second[NV] = {};
     for (; k + 1 < count; k += 2) {
-      const vec* one = (const vec*)(base + offsets[k]);
-      const vec* two = (const vec*)(base + offsets[k + 1]);
+      const vec* one = at(base + offsets[k]);
+      const vec* two = at(base + offsets[k + 1]);
       for (int v = 0; v < NV; ++v) {
         sums[v] += values[k] * one[v];
         second[v] += values[k + 1] * two[v];
@@ -111,7 +136,7 @@ inline void walk(vec* sums, const char* base, const int32_t* offsets, const floa
     for (int v = 0; v < NV; ++v) sums[v] += second[v];
   }
   for (; k < count; ++k) {
-    const vec* one = (const vec*)(base + offsets[k]);
+    const vec* one = at(base + offsets[k]);
     for (int v = 0; v < NV; ++v) sums[v] += values[k] * one[v];
   }
 }
@@ -121,25 +146,34 @@ template <int NV, int GATES, int THIRD, int N>
 inline void add(vec (*sums)[4][NV], const char* base, const int32_t*& offsets, const float*& values) {
   constexpr int USES = (GATES & 1) + (GATES >> 1 & 1) + (GATES >> 2);
   for (int c = 0; c < N; ++c, ++offsets, values += USES) {
-    const vec* one = (const vec*)(base + *offsets);
+    const vec* column = at(base + *offsets);
     for (int v = 0; v < NV; ++v) {
-      if constexpr (GATES & 1) sums[c][0][v] += values[0] * one[v];
-      if constexpr (GATES & 2) sums[c][1][v] += values[GATES & 1] * one[v];
-      if constexpr (GATES & 4) sums[c][THIRD][v] += values[USES - 1] * one[v];
+      vec one = column[v];
+      if constexpr (USES > 1) in_register(one);
+      if constexpr (GATES & 1) sums[c][0][v] += values[0] * one;
+      if constexpr (GATES & 2) sums[c][1][v] += values[GATES & 1] * one;
+      if constexpr (GATES & 4) sums[c][THIRD][v] += values[USES - 1] * one;
     }
   }
 }
 
 template <int NV, int GATES, int THIRD>
 inline void share(vec (*sums)[4][NV], const char* base, const int32_t*& offsets, const float*& values, int count) {
-  for (; count >= CHAINS; count -= CHAINS) add<NV, GATES, THIRD, CHAINS>(sums, base, offsets, values);
-  for (; count > 0; --count) add<NV, GATES, THIRD, 1>(sums, base, offsets, values);
+  if constexpr (CHAINS == 1 && (GATES == 1 || GATES == 2 || GATES == 4)) {
+    walk<NV>(sums[0][GATES == 4 ? THIRD : GATES - 1], base, offsets, values, count);
+    offsets += count;
+    values += count;
+  } else {
+    for (; count >= CHAINS; count -= CHAINS) add<NV, GATES, THIRD, CHAINS>(sums, base, offsets, values);
+    for (; count > 0; --count) add<NV, GATES, THIRD, 1>(sums, base, offsets, values);
+  }
 }
 
-// A unit's; see Side. Lists of input and state that may be one are one: the fewer, the fewer ends to be foreseen.
+// A unit's of one pass; see Side. Lists of input and state that may be one are one: the fewer, the fewer ends to be
+// foreseen.
 template <int NV>
 inline void share_all(vec (*sums)[4][NV], const char* base, const int32_t*& offsets, const float*& values,
-                      const int32_t* counts) {
+                      const int32_t* counts, bool states) {
   share<NV, 1, 2>(sums, base, offsets, values, counts[0]);
   share<NV, 2, 2>(sums, base, offsets, values, counts[1]);
   share<NV, 3, 2>(sums, base, offsets, values, counts[2]);
@@ -147,6 +181,7 @@ inline void share_all(vec (*sums)[4][NV], const char* base, const int32_t*& offs
   share<NV, 5, 2>(sums, base, offsets, values, counts[4]);
   share<NV, 6, 2>(sums, base, offsets, values, counts[5]);
   share<NV, 7, 2>(sums, base, offsets, values, counts[6]);
+  if (!states) return;
   share<NV, 4, 3>(sums, base, offsets, values, counts[7]);
   share<NV, 5, 3>(sums, base, offsets, values, counts[8]);
   share<NV, 6, 3>(sums, base, offsets, values, counts[9]);
@@ -183,6 +218,7 @@ struct Now {
   const float* start;  // of the first layer: its sums before any weight, [4 h, WIDTH]; else null
   ivec running;        // which lanes of the last vector are in use
   int inputs;          // features of the layer's input
+  vec* partial;        // [h, 4, NV] sums between two passes
 };
 
 // h' = (1 - z) n + z h with z = 1 / (1 + z_), n = (1 - n_) / (1 + n_): one division for both.
@@ -203,7 +239,7 @@ inline void activate(const vec (*sums)[NV], const vec* before, const Now& now, i
       gates[3 * VECTORS] = sums[3][v];
       done = state * part;
     } else {
-      done = state * one_by(more);
+      done = state / more;  // runs beside the products that the next vectors wait for: 1 to 3 %
     }
     to[v] = v == NV - 1 ? (vec)((ivec)done & now.running) : done;
   }
@@ -217,23 +253,49 @@ __attribute__((noinline)) void activate_all(const vec (*sums)[4][NV], const vec*
   for (int u = 0; u < count; ++u) activate<NV, KEEP>(sums[u], before, now, first + u);
 }
 
+// work(gate) for r, z, n and q. Not a loop: GCC keeps sums in memory that it indexes before it has unrolled a loop
+// (1.1 times as long at S = .9).
+template <class Work>
+inline void each_gate(Work work) {
+  work(0), work(1), work(2), work(3);
+}
+
+// A unit's sums before a pass: what the last pass left, or what there is before any weight.
+template <int NV>
+inline void take_up(vec (*sums)[NV], const Now& now, const Side& side, int unit, int pass) {
+  each_gate([&](int gate) {
+    if (pass > (gate < 3 ? 0 : side.stateless))
+      for (int v = 0; v < NV; ++v) sums[gate][v] = now.partial[(4 * unit + gate) * NV + v];
+    else
+      begin<NV>(sums[gate], side, now.start, 4 * unit + gate);
+  });
+}
+
 template <int NV, bool KEEP>
 void sparse_step(const Now& now, const Side& side, int hidden) {
   const vec* before = (const vec*)(now.in + side.before);
   const int32_t *counts = side.counts, *offsets = side.offsets;
   const float* values = side.values;
-  const int ahead = (now.inputs + hidden - 1) / hidden;  // features
+  const char* next = now.next;
+  const int walks = hidden * side.passes, ahead = (now.inputs + walks - 1) / walks;  // features
   vec block[BLOCK][4][NV];
-  for (int unit = 0; unit < hidden; ++unit, counts += LISTS) {
-    vec sums[CHAINS][4][NV] = {};
-    for (int gate = 0; gate < 4; ++gate) begin<NV>(sums[0][gate], side, now.start, 4 * unit + gate);
-    for (int i = 0; i < ahead; ++i)  // 5 to 9 % of the time: the order of the columns is none that the CPU foresees
-      for (int v = 0; v < NV; ++v) __builtin_prefetch((const vec*)(now.next + (unit * ahead + i) * ROW) + v);
-    share_all<NV>(sums, now.in, offsets, values, counts);
-    const int place = unit % BLOCK;
-    for (int gate = 0; gate < 4; ++gate)
-      for (int v = 0; v < NV; ++v) block[place][gate][v] = sums[0][gate][v] + sums[1][gate][v];
-    if (place == BLOCK - 1 || unit == hidden - 1) activate_all<NV, KEEP>(block, before, now, unit - place, place + 1);
+  for (int pass = 0; pass < side.passes; ++pass) {
+    const bool states = pass >= side.stateless, last = pass == side.passes - 1;
+    for (int unit = 0; unit < hidden; ++unit, counts += LISTS) {
+      vec sums[CHAINS][4][NV] = {};
+      take_up<NV>(sums[0], now, side, unit, pass);
+      for (int i = 0; i < ahead; ++i, next += ROW)  // 5 to 9 % of the time: the order of the columns is none that the
+        for (int v = 0; v < NV; ++v) __builtin_prefetch((const vec*)next + v, 0, 2);  // CPU foresees
+      share_all<NV>(sums, now.in, offsets, values, counts, states);
+      const int place = unit % BLOCK;
+      vec* to = last ? block[place][0] : now.partial + 4 * NV * unit;
+      each_gate([&](int gate) {
+        for (int v = 0; v < NV; ++v)
+          to[gate * NV + v] = CHAINS > 1 ? sums[0][gate][v] + sums[CHAINS - 1][gate][v] : sums[0][gate][v];
+      });
+      if (last && (place == BLOCK - 1 || unit == hidden - 1))
+        activate_all<NV, KEEP>(block, before, now, unit - place, place + 1);
+    }
   }
 }
 
