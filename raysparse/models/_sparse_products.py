@@ -20,13 +20,14 @@ from raysparse.errors import UsageError
 from raysparse.models._sparse_memory import Memory
 
 _SOURCE = Path(__file__).parent / "native" / "products.cpp"
-_BLOCK = 256  # inputs that are walked before the next ones; see products.cpp
+_BLOCK = 192  # inputs that are walked before the next ones; see products.cpp
 # The kernel's time in that of a dense product per weight and column: so much for each active weight, and so much for
-# each input and output, which are laid out anew. Fitted to linear layers of 32 to 2,048 features and convolutions of 16
-# to 256 channels: 512 x 1,536 at density .6, .5, .25, .1 is 1.2, 1.4, 2.5, 5.0 times faster, 64 x 64 at .5 and .1 .86
-# and 1.4 times, a 3x3 convolution of 256 channels .92, 1.08, 1.8, 3.2 times, of 32 at .5 and .1 .88 and 1.3 times.
-_ACTIVE = {nn.Linear: 1.2, nn.Conv2d: 1.65}
-_LAID_OUT = 19
+# each input and output, which are laid out anew. Fitted on an Intel Xeon to linear layers of 64 to 1,536 features and
+# convolutions of 32 to 256 channels: 512 x 1,536 at density .6, .5, .25, .1 is .93, 1.1, 1.6 to 1.9, 3.5 times faster,
+# 64 x 64 at .5 and .1 1.0 and 1.6 times, a 3x3 convolution of 256 channels .88, 1.02, 1.7, 2.7 times, of 32 at .5 and
+# .1 .82 and 1.35 times. On an AMD EPYC dense products are slower: there an earlier kernel won up to a density of .7.
+_ACTIVE = 1.75
+_LAID_OUT = 12
 _GROUPS = 16  # of tokens, whose sums of weights' gradients are added in order, whichever thread made them
 _FEW = 24  # columns (tokens, or pixels of all images) that fill too little of the kernel's vectors
 _SMALL = 2_000_000  # columns x weights, which take PyTorch about 50 us: a call of the kernel costs 20 by itself
@@ -83,7 +84,7 @@ def _takes(layer: nn.Module) -> bool:
     if not supported(layer):
         return False
     active = int(layer.weight.count_nonzero())
-    return _ACTIVE[type(layer)] * active + _LAID_OUT * sum(layer.weight.flatten(1).shape) < layer.weight.numel()
+    return _ACTIVE * active + _LAID_OUT * sum(layer.weight.flatten(1).shape) < layer.weight.numel()
 
 
 class _Layer(ctypes.Structure):
