@@ -21,10 +21,10 @@ from raysparse.models import _cuda_product_training, _cuda_products
 from raysparse.models import _sparse_products as products
 from raysparse.models._sparse_memory import Memory
 
-# As in _sparse_products, of a step's three products. 512 x 1,536 at density .5, .35, .25, .1 is .94, 1.3, 1.8, 3.1
-# times faster, 512 x 512 .95, 1.3, 1.7, 3.2 times, 96 x 288 .83, 1.06, 1.4, 1.9 times; a 3x3 convolution of 256
-# channels .79, 1.2, 1.7, 3.5 times.
-_ACTIVE = {nn.Linear: 1.7, nn.Conv2d: 2.4}
+# As in _sparse_products, of a step's three products. On an Intel Xeon 512 x 1,536 at density .5, .35, .25, .1 is .74,
+# 1.02, 1.35, 2.55 times faster, 512 x 512 .73, 1.0, 1.35, 2.4 times; a 3x3 convolution of 256 channels at .35, .25, .1
+# .9, 1.16, 2.0 times. On an AMD EPYC an earlier kernel was 1.3 times faster at .35 and 3.1 at .1.
+_ACTIVE = 2.4
 _LAID_OUT = 40
 # Weights are gathered and their gradients spread at each step, however few tokens: at S = .5 with 1,000 it took 1.19 of
 # the dense time.
@@ -117,7 +117,7 @@ class SparseLayer(nn.Module):
     def lay_out(self, mask: Tensor) -> None:
         """Take over the mask, bool, of the weight's shape."""
         rows = mask.flatten(1)
-        cost = _ACTIVE[type(self.layer)] * int(mask.count_nonzero()) + _LAID_OUT * sum(rows.shape)
+        cost = _ACTIVE * int(mask.count_nonzero()) + _LAID_OUT * sum(rows.shape)
         self.pays = cost < _SPARE * mask.numel()
         if self.pays:
             places = torch.arange(mask.numel()).view(mask.shape)

@@ -23,7 +23,7 @@ def small_layers_too() -> Iterator[None]:
     """Layers of tests are so small that PyTorch would be faster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_sparse_products, "_SMALL", 0)
-        patch.setattr(_sparse_product_training, "_ACTIVE", dict.fromkeys((nn.Linear, nn.Conv2d), 0))
+        patch.setattr(_sparse_product_training, "_ACTIVE", 0)
         patch.setattr(_sparse_product_training, "_LAID_OUT", 0)
         yield
 
@@ -179,7 +179,7 @@ def check_step(model: nn.Module, masks: dict[str, Tensor], given: dict[str, Tens
 
 
 def test_layers_that_are_not_worth_it_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sparse_product_training, "_ACTIVE", {nn.Linear: 1.7})
+    monkeypatch.setattr(_sparse_product_training, "_ACTIVE", 2.4)
     full = torch.ones(64, 64, dtype=torch.bool)
     assert not SparseStep(OneLayer(full), {"layer.weight": full}).pays
 
