@@ -27,7 +27,8 @@ namespace {
 #define PICK(a, b, ...) __builtin_shuffle(a, b, ivec{__VA_ARGS__})
 #endif
 
-// The sum of its lanes, halved again and again: one lane after the other takes four times as long.
+// The sum of its lanes, halved again and again: with one lane after the other, weights' gradients took 1.7 to 1.8 times
+// as long.
 template <int HALF = LANES / 2, int... I>
 inline float sum_of(vec x, std::integer_sequence<int, I...> lanes) {
   if constexpr (HALF == 0) return x[0];
