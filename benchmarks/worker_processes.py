@@ -53,7 +53,7 @@ class Processes:
         self._answers()
 
     def _answers(self) -> list[int]:
-        lines = [worker.stdout.readline() for worker in self.workers]  # type: ignore[union-attr]
+        lines = [output.readline() for worker in self.workers if (output := worker.stdout)]  # all have one: a pipe
         if not all(lines):
             self.end()
             raise RuntimeError("a worker process ended; what it said is above")

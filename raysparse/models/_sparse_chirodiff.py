@@ -146,9 +146,9 @@ class SparseChiroDiff(nn.Module):
         return self._kept[-1].data_ptr()
 
 
-def _pass_ends(columns: int, density: float, most: float) -> list[int]:
-    """Where the passes over the columns of a side end; most: columns that fill the first cache."""
-    passes = 1 if density <= _ONE_PASS else math.ceil(columns / most)
+def _pass_ends(columns: int, density: float, fitting: float) -> list[int]:
+    """Where the passes over the columns of a side end; fitting: columns that fit the first cache."""
+    passes = 1 if density <= _ONE_PASS else math.ceil(columns / fitting)
     return [columns * (number + 1) // passes for number in range(passes)]
 
 

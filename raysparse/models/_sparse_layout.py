@@ -28,7 +28,7 @@ class Side(ctypes.Structure):
     _fields_ = [
         *fields("counts offsets values bias", ctypes.c_void_p),
         *fields("before to", ctypes.c_int64),
-        *fields("passes stateless", ctypes.c_int32),
+        *fields("passes input_passes", ctypes.c_int32),
     ]
 
 

@@ -120,7 +120,7 @@ class SparseStep(nn.Module):
             plan = self._plan(layer, layout.SIDES[side], before, row)
             self._plans.append(plan)
             slot.side.counts, slot.side.offsets = plan.counts.data_ptr(), plan.offsets.data_ptr()
-            slot.side.before, slot.side.to, slot.side.passes, slot.side.stateless = before, to, 1, 0
+            slot.side.before, slot.side.to, slot.side.passes = before, to, 1
             slot.gates = (points + 2 * hidden * count + 4 * hidden * number) * row
             slot.rows, slot.places = plan.rows.data_ptr(), plan.places.data_ptr()
         last = (points + 2 * hidden * (count - 1)) * row

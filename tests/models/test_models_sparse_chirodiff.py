@@ -80,7 +80,7 @@ def test_equals_the_model(lengths: list[int], hidden: int, layers: int, sparsity
 def test_equals_the_model_in_any_number_of_passes(
     lengths: list[int], hidden: int, sparsity: float, columns: int
 ) -> None:
-    def in_passes(count: int, density: float, most: float) -> list[int]:
+    def in_passes(count: int, density: float, fitting: float) -> list[int]:
         return [*range(columns, count, columns), count]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -90,13 +90,13 @@ def test_equals_the_model_in_any_number_of_passes(
 
 
 @given(st.integers(1, 3000), st.floats(0.08, 1), st.floats(1, 1000))
-def test_passes_fit_the_cache_and_are_of_one_size(columns: int, density: float, most: float) -> None:
-    ends = _sparse_chirodiff._pass_ends(columns, density, most)
+def test_passes_fit_the_cache_and_are_of_one_size(columns: int, density: float, fitting: float) -> None:
+    ends = _sparse_chirodiff._pass_ends(columns, density, fitting)
     sizes = [end - begin for begin, end in itertools.pairwise((0, *ends))]
     assert ends[-1] == columns
-    assert max(sizes) <= math.ceil(most)
+    assert max(sizes) <= math.ceil(fitting)
     assert max(sizes) - min(sizes) <= 1
-    assert _sparse_chirodiff._pass_ends(columns, 0.05, most) == [columns]
+    assert _sparse_chirodiff._pass_ends(columns, 0.05, fitting) == [columns]
 
 
 @pytest.mark.parametrize("batch", [1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 128, 129])

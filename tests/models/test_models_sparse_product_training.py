@@ -16,6 +16,7 @@ from raysparse.models import _sparse_product_training, _sparse_products, uvit
 from raysparse.models._sparse_product_training import SparseStep
 
 pytestmark = pytest.mark.usefixtures("compiler")
+ACTIVE = _sparse_product_training._ACTIVE  # as it is outside of these tests
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -179,7 +180,7 @@ def check_step(model: nn.Module, masks: dict[str, Tensor], given: dict[str, Tens
 
 
 def test_layers_that_are_not_worth_it_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sparse_product_training, "_ACTIVE", 2.4)
+    monkeypatch.setattr(_sparse_product_training, "_ACTIVE", ACTIVE)
     full = torch.ones(64, 64, dtype=torch.bool)
     assert not SparseStep(OneLayer(full), {"layer.weight": full}).pays
 

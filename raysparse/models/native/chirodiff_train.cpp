@@ -174,7 +174,7 @@ void backward_side(const TrainNet& net, int l, int reverse, const Chunk& chunk, 
     BACK[used - 1](now, train, h, grads);
   }
   for (int64_t k = 0; k < active; ++k)
-    train.d_values[number * active + k] = sum_of((const float*)(grads.weights + k), LANES);
+    train.d_values[number * active + k] = sum_of(grads.weights[k]);
   for (int i = 0; i < 4 * h; ++i) {
     const float* by_sketch = (const float*)grads.biases + i * WIDTH;
     if (l) train.d_bias[number * 4 * h + i] = sum_of(by_sketch, chunk.count);
@@ -203,13 +203,12 @@ void read_back(const TrainNet& net, const Chunk& chunk, int64_t number, const Gr
         if (running) gradient.d_tail[sketch * head.outputs + out] += lanes[lane];
       }
       for (int j = 0; j < wide; ++j) {
-        union { vec sum; float sums[LANES]; };
-        sum = vec{};
+        vec sum = {};
         for (int v = 0; v < used; ++v) {
           d[j * VECTORS + v] += head.weights[out * wide + j] * d_y[v];
           sum += d_y[v] * states[j * VECTORS + v];
         }
-        d_head[out * wide + j] += sum_of(sums, LANES);
+        d_head[out * wide + j] += sum_of(sum);
       }
     }
   }

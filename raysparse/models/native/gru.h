@@ -20,6 +20,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX512DQ__)
 #include <immintrin.h>
 #endif
@@ -58,10 +59,26 @@ struct Side {
   int64_t before;          // bytes from the layer's input of a time step to the state that the time step starts from
   int64_t to;              // bytes from a time step's first row to the new state
   int32_t passes;          // over the columns of a sparse side
-  int32_t stateless;       // so many of them, the first ones, have no columns of the state
+  int32_t input_passes;    // so many of them, the first ones, have columns of the input only
 };
 
 inline vec splat(float x) { return x - vec{}; }
+
+#if defined(__clang__)
+#define PICK(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define PICK(a, b, ...) __builtin_shuffle(a, b, ivec{__VA_ARGS__})
+#endif
+
+template <int HALF, int... I>
+inline float halved(vec x, std::integer_sequence<int, I...> lanes) {
+  if constexpr (HALF == 0) return x[0];
+  else return halved<HALF / 2>(x + PICK(x, x, ((I + HALF) % LANES)...), lanes);
+}
+
+// The sum of its lanes, halved again and again: with one lane after the other, the gradients of a linear layer's
+// weights took 1.7 to 1.8 times as long.
+inline float sum_of(vec x) { return halved<LANES / 2>(x, std::make_integer_sequence<int, LANES>()); }
 
 // An address in one register: an FMA that adds two itself is two operations on Intel.
 inline const vec* at(const char* address) {
@@ -264,7 +281,7 @@ inline void each_gate(Work work) {
 template <int NV>
 inline void take_up(vec (*sums)[NV], const Now& now, const Side& side, int unit, int pass) {
   each_gate([&](int gate) {
-    if (pass > (gate < 3 ? 0 : side.stateless))
+    if (pass > (gate < 3 ? 0 : side.input_passes))
       for (int v = 0; v < NV; ++v) sums[gate][v] = now.partial[(4 * unit + gate) * NV + v];
     else
       begin<NV>(sums[gate], side, now.start, 4 * unit + gate);
@@ -280,12 +297,13 @@ void sparse_step(const Now& now, const Side& side, int hidden) {
   const int walks = hidden * side.passes, ahead = (now.inputs + walks - 1) / walks;  // features
   vec block[BLOCK][4][NV];
   for (int pass = 0; pass < side.passes; ++pass) {
-    const bool states = pass >= side.stateless, last = pass == side.passes - 1;
+    const bool states = pass >= side.input_passes, last = pass == side.passes - 1;
     for (int unit = 0; unit < hidden; ++unit, counts += LISTS) {
       vec sums[CHAINS][4][NV] = {};
       take_up<NV>(sums[0], now, side, unit, pass);
-      for (int i = 0; i < ahead; ++i, next += ROW)  // 5 to 9 % of the time: the order of the columns is none that the
-        for (int v = 0; v < NV; ++v) __builtin_prefetch((const vec*)next + v, 0, 2);  // CPU foresees
+      // 5 to 9 % of the time: the order of the columns is none that the CPU foresees
+      for (int i = 0; i < ahead; ++i, next += ROW)
+        for (int v = 0; v < NV; ++v) __builtin_prefetch((const vec*)next + v, 0, 2);
       share_all<NV>(sums, now.in, offsets, values, counts, states);
       const int place = unit % BLOCK;
       vec* to = last ? block[place][0] : now.partial + 4 * NV * unit;
