@@ -127,12 +127,9 @@ class SparseChiroDiff(nn.Module):
             tiles = _tiles(w_in, w_state, self._library.raysparse_units())
             return layout.Side(None, None, *map(self._keep, (tiles, bias)), before, to, 1, 0)
         self._cost += _PER_ACTIVE * active
-        inputs, columns = w_in.shape[1], torch.arange(w_in.shape[1] + w_state.shape[1])
-        ends = _pass_ends(len(columns), active / weights, self._library.raysparse_first_cache() / self._row)
-        plans = []
-        for begin, end in itertools.pairwise((0, *ends)):
-            walked = (begin <= columns) & (columns < end)
-            plans.append(layout.plan(used[0] & walked[:inputs], used[1] & walked[inputs:], before, self._row))
+        inputs, columns = w_in.shape[1], w_in.shape[1] + w_state.shape[1]
+        ends = _pass_ends(columns, active / weights, self._library.raysparse_first_cache() / self._row)
+        plans = [layout.plan(*used, before, self._row, *walked) for walked in itertools.pairwise((0, *ends))]
         counts, offsets, scale = (
             torch.cat([getattr(plan, name) for plan in plans]) for name in ("counts", "offsets", "scale")
         )

@@ -48,40 +48,55 @@ class Sketches(ctypes.Structure):
 
 
 class Plan(NamedTuple):
-    """Where the active weights of one direction of a layer lie, in the kernel's order and in that of their columns."""
+    """Where the active weights of one direction of a layer lie, in the kernel's order."""
 
     active: Tensor  # int64 [weights] places in W_ih (the columns that differ by point) and W_hh, flattened, end to end
     scale: Tensor  # float32 [weights] what the kernel wants them multiplied with
     counts: Tensor  # int32 [h, 11]; see Side in gru.h
     offsets: Tensor  # int32 [weights]
-    by_column: Tensor  # int64 [weights] the kernel's order -> by column, the state's columns first
-    rows: Tensor  # int32 [h + inputs + 1] where each column's begin in that order
-    places: Tensor  # int32 [weights] bytes from the gradients of the gates, in that order
+    columns: Tensor  # int64 [weights] of the input, then of the state
+    gates: Tensor  # int64 [weights] 4 unit + r, z, n or q
 
 
-def plan(in_mask: Tensor, state_mask: Tensor, before: int, row: int) -> Plan:
-    """in_mask: bool [3 h, inputs], state_mask: bool [3 h, h] of rows r, z, n; row: bytes of a feature."""
+def plan(in_mask: Tensor, state_mask: Tensor, before: int, row: int, begin: int = 0, end: int | None = None) -> Plan:
+    """Of the columns begin .. end - 1, of the input and then of the state.
+
+    in_mask: bool [3 h, inputs], state_mask: bool [3 h, h] of rows r, z, n; row: bytes of a feature.
+    """
     inputs, hidden = in_mask.shape[1], state_mask.shape[1]
-    used = torch.cat((in_mask, state_mask), 1).reshape(3, hidden, -1).permute(1, 2, 0)  # [h, columns, 3]
+    both = torch.cat((in_mask, state_mask), 1)[:, begin:end]
+    used = both.reshape(3, hidden, -1).permute(1, 2, 0)  # [h, columns, 3]
     used_by = (used * torch.tensor([1, 2, 4])).sum(2)  # bits: r, z, n or q
-    is_state = torch.arange(inputs + hidden) >= inputs
+    is_state = begin + torch.arange(both.shape[1]) >= inputs
     of_state = is_state & (used_by >= 4)  # where input and state differ: n is of the input, q of the state
     group = torch.where(used_by > 0, used_by - 1 + 4 * of_state, _LISTS)
     counts = nn.functional.one_hot(group, _LISTS + 1)[:, :, :_LISTS].sum(1)
     order = group.argsort(dim=1, stable=True)
-    columns = order[group.gather(1, order) < _LISTS]
-    offsets = torch.where(columns < inputs, columns * row, (columns - inputs) * row + before)
+    walked = begin + order[group.gather(1, order) < _LISTS]
+    offsets = torch.where(walked < inputs, walked * row, (walked - inputs) * row + before)
     unit, rank, gate = used.gather(1, order[:, :, None].expand_as(used)).nonzero(as_tuple=True)
-    column, line = order[unit, rank], gate * hidden + unit
+    column, line = begin + order[unit, rank], gate * hidden + unit
     active = torch.where(column < inputs, line * inputs + column, line * hidden + column + (3 * hidden - 1) * inputs)
-    kernel_gate = gate + ((gate == 2) & (column >= inputs))  # q for n
-    by_state_first = torch.where(column < inputs, hidden + column, column - inputs)
-    by_column = by_state_first.argsort(stable=True)
+    gate += (gate == 2) & (column >= inputs)  # q for n
+    scale = gate_scales().index_select(0, gate)
+    return Plan(active, scale, counts.int().contiguous(), offsets.int(), column, 4 * unit + gate)
+
+
+class ByColumn(NamedTuple):
+    """The same weights in the order of their columns, the state's first: as gradients of the columns are summed."""
+
+    order: Tensor  # int64 [weights] the kernel's order -> this one
+    rows: Tensor  # int32 [h + inputs + 1] where each column's begin
+    places: Tensor  # int32 [weights] bytes from the gradients of the gates
+
+
+def by_column(plan: Plan, inputs: int, hidden: int, row: int) -> ByColumn:
+    """Of a plan of all columns."""
+    columns = torch.where(plan.columns < inputs, hidden + plan.columns, plan.columns - inputs)
+    order = columns.argsort(stable=True)
     rows = torch.zeros(inputs + hidden + 1, dtype=torch.int32)
-    rows[1:] = torch.bincount(by_state_first, minlength=inputs + hidden).cumsum(0)
-    places = ((4 * unit + kernel_gate) * row)[by_column]
-    scale = gate_scales().index_select(0, kernel_gate)
-    return Plan(active, scale, counts.int().contiguous(), offsets.int(), by_column, rows, places.int())
+    rows[1:] = torch.bincount(columns, minlength=inputs + hidden).cumsum(0)
+    return ByColumn(order, rows, (row * plan.gates)[order].int())
 
 
 def gate_scales() -> Tensor:

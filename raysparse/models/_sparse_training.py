@@ -81,7 +81,8 @@ class SparseStep(nn.Module):
     @property
     def pays(self) -> bool:
         """Whether it is faster than PyTorch, by what was measured."""
-        sizes = [len(plan.counts) * 3 * (len(plan.rows) - 1) for plan in self._plans]
+        columns = [len(by_column.rows) - 1 for by_column in self._by_column]
+        sizes = [len(plan.counts) * 3 * wide for plan, wide in zip(self._plans, columns, strict=True)]
         density = sum(len(plan.active) for plan in self._plans) / sum(sizes)
         return density <= next(most for size, most in _PAYS if max(sizes) <= size)
 
@@ -110,6 +111,7 @@ class SparseStep(nn.Module):
         places = points + 10 * hidden * count  # inputs, then states [layers, 2, h], then gates [layers, 2, h, 4]
         self._masks = dict(masks)
         self._plans: list[layout.Plan] = []
+        self._by_column: list[layout.ByColumn] = []
         self._sides = (_Side * (2 * count))()
         self._sources = torch.tensor([0, *(points + 2 * hidden * layer for layer in range(count - 1))]) * row
         self._widths = torch.tensor([points, *[2 * hidden] * (count - 1)], dtype=torch.int32)
@@ -117,12 +119,15 @@ class SparseStep(nn.Module):
             layer, side = divmod(number, 2)
             to = (points + number * hidden) * row
             before = to - int(self._sources[layer]) + (places if side else -places) * row
-            plan = self._plan(layer, layout.SIDES[side], before, row)
+            used = self._of_side(layer, layout.SIDES[side])
+            plan = layout.plan(*used, before, row)
+            by_column = layout.by_column(plan, used[0].shape[1], hidden, row)
             self._plans.append(plan)
+            self._by_column.append(by_column)
             slot.side.counts, slot.side.offsets = plan.counts.data_ptr(), plan.offsets.data_ptr()
             slot.side.before, slot.side.to, slot.side.passes = before, to, 1
             slot.gates = (points + 2 * hidden * count + 4 * hidden * number) * row
-            slot.rows, slot.places = plan.rows.data_ptr(), plan.places.data_ptr()
+            slot.rows, slot.places = by_column.rows.data_ptr(), by_column.places.data_ptr()
         last = (points + 2 * hidden * (count - 1)) * row
         self._net = _Net(
             ctypes.cast(self._sides, ctypes.c_void_p),
@@ -134,12 +139,13 @@ class SparseStep(nn.Module):
             max(len(plan.active) for plan in self._plans),
         )
 
-    def _plan(self, layer: int, end: str, before: int, row: int) -> layout.Plan:
+    def _of_side(self, layer: int, end: str) -> tuple[Tensor, Tensor]:
+        """Masks of the weights of the input, as far as it differs by point, and of the state."""
         gru, masks = self._model[0].gru, []
         for name in (f"weight_ih_l{layer}{end}", f"weight_hh_l{layer}{end}"):
             mask = self._masks.get(f"gru.{name}")
             masks.append(torch.ones_like(getattr(gru, name), dtype=torch.bool) if mask is None else mask)
-        return layout.plan(masks[0][:, : int(self._widths[layer])], masks[1], before, row)
+        return masks[0][:, : int(self._widths[layer])], masks[1]
 
     def _call(self, name: str, *arguments: Any) -> None:
         getattr(self._library, f"raysparse_{name}")(
@@ -156,13 +162,16 @@ class _Step(torch.autograd.Function):
         start, tail, head, *weights = parameters
         start, tail, head = start * step._scales, tail.contiguous(), head.contiguous()
         ctx.kept = [x, start, tail, order, lengths, head]  # what pointers point at until the backward pass
-        for slot, plan, w_in, w_state, bias in zip(
-            step._sides, step._plans, weights[0::3], weights[1::3], weights[2::3], strict=True
+        for slot, plan, by_column, w_in, w_state, bias in zip(
+            step._sides, step._plans, step._by_column, weights[0::3], weights[1::3], weights[2::3], strict=True
         ):
             active = torch.cat((w_in.flatten(), w_state.flatten())).index_select(0, plan.active)
-            values, by_column, bias = active * plan.scale, active.index_select(0, plan.by_column), bias * step._scales
-            ctx.kept += [values, by_column, bias]
-            slot.side.values, slot.side.bias, slot.weights = (t.data_ptr() for t in (values, bias, by_column))
+            values, bias = active * plan.scale, bias * step._scales
+            weights_by_column = active.index_select(0, by_column.order)
+            ctx.kept += [values, bias, weights_by_column]
+            slot.side.values, slot.side.bias, slot.weights = (
+                tensor.data_ptr() for tensor in (values, bias, weights_by_column)
+            )
         (sketches, points, _), outputs = x.shape, step._net.head.outputs
         y = torch.zeros(sketches, points, outputs)
         step._net.head.weights = head.data_ptr()
