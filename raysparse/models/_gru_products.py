@@ -2,29 +2,17 @@
 
 from __future__ import annotations
 
-import platform
-from pathlib import Path
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from raysparse.models._cpu import AVX512, INTEL
 
-def _vendor() -> str:
-    """What names the maker of this machine's CPU."""
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:  # not on Linux
-        return platform.processor()
-
-
-INTEL = "GenuineIntel" in _vendor()
 # MKL uses AVX-512 on Intel alone. There it is faster than oneDNN: whole training steps by 1.4 to 1.6 (h=128 to 48). On
 # AMD oneDNN's large products are 1.5 to 2.2 times as fast; with AVX2 it gains nothing. PyTorch offers oneDNN for
 # float32 only through the operator that its compiler emits.
-ONEDNN = (
-    not INTEL and torch.backends.cpu.get_cpu_capability() == "AVX512" and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-)
+ONEDNN = not INTEL and AVX512 and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 _ONEDNN_PRODUCTS = (
     1_500_000  # of a time step and direction, on AMD: MKL won at 0.9 million, oneDNN at 2 million (h=128)
 )

@@ -19,7 +19,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from raysparse.models import _compiled_gru as compiled
 from raysparse.models import _cuda_gru
-from raysparse.models._gru_products import INTEL, LayerGradient, add_product, laid_out, project
+from raysparse.models._cpu import INTEL
+from raysparse.models._gru_products import LayerGradient, add_product, laid_out, project
 
 _CHUNK_ROWS = 1024  # measured the same at 512, 10 % slower at 256
 

@@ -17,24 +17,26 @@ import torch
 from torch import Tensor, nn
 
 from raysparse import native
+from raysparse.models import _cpu
 from raysparse.models import _sparse_layout as layout
 from raysparse.models._sparse_memory import Memory
 
 _SOURCE = Path(__file__).parent / "native" / "chirodiff.cpp"
 # A direction of a layer of at least this density is computed with all its weights. Times as long by skipping the zeros,
-# on an Intel Xeon, h = 32 to 256, 64 sketches: .9 to 1.07 at density .95, .82 to 1.08 at .9, .83 to 1.01 at .85, .75 to
-# 1.01 at .8, .7 to .9 at .6.
-_DENSE = 0.88
+# h = 32 to 256, 64 sketches, on an Intel Xeon: .9 to 1.07 at density .95, .82 to 1.08 at .9, .83 to 1.01 at .85, .75 to
+# 1.01 at .8, .7 to .9 at .6; on an AMD EPYC .89 to 1.1 at .99, .83 to 1.04 at .95, .83 to .99 at .9.
+_DENSE = {"intel": 0.88, "amd": 0.97, "narrow": 0.97}[_cpu.KIND]
 # The columns of a side are walked in passes of what fits the first cache; a side of at most this density in one, for
 # its sums' way to memory and back costs more. On an Intel Xeon, h = 96 to 256, 64 sketches: one pass takes 1.13 to 1.2
-# times as long at density .5, 1.1 to 1.16 at .25, .99 to 1.08 at .1 and .94 at .05; three quarters or 1.4 times of the
-# cache at a time are at most .9 to 1.1 times as fast.
+# times as long at density .5, 1.1 to 1.16 at .25, .99 to 1.08 at .1 and .94 at .05 (an AMD EPYC: 1.1, 1.13 to 1.2, .96
+# to 1.07, .84 to .92); three quarters or 1.4 times of the cache at a time are at most .9 to 1.1 times as fast.
 _ONE_PASS = 0.07
 # Few sketches leave the kernel's vectors empty: up to 16 take it as long as one, and PyTorch less. The kernel is chosen
 # for at least (cost of the weights - _CALLS) / weights sketches, a weight costing _PER_ACTIVE or, of a dense side,
-# _PER_DENSE. Of 96 cases (h = 32 to 192, S = 0 to .9, 1 to 32 sketches, one thread, Intel Xeon) it was 1.05 to 6 times
-# as fast where it is chosen, but for one (.83), and .29 to 1.18 times where it is not.
-_PER_ACTIVE, _PER_DENSE, _CALLS = 37.0, 18.0, 2_900_000
+# _PER_DENSE. Of 96 cases on an Intel Xeon (h = 32 to 192, S = 0 to .9, 1 to 32 sketches, one thread) it was 1.05 to 6
+# times as fast where it is chosen, but for one (.83), and .29 to 1.18 times where it is not.
+_PER_ACTIVE, _PER_DENSE = {"intel": (37.0, 18.0), "amd": (19.0, 12.5), "narrow": (14.5, 24.0)}[_cpu.KIND]
+_CALLS = 2_900_000
 
 
 class _Layer(ctypes.Structure):
@@ -128,7 +130,7 @@ class SparseChiroDiff(nn.Module):
             return layout.Side(None, None, *map(self._keep, (tiles, bias)), before, to, 1, 0)
         self._cost += _PER_ACTIVE * active
         inputs, columns = w_in.shape[1], w_in.shape[1] + w_state.shape[1]
-        ends = _pass_ends(columns, active / weights, self._library.raysparse_first_cache() / self._row)
+        ends = _pass_ends(columns, active / weights, self._library.raysparse_fitting())
         plans = [layout.plan(*used, before, self._row, *walked) for walked in itertools.pairwise((0, *ends))]
         counts, offsets, scale = (
             torch.cat([getattr(plan, name) for plan in plans]) for name in ("counts", "offsets", "scale")
@@ -143,7 +145,7 @@ class SparseChiroDiff(nn.Module):
         return self._kept[-1].data_ptr()
 
 
-def _pass_ends(columns: int, density: float, fitting: float) -> list[int]:
+def _pass_ends(columns: int, density: float, fitting: int) -> list[int]:
     """Where the passes over the columns of a side end; fitting: columns that fit the first cache."""
     passes = 1 if density <= _ONE_PASS else math.ceil(columns / fitting)
     return [columns * (number + 1) // passes for number in range(passes)]

@@ -17,18 +17,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from raysparse.errors import UsageError
-from raysparse.models import _cuda_product_training, _cuda_products
+from raysparse.models import _cpu, _cuda_product_training, _cuda_products
 from raysparse.models import _sparse_products as products
 from raysparse.models._sparse_memory import Memory
 
-# As in _sparse_products, of a step's three products. On an Intel Xeon 512 x 1,536 at density .5, .35, .25, .1 is .74,
-# 1.02, 1.35, 2.55 times faster, 512 x 512 .73, 1.0, 1.35, 2.4 times; a 3x3 convolution of 256 channels at .35, .25, .1
-# .9, 1.16, 2.0 times. On an AMD EPYC an earlier kernel was 1.3 times faster at .35 and 3.1 at .1.
-_ACTIVE = 2.4
-_LAID_OUT = 40
-# Weights are gathered and their gradients spread at each step, however few tokens: at S = .5 with 1,000 it took 1.19 of
-# the dense time.
-_SPARE = 0.8
+# As in _sparse_products, of a step's three products, and 1.15 (amd) or 1.25 times what fitted 2,056 tokens: weights are
+# gathered and their gradients spread at each step, however few tokens. Times faster at density .5, .35, .25, .1: 512 x
+# 1,536 is .74, 1.02, 1.35, 2.55 (intel), 1.31, 1.8, 2.35, 4.3 (amd; with 514 tokens .99, 1.43, 1.85, 3.4), .94, 1.31,
+# 1.8, 3.6 (narrow); a 3x3 convolution of 256 channels at .35, .25, .1 .9, 1.16, 2.0; 1.57, 2.0, 3.0; 1.1, 1.5, 2.9.
+_ACTIVE, _LAID_OUT = {"intel": (3.0, 50), "amd": (1.9, 14), "narrow": (2.7, 17)}[_cpu.KIND]
 
 
 class SparseStep(nn.Module):
@@ -117,8 +114,7 @@ class SparseLayer(nn.Module):
     def lay_out(self, mask: Tensor) -> None:
         """Take over the mask, bool, of the weight's shape."""
         rows = mask.flatten(1)
-        cost = _ACTIVE * int(mask.count_nonzero()) + _LAID_OUT * sum(rows.shape)
-        self.pays = cost < _SPARE * mask.numel()
+        self.pays = _ACTIVE * int(mask.count_nonzero()) + _LAID_OUT * sum(rows.shape) < mask.numel()
         if self.pays:
             places = torch.arange(mask.numel()).view(mask.shape)
             self.kernel.lay_out(rows, places.flatten(1))

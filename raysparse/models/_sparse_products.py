@@ -17,17 +17,16 @@ from torch.nn import functional as F
 
 from raysparse import native
 from raysparse.errors import UsageError
+from raysparse.models import _cpu
 from raysparse.models._sparse_memory import Memory
 
 _SOURCE = Path(__file__).parent / "native" / "products.cpp"
-_BLOCK = 192  # inputs that are walked before the next ones; see products.cpp
 # The kernel's time in that of a dense product per weight and column: so much for each active weight, and so much for
-# each input and output, which are laid out anew. Fitted on an Intel Xeon to linear layers of 64 to 1,536 features and
-# convolutions of 32 to 256 channels: 512 x 1,536 at density .6, .5, .25, .1 is .93, 1.1, 1.6 to 1.9, 3.5 times faster,
-# 64 x 64 at .5 and .1 1.0 and 1.6 times, a 3x3 convolution of 256 channels .88, 1.02, 1.7, 2.7 times, of 32 at .5 and
-# .1 .82 and 1.35 times. On an AMD EPYC dense products are slower: there an earlier kernel won up to a density of .7.
-_ACTIVE = 1.75
-_LAID_OUT = 12
+# each input and output, which are laid out anew. Fitted to linear layers of 64 to 1,536 features and convolutions of 32
+# to 256 channels. Times faster at density .6, .5, .25, .1: 512 x 1,536 is .93, 1.1, 1.6 to 1.9, 3.5 (intel), 1.28,
+# 1.52, 3.1, 5.2 (amd), .91, .99, 2.0, 4.1 (narrow); a 3x3 convolution of 256 channels .88, 1.02, 1.7, 2.7; 1.01, 1.23,
+# 1.9, 3.4; .74, .90, 1.6, 3.2; one of 32 at .5 and .1 .82, 1.35; .90, 1.6; .74, 1.4.
+_ACTIVE, _LAID_OUT = {"intel": (1.75, 12), "amd": (1.3, 16), "narrow": (1.9, 17)}[_cpu.KIND]
 _GROUPS = 16  # of tokens, whose sums of weights' gradients are added in order, whichever thread made them
 _FEW = 24  # columns (tokens, or pixels of all images) that fill too little of the kernel's vectors
 _SMALL = 2_000_000  # columns x weights, which take PyTorch about 50 us: a call of the kernel costs 20 by itself
@@ -113,18 +112,19 @@ class Kernel:
         self._library = native.load(_SOURCE)
         self._width = int(self._library.raysparse_width())
         self._deep = int(self._library.raysparse_deep())
+        self._block = int(self._library.raysparse_block())  # inputs that are walked before the next ones
         self._inputs, self._outputs, self._memory = inputs, outputs, memory
         self._starts = self._offsets = self._places = self._weights = torch.empty(0)
 
     def lay_out(self, mask: Tensor, places: Tensor) -> None:
         """mask: bool [outputs, inputs]; places: int64, of the same shape, where `values` finds each weight."""
-        padded, blocks = -self._inputs % _BLOCK, -(-self._inputs // _BLOCK)
-        used = F.pad(mask, (0, padded)).view(self._outputs, blocks, _BLOCK).transpose(0, 1)
+        padded, blocks = -self._inputs % self._block, -(-self._inputs // self._block)
+        used = F.pad(mask, (0, padded)).view(self._outputs, blocks, self._block).transpose(0, 1)
         self._starts = torch.zeros(blocks * self._outputs + 1, dtype=torch.int32)
         self._starts[1:] = used.sum(2).flatten().cumsum(0)
         self._offsets = (used.nonzero()[:, 2] * (4 * self._width)).int()
         self._places, self._weights = (
-            F.pad(numbers, (0, padded)).view(self._outputs, blocks, _BLOCK).transpose(0, 1)[used]
+            F.pad(numbers, (0, padded)).view(self._outputs, blocks, self._block).transpose(0, 1)[used]
             for numbers in (places, torch.arange(mask.numel()).view(mask.shape))
         )
 
@@ -180,7 +180,7 @@ class Kernel:
 
     def _packed(self, values: Tensor, bias: Tensor | None) -> _Layer:
         pointers = (self._starts.data_ptr(), self._offsets.data_ptr(), values.data_ptr())
-        return _Layer(*pointers, None if bias is None else bias.data_ptr(), self._inputs, self._outputs, _BLOCK)
+        return _Layer(*pointers, None if bias is None else bias.data_ptr(), self._inputs, self._outputs, self._block)
 
     def _scratch(self, columns: int) -> ctypes.c_void_p:
         size = 4 * torch.get_num_threads() * (self._inputs + self._outputs) * columns

@@ -18,14 +18,20 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from raysparse import native
+from raysparse.models import _cpu
 from raysparse.models import _sparse_layout as layout
 from raysparse.models._sparse_memory import Memory
 
 _SOURCE = Path(__file__).parent / "native" / "chirodiff_train.cpp"
 # Where it beats the packed GRU: (weights of a direction of a layer, active or not; density), each at most. Times faster
-# on an Intel Xeon, 3 layers of h = 16 to 256: 9 thousand weights, density 1, 1.1; 21 thousand, .5, 1.16 (.75: .91); 83
-# thousand, .25, 1.26 (.5: .73); 332 thousand, .25, 1.12 (.5: .56); 590 thousand, .1, 1.78 (.25: .87). Larger: a guess.
-_PAYS = ((10_000, 1.0), (30_000, 0.55), (100_000, 0.35), (350_000, 0.27), (600_000, 0.2), (math.inf, 0.1))
+# with 3 layers of h = 16 to 256, on an Intel Xeon: 9 thousand weights, density 1, 1.1; 21 thousand, .5, 1.16 (.75:
+# .91); 83 thousand, .25, 1.26 (.5: .73); 332 thousand, .25, 1.12 (.5: .56); 590 thousand, .1, 1.78 (.25: .87). On an
+# AMD EPYC, with AVX2 about the same: 21 thousand, 1, 1.05 to 1.3; 83 thousand, .75, 1.07 to 1.2 (1: .83 to 1.02); 187
+# thousand, .5, 1.43 (.75: 1.0); 332 thousand, .5, 1.05 to 1.2 (.75: .66); 590 thousand, .35, 1.13 (.5: .77). Larger: a
+# guess.
+_PAYS_INTEL = ((10_000, 1.0), (30_000, 0.55), (100_000, 0.35), (350_000, 0.27), (600_000, 0.2), (math.inf, 0.1))
+_PAYS_AMD = ((30_000, 1.0), (100_000, 0.8), (200_000, 0.7), (350_000, 0.5), (600_000, 0.38), (math.inf, 0.2))
+_PAYS = _PAYS_INTEL if _cpu.INTEL else _PAYS_AMD
 
 
 class _Side(ctypes.Structure):

@@ -13,7 +13,7 @@ from torch import Tensor
 from raysparse import rng
 from raysparse.diffusion.losses import eps_mse
 from raysparse.errors import UsageError
-from raysparse.models import chirodiff
+from raysparse.models import _sparse_training, chirodiff
 from raysparse.models.chirodiff import ChiroDiff, Config, sparse_step
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -151,17 +151,22 @@ def test_nothing_finite_is_made_of_what_is_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hidden", "sparsity", "pays"),
+    ("hidden", "sparsity", "intel", "amd"),
     [
-        (8, 0.0, True),
-        (48, 0.25, False),
-        (48, 0.5, True),
-        (96, 0.5, False),
-        (96, 0.75, True),
-        (256, 0.75, False),
-        (256, 0.9, True),
-        (320, 0.85, False),
+        (8, 0.0, True, True),
+        (48, 0.25, False, True),
+        (48, 0.5, True, True),
+        (96, 0.0, False, False),
+        (96, 0.5, False, True),
+        (96, 0.75, True, True),
+        (192, 0.25, False, False),
+        (256, 0.75, False, True),
+        (256, 0.9, True, True),
+        (320, 0.75, False, False),
     ],
 )
-def test_where_it_pays(hidden: int, sparsity: float, pays: bool) -> None:
-    assert sparse_step(*masked_model(sparsity, hidden, 2)).pays is pays
+def test_where_it_pays(hidden: int, sparsity: float, intel: bool, amd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = sparse_step(*masked_model(sparsity, hidden, 2))
+    for table, pays in ((_sparse_training._PAYS_INTEL, intel), (_sparse_training._PAYS_AMD, amd)):
+        monkeypatch.setattr(_sparse_training, "_PAYS", table)
+        assert step.pays is pays

@@ -6,8 +6,6 @@
 #endif
 #include "chunk.h"
 
-#include <unistd.h>
-
 namespace {
 
 struct Layer {
@@ -89,14 +87,7 @@ extern "C" {
 int32_t raysparse_units() { return UNITS; }
 int32_t raysparse_width() { return WIDTH; }
 
-// Bytes; the least that CPUs have today where the system does not tell.
-int32_t raysparse_first_cache() {
-  long found = 0;
-#if defined(_SC_LEVEL1_DCACHE_SIZE)
-  found = sysconf(_SC_LEVEL1_DCACHE_SIZE);
-#endif
-  return found > 0 ? (int32_t)found : 32768;
-}
+int32_t raysparse_fitting() { return fitting(); }
 
 // Bytes of memory that each thread needs, a multiple of a vector's.
 int64_t raysparse_scratch(const Net* net, int64_t points) { return scratch_of(*net, points); }

@@ -24,6 +24,7 @@
 #if defined(__AVX512DQ__)
 #include <immintrin.h>
 #endif
+#include <unistd.h>
 #if !defined(RAYSPARSE_VECTORS)
 #define RAYSPARSE_VECTORS 2
 #endif
@@ -61,6 +62,16 @@ struct Side {
   int32_t passes;          // over the columns of a sparse side
   int32_t input_passes;    // so many of them, the first ones, have columns of the input only
 };
+
+// Features of a chunk that lie in the first cache together; its size is the least that CPUs have today where the system
+// does not tell.
+inline int32_t fitting() {
+  long found = 0;
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  found = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+#endif
+  return (int32_t)((found > 0 ? found : 32768) / ROW);
+}
 
 inline vec splat(float x) { return x - vec{}; }
 

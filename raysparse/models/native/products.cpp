@@ -6,8 +6,8 @@
 // CPU's vectors (two where it has few registers), wherever it stands in its row, so that every pattern is as fast as
 // any other. With four, a linear layer of 512 x 1,536 is 1.0 to 1.15 times faster than with two, a 3x3 convolution 1.15
 // to 1.28 times. Rows are walked block by block of their inputs, whose columns of a chunk stay in the first cache
-// meanwhile: 192 inputs are 48 KiB with AVX-512. Measured there, density .5 to .1: 192 are .96 to 1.06 times as fast as
-// 128 and .97 to 1.2 times as fast as 256.
+// meanwhile. With AVX-512 these are 128 inputs of 32 KiB (AMD) or 192 of 48 (Intel). On the former 192 are .91 to 1.03
+// times as fast at density .5 to .1, 256 .76 to 1.02, 96 .92 to 1.01; with AVX2 128 are .58 to .93 times as fast as 512.
 #if defined(__AVX512F__)
 #define RAYSPARSE_VECTORS 4
 #endif
@@ -219,6 +219,7 @@ extern "C" {
 
 int32_t raysparse_width() { return WIDTH; }
 int32_t raysparse_deep() { return DEEP; }
+int32_t raysparse_block() { return fitting(); }
 
 // x [tokens, inputs], y [tokens, outputs]; memory: threads x (inputs + outputs) x WIDTH floats
 void raysparse_linear(const Layer* layer, const float* x, float* y, int64_t tokens, char* memory, int32_t threads) {
