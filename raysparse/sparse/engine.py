@@ -303,12 +303,9 @@ class SparseEngine:
 
     def _update(self, step: int, ratio: float, gradients: Mapping[str, Tensor]) -> None:
         """One topology update: all new masks first, then agreement with the other ranks, then the change."""
-        masks: dict[str, Tensor] = {}
         try:
             with one_thread():
-                for name, weight in self._weights.items():
-                    known, gradient = self._masks[name], gradients.get(name)
-                    masks[name] = self._topology.updated(name, weight, known, self._layout, step, ratio, gradient)
+                masks = self._topology.updated(self._weights, self._masks, self._layout, step, ratio, gradients)
         except Exception:
             self._agreement.give_up(step, len(self._weights))  # the other ranks raise instead of waiting for this one
             raise

@@ -81,8 +81,7 @@ def highest(scores: Tensor, count: int, candidates: Tensor) -> Tensor:
     on a GPU, which is not waited for, only where there are fewer scores.
     """
     flat, allowed = scores.detach().reshape(-1), candidates.reshape(-1)
-    on_cpu = flat.device.type == "cpu"
-    index = true_indices(allowed) if on_cpu else None
+    index = true_indices(allowed) if on_host(flat) else None
     there = allowed.numel() if index is None else index.numel()
     if not 0 <= count <= there:
         raise ValueError(f"{count} of {there} candidates asked for")
@@ -97,6 +96,11 @@ def highest(scores: Tensor, count: int, candidates: Tensor) -> Tensor:
 def lowest(scores: Tensor, count: int, candidates: Tensor) -> Tensor:
     """The same for the lowest scores."""
     return highest(scores.neg(), count, candidates)
+
+
+def on_host(tensor: Tensor) -> bool:
+    """Whether choices in it are made by numpy: on a GPU they are not waited for."""
+    return tensor.device.type == "cpu"
 
 
 def all_bits(mask: Tensor) -> Tensor:

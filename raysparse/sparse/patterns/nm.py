@@ -59,8 +59,10 @@ class Groups(Pattern):
 
     def _best(self, scores: Tensor, counts: Tensor) -> Tensor:
         """Mask of the `counts` [groups, 1] highest scores of each group; ties go to the lower index."""
+        from raysparse.sparse.masks import on_host
+
         values = self.grouped(scores).float()
-        if values.device.type != "cpu" or bool(values.isnan().any()):  # a look at a GPU costs more than the pass
+        if not on_host(values) or bool(values.isnan().any()):  # a look at a GPU costs more than the pass
             values = values.nan_to_num(nan=-3e38, posinf=float("inf"), neginf=-float("inf"))
         if self.m > FEW:
             place = values.argsort(dim=-1, descending=True, stable=True).argsort(-1)
