@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import runpy
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,17 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from bare_script import run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/packing.py"
 TINY = ["--sizes", "8x2", "--batch", "6", "--longest", "12", "--turns", "2", "--device", "cpu"]
-BARE = """
-import runpy, sys
-for name in ("ray", "optuna", "pyarrow", "pandas", "scipy", "torch_fidelity", "torchvision", "plotly"):
-    sys.modules[name] = None  # importing it fails, as where it is not installed
-sys.path = [path for path in sys.path if path]
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +79,7 @@ def test_one_trials_gradient_knows_nothing_of_the_others(script: dict[str, Any])
 
 @pytest.mark.slow
 def test_a_small_run_without_ray_prints_every_row_and_says_what_is_unmeasured(tmp_path: Path) -> None:
-    words = [sys.executable, "-c", BARE, str(SCRIPT), *TINY, "--trials", "2"]
-    done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+    done = run("packing.py", tmp_path, *TINY, "--trials", "2")
     assert (done.returncode, done.stderr) == (0, "")
     check(done.stdout, {"alone", "alone, stacked", "processes", "one by one", "stacked"})
 

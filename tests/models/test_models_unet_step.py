@@ -4,32 +4,18 @@ from __future__ import annotations
 
 import json
 import runpy
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from bare_script import run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/unet_step.py"
-BARE = """
-import runpy, sys
-for name in ("ray", "optuna", "pyarrow", "pandas", "scipy", "torch_fidelity", "torchvision", "plotly"):
-    sys.modules[name] = None  # importing it fails, as where it is not installed
-sys.path = [path for path in sys.path if path]
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 @pytest.mark.slow
 def test_quick_run_without_ray_compiles_once_whatever_the_topology_does(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", BARE, str(SCRIPT), "--quick", "--json", "--backend", "eager", "--threads", "1"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
+    done = run("unet_step.py", tmp_path, "--quick", "--json", "--backend", "eager", "--threads", "1")
     assert done.returncode == 0, done.stderr
     printed = json.loads(done.stdout)
     dense, rigl, compiled = printed["rows"]

@@ -10,16 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from bare_script import run
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/fid.py"
-BARE = """
-import runpy, sys
-for name in ("ray", "optuna", "pyarrow", "pandas", "scipy", "torch_fidelity", "torchvision", "plotly", "HersheyFonts"):
-    sys.modules[name] = None  # importing it fails, as where it is not installed
-sys.path = [path for path in sys.path if path]
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
 
 
 def rows_of(printed: str) -> list[dict[str, str]]:
@@ -93,9 +86,7 @@ def test_how_well_a_protocol_ranks_by_hand() -> None:
 
 @pytest.mark.slow
 def test_without_ray_or_scipy_it_measures_the_same_fids(quick: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", BARE, str(SCRIPT), "--quick"], cwd=tmp_path, capture_output=True, text=True
-    )
+    done = run("fid.py", tmp_path, "--quick")
     assert done.returncode == 0, done.stderr
     assert [row["FID"] for row in rows_of(done.stdout)] == [row["FID"] for row in rows_of(quick)]
 

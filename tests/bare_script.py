@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 ABSENT = (
     *("ray", "optuna", "pyarrow", "pandas", "scipy", "torch_fidelity", "torchvision", "plotly", "matplotlib"),
     *("typer", "rich", "tensorboard", "HersheyFonts"),
@@ -31,15 +31,15 @@ def run(script: str, folder: Path, *arguments: str) -> subprocess.CompletedProce
 
 
 def run_kernels(file: str, folder: Path, **environment: str) -> str:
-    """The tests of a file beside this one in a process of their own, as triton reads its variables once. -> its output.
+    """The tests of a file of tests/models in a process of their own, as triton reads its variables once. -> its output.
 
     AssertionError: one failed.
     """
-    path = Path(__file__).parent / file
+    path = Path(__file__).parent / "models" / file
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", str(path)],
         env=os.environ | {"TRITON_CACHE_DIR": str(folder)} | environment,
-        cwd=path.parents[2],
+        cwd=BENCHMARKS.parent,
         capture_output=True,
         text=True,
     )
