@@ -82,7 +82,7 @@ class SparseChiroDiff(nn.Module):
         if self._cost > len(x) * self._weights + _CALLS:
             found: Tensor = self._model[0](x, timesteps, lengths, labels)
             return found
-        lengths = layout.checked_lengths(lengths, x)
+        lengths = layout.checked_points(lengths, x)
         with torch.autocast("cpu", enabled=False):
             start, tail, head = layout.sums(self._model[0], timesteps, labels)
         start = start * self._scales

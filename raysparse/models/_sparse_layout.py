@@ -115,7 +115,7 @@ def check(model: nn.Module) -> ChiroDiff:
     return model
 
 
-def checked_lengths(lengths: Tensor | None, x: Tensor) -> Tensor:
+def checked_points(lengths: Tensor | None, x: Tensor) -> Tensor:
     """int64 [B] as ChiroDiff takes them, None: all points. ValueError: out of range, or an x that is not [B, L, 3]."""
     sketches, points, channels = x.shape
     if channels != CHANNELS:

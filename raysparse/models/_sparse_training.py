@@ -99,7 +99,7 @@ class SparseStep(nn.Module):
         if x.requires_grad:
             raise ValueError("the sparse step has no gradient of x; use the model itself")
         model = self._model[0]
-        lengths = layout.checked_lengths(lengths, x)
+        lengths = layout.checked_points(lengths, x)
         order = lengths.argsort(descending=True, stable=True)
         inputs = self._net.head.inputs
         with torch.autocast("cpu", enabled=False):
