@@ -28,8 +28,8 @@ UNET = {
 }
 NOISE = {"beta_schedule": "scaled_linear", "beta_start": 0.0015, "beta_end": 0.0195}
 PIXELS = {
-    "data": {"name": "hershey_pictures", "options": {"size_px": 32}},
-    "model": {"name": "latent_unet", "options": {**UNET, "sample_size": 32}},
+    "data": {"name": "hershey_pictures", "options": {"size_px": 16}},
+    "model": {"name": "latent_unet", "options": {**UNET, "sample_size": 16}},
     "diffusion": NOISE,
     "optimizer": {"lr": 2.0e-3, "clip_norm": None},
     "train": {"steps": 60, "batch_size": 16},
