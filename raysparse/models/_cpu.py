@@ -18,6 +18,6 @@ def _vendor() -> str:
 
 INTEL = "GenuineIntel" in _vendor()
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
-# "intel": a Xeon with AVX-512; "amd": an EPYC of Zen 4 with AVX-512; "narrow": without it, measured on that EPYC too.
-# Dense products are twice as fast on the Xeon, for they are limited by products, and zero-skipping by loads.
+# "intel": a Xeon with AVX-512; "amd": an EPYC of Zen 4 with AVX-512; "narrow": all without it, measured on that EPYC.
+# Skipping half of the weights makes a linear layer of 512 x 1,536 1.1, 1.5 and 1.0 times as fast on them.
 KIND = ("intel" if INTEL else "amd") if AVX512 else "narrow"
