@@ -84,8 +84,8 @@ class Topology:
 def _alike(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
     """Layers that one call chooses for: on a GPU those of one shape and count, else each alone.
 
-    To start operations takes a GPU's host longer than they run: 51 for each of U-ViT's layers made an update 48 ms on an
-    H200, where a step was 31. Its 52 layers are of five kinds: 21 operations a layer are left. A U-Net has more kinds.
+    To start operations takes a GPU's host longer than they run: 51 for each of U-ViT's layers made an update 48 ms on
+    an H200, where a step was 31. Its 52 layers are of five kinds: 21 operations a layer are left. U-Nets have more.
     """
     groups: dict[object, list[Layer]] = {}
     for layer in layers:
