@@ -34,7 +34,8 @@ _ONE_PASS = 0.07
 # Few sketches leave the kernel's vectors empty: up to 16 take it as long as one, and PyTorch less. The kernel is chosen
 # for at least (cost of the weights - _CALLS) / weights sketches, a weight costing _PER_ACTIVE or, of a dense side,
 # _PER_DENSE. Of 96 cases on an Intel Xeon (h = 32 to 192, S = 0 to .9, 1 to 32 sketches, one thread) it was 1.05 to 6
-# times as fast where it is chosen, but for one (.83), and .29 to 1.18 times where it is not.
+# times as fast where it is chosen, but for one (.83), and .29 to 1.18 times where it is not; of 120 on an AMD EPYC 1.05
+# to 6.7 times, and .4 to 1.17 times; with AVX2 1.04 to 7.9 times, and .41 to 1.29 times.
 _PER_ACTIVE, _PER_DENSE = {"intel": (37.0, 18.0), "amd": (19.0, 12.5), "narrow": (14.5, 24.0)}[_cpu.KIND]
 _CALLS = 2_900_000
 
