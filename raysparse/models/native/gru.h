@@ -16,7 +16,8 @@
 // chains of sums for each gate, with four only where one gate alone uses a column.
 //
 // Vectors are the compiler's own (GCC and clang), so the same text is AVX-512, AVX2, SSE or NEON by the flags it is
-// given. They must be as wide as the CPU's: GCC computes wider ones float by float, 10 times slower.
+// given. They must be as wide as the CPU's: GCC computes wider ones float by float, 10 times slower. What clang 14 makes
+// takes 1.02 to 1.1 times as long as what GCC 12 does in sampling, up to 1.2 in training (EPYC).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -219,15 +220,24 @@ inline void share_all(vec (*sums)[4][NV], const char* base, const int32_t*& offs
 // All columns: `count` features from `base`, each with three weights (r, z, the gate THIRD) for each of UNITS units.
 template <int NV, int THIRD>
 inline const float* tile(vec (*sums)[4][NV], const char* base, const float* values, int count) {
+#if defined(__clang__)  // it keeps in memory what the caller has (2.3 times as long); with GCC a copy takes 3 %
+  vec own[UNITS][4][NV];
+  memcpy(own, sums, sizeof own);
+#else
+  vec(*own)[4][NV] = sums;
+#endif
   for (int k = 0; k < count; ++k, base += ROW, values += 3 * UNITS) {
     const vec* one = (const vec*)base;
     for (int u = 0; u < UNITS; ++u)
       for (int v = 0; v < NV; ++v) {
-        sums[u][0][v] += values[3 * u] * one[v];
-        sums[u][1][v] += values[3 * u + 1] * one[v];
-        sums[u][THIRD][v] += values[3 * u + 2] * one[v];
+        own[u][0][v] += values[3 * u] * one[v];
+        own[u][1][v] += values[3 * u + 1] * one[v];
+        own[u][THIRD][v] += values[3 * u + 2] * one[v];
       }
   }
+#if defined(__clang__)
+  memcpy(sums, own, sizeof own);
+#endif
   return values;
 }
 
