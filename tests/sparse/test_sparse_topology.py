@@ -46,7 +46,7 @@ def updated(model: nn.Module, method: str, pattern: str) -> SparseEngine:
 
 @pytest.mark.parametrize("pattern", SETTINGS)
 @pytest.mark.parametrize("method", ["rigl", "magran", "mixed", "momentum", "set"])
-@pytest.mark.parametrize("together", [topology._TOGETHER, 600, 1])  # of one kind all, one by one, less than one
+@pytest.mark.parametrize("together", [topology._TOGETHER, 1100, 1])  # all of a kind, two linear layers, one
 def test_chosen_together_they_get_the_masks_of_each_alone(
     method: str, pattern: str, together: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

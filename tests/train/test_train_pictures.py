@@ -67,19 +67,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "channels last": {"train.channels_last": True},
     "accumulated": {"train.accumulate": 2, "data.options.flips": True},
 }
-# One level only: what takes its time is the C++ compiler.
-COMPILED = {
-    "train.compile": True,
-    "model.options.block_out_channels": [8],
-    "model.options.attention_levels": [True],
-}
 
 
 @pytest.mark.parametrize(
     "options",
     [
         *(pytest.param(options, id=name) for name, options in OPTIONS.items()),
-        pytest.param(COMPILED, id="compiled", marks=pytest.mark.slow),
+        pytest.param({"train.compile": True}, id="compiled", marks=pytest.mark.slow),
     ],
 )
 def test_options_are_right_under_masks_and_resume_bit_for_bit(pictures, rigl, tmp_path, options):
