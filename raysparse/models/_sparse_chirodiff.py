@@ -131,7 +131,7 @@ class SparseChiroDiff(nn.Module):
             return layout.Side(None, None, *map(self._keep, (tiles, bias)), before, to, 1, 0)
         self._cost += _PER_ACTIVE * active
         inputs, columns = w_in.shape[1], w_in.shape[1] + w_state.shape[1]
-        ends = _pass_ends(columns, active / weights, self._library.raysparse_fitting())
+        ends = _pass_ends(columns, active / weights, self._library.raysparse_features_in_cache())
         plans = [layout.plan(*used, before, self._row, *walked) for walked in itertools.pairwise((0, *ends))]
         counts, offsets, scale = (
             torch.cat([getattr(plan, name) for plan in plans]) for name in ("counts", "offsets", "scale")

@@ -26,7 +26,8 @@ _SOURCE = Path(__file__).parent / "native" / "products.cpp"
 # to 256 channels. Times faster at density .6, .5, .25, .1: 512 x 1,536 is .93, 1.1, 1.6 to 1.9, 3.5 (intel), 1.28,
 # 1.52, 3.1, 5.2 (amd), .91, .99, 2.0, 4.1 (narrow); a 3x3 convolution of 256 channels .88, 1.02, 1.7, 2.7; 1.01, 1.23,
 # 1.9, 3.4; .74, .90, 1.6, 3.2; one of 32 at .5 and .1 .82, 1.35; .90, 1.6; .74, 1.4.
-_ACTIVE, _LAID_OUT = {"intel": (1.75, 12), "amd": (1.3, 16), "narrow": (1.9, 17)}[_cpu.KIND]
+_COSTS = {"intel": (1.75, 12), "amd": (1.35, 18), "narrow": (2.0, 17)}
+_ACTIVE, _LAID_OUT = _COSTS[_cpu.KIND]
 _GROUPS = 16  # of tokens, whose sums of weights' gradients are added in order, whichever thread made them
 _FEW = 24  # columns (tokens, or pixels of all images) that fill too little of the kernel's vectors
 _SMALL = 2_000_000  # columns x weights, which take PyTorch about 50 us: a call of the kernel costs 20 by itself
@@ -112,7 +113,7 @@ class Kernel:
         self._library = native.load(_SOURCE)
         self._width = int(self._library.raysparse_width())
         self._deep = int(self._library.raysparse_deep())
-        self._block = int(self._library.raysparse_block())  # inputs that are walked before the next ones
+        self._block = int(self._library.raysparse_features_in_cache())  # inputs that are walked before the next ones
         self._inputs, self._outputs, self._memory = inputs, outputs, memory
         self._starts = self._offsets = self._places = self._weights = torch.empty(0)
 

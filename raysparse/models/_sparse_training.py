@@ -29,9 +29,9 @@ _SOURCE = Path(__file__).parent / "native" / "chirodiff_train.cpp"
 # AMD EPYC, with AVX2 about the same: 21 thousand, 1, 1.05 to 1.3; 83 thousand, .75, 1.07 to 1.2 (1: .83 to 1.02); 187
 # thousand, .5, 1.43 (.75: 1.0); 332 thousand, .5, 1.05 to 1.2 (.75: .66); 590 thousand, .35, 1.13 (.5: .77). Larger: a
 # guess.
-_PAYS_INTEL = ((10_000, 1.0), (30_000, 0.55), (100_000, 0.35), (350_000, 0.27), (600_000, 0.2), (math.inf, 0.1))
-_PAYS_AMD = ((30_000, 1.0), (100_000, 0.8), (200_000, 0.7), (350_000, 0.5), (600_000, 0.38), (math.inf, 0.2))
-_PAYS = _PAYS_INTEL if _cpu.INTEL else _PAYS_AMD
+_INTEL = ((10_000, 1.0), (30_000, 0.55), (100_000, 0.35), (350_000, 0.27), (600_000, 0.2), (math.inf, 0.1))
+_AMD = ((30_000, 1.0), (100_000, 0.8), (200_000, 0.7), (350_000, 0.5), (600_000, 0.38), (math.inf, 0.2))
+_PAYS = {"intel": _INTEL, "amd": _AMD, "narrow": _AMD}[_cpu.KIND]
 
 
 class _Side(ctypes.Structure):

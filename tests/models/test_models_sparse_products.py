@@ -18,7 +18,6 @@ from raysparse.models._sparse_products import SparseProduct, with_sparse_product
 
 pytestmark = pytest.mark.usefixtures("compiler")
 seeds = st.integers(0, 2**31)
-LAID_OUT = _sparse_products._LAID_OUT  # as it is outside of these tests
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,10 +119,20 @@ def test_few_columns_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(fast(torch.ones(400, 8)), layer(torch.ones(400, 8)))
 
 
-def test_layers_that_are_not_worth_it_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sparse_products, "_LAID_OUT", LAID_OUT)
-    wide, narrow = thinned(nn.Linear(256, 256), 0.4), thinned(nn.Linear(16, 16), 0.1)
-    assert [type(layer) for layer in with_sparse_products(nn.Sequential(wide, narrow))] == [SparseProduct, nn.Linear]
+@pytest.mark.parametrize(("cpu", "most"), [("intel", 0.5), ("amd", 0.6), ("narrow", 0.4)])
+def test_layers_that_are_not_worth_it_are_left_to_pytorch(
+    cpu: str, most: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    active, laid_out = _sparse_products._COSTS[cpu]
+    monkeypatch.setattr(_sparse_products, "_ACTIVE", active)
+    monkeypatch.setattr(_sparse_products, "_LAID_OUT", laid_out)
+    layers = (
+        thinned(nn.Linear(256, 256), most),
+        thinned(nn.Linear(256, 256), most + 0.1),
+        thinned(nn.Linear(16, 16), 0.1),
+    )
+    found = [type(layer) for layer in with_sparse_products(nn.Sequential(*layers))]
+    assert found == [SparseProduct, nn.Linear, nn.Linear]
 
 
 def hooked() -> nn.Module:

@@ -167,6 +167,6 @@ def test_nothing_finite_is_made_of_what_is_not() -> None:
 )
 def test_where_it_pays(hidden: int, sparsity: float, intel: bool, amd: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     step = sparse_step(*masked_model(sparsity, hidden, 2))
-    for table, pays in ((_sparse_training._PAYS_INTEL, intel), (_sparse_training._PAYS_AMD, amd)):
+    for table, pays in ((_sparse_training._INTEL, intel), (_sparse_training._AMD, amd)):
         monkeypatch.setattr(_sparse_training, "_PAYS", table)
         assert step.pays is pays

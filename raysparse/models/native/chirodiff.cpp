@@ -87,7 +87,7 @@ extern "C" {
 int32_t raysparse_units() { return UNITS; }
 int32_t raysparse_width() { return WIDTH; }
 
-int32_t raysparse_fitting() { return fitting(); }
+int32_t raysparse_features_in_cache() { return features_in_cache(); }
 
 // Bytes of memory that each thread needs, a multiple of a vector's.
 int64_t raysparse_scratch(const Net* net, int64_t points) { return scratch_of(*net, points); }

@@ -64,9 +64,9 @@ struct Side {
   int32_t input_passes;    // so many of them, the first ones, have columns of the input only
 };
 
-// Features of a chunk that lie in the first cache together; its size is the least that CPUs have today where the system
-// does not tell.
-inline int32_t fitting() {
+// So many features of a chunk lie in the first cache together: the least that CPUs have today where the system does not
+// tell its size.
+inline int32_t features_in_cache() {
   long found = 0;
 #if defined(_SC_LEVEL1_DCACHE_SIZE)
   found = sysconf(_SC_LEVEL1_DCACHE_SIZE);

@@ -219,7 +219,7 @@ extern "C" {
 
 int32_t raysparse_width() { return WIDTH; }
 int32_t raysparse_deep() { return DEEP; }
-int32_t raysparse_block() { return fitting(); }
+int32_t raysparse_features_in_cache() { return features_in_cache(); }
 
 // x [tokens, inputs], y [tokens, outputs]; memory: threads x (inputs + outputs) x WIDTH floats
 void raysparse_linear(const Layer* layer, const float* x, float* y, int64_t tokens, char* memory, int32_t threads) {
