@@ -52,28 +52,28 @@ def layer(x: Tensor, weights: list[Tensor], lengths: Tensor) -> Tensor:
     """
     w_ih, w_hh, b_ih, b_hh = (torch.stack(weights[index::4], 1) for index in range(4))  # [K, 2, ...]
     hidden = w_hh.shape[-1]
-    bias = b_ih + F.pad(b_hh[..., : 2 * hidden], (0, hidden))
+    bias = torch.cat((b_hh[..., 2 * hidden :], b_ih + F.pad(b_hh[..., : 2 * hidden], (0, hidden))), -1)
     dtype = compute_type(x.device, w_hh.dtype)
-    given = [tensor.to(dtype) for tensor in (x, w_ih, w_hh, bias, b_hh[..., 2 * hidden :])]
+    given = [tensor.to(dtype) for tensor in (x, w_ih, w_hh, bias)]
     with torch.autocast(x.device.type, enabled=False):
         return cast(Tensor, _Layer.apply(*given, lengths)).flatten(3)
 
 
 class _Layer(torch.autograd.Function):
-    """x [K, B, L, in], w_ih [K, 2, 3 h, in], w_hh [K, 2, 3 h, h], bias [K, 2, 3 h] of r, z, n, b_hn [K, 2, h], lengths.
+    """x [K, B, L, in], w_ih [K, 2, 3 h, in], w_hh [K, 2, 3 h, h], bias [K, 2, 4 h] of q, r, z, n, lengths.
 
     -> states [K, B, L, 2, h]. Its products are TF32 where nn.GRU's on CUDA are, both ways.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor, b_hn: Tensor, lengths: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w_ih: Tensor, w_hh: Tensor, bias: Tensor, lengths: Tensor) -> Tensor:
         keep, tf32 = any(ctx.needs_input_grad), torch.backends.cudnn.allow_tf32
         with _products_like_cudnn():
-            given = torch.baddbmm(bias.flatten(1)[:, None], x.flatten(1, 2), w_ih.flatten(1, 2).mT)
-        given = given.view(*x.shape[:3], *bias.shape[1:])
+            given = x.flatten(1, 2) @ w_ih.flatten(1, 2).mT
+        given = given.view(*x.shape[:3], 2, -1)
         run = cast(ModuleType, kernels()).run
         w_hh = w_hh.contiguous()
-        states, gates = run(given, w_hh, b_hn.contiguous(), lengths, ROWS, tf32, keep)
+        states, gates = run(given, w_hh, bias.contiguous(), lengths, ROWS, tf32, keep)
         if keep:
             ctx.save_for_backward(x, w_ih, w_hh, gates, states, lengths)
             ctx.tf32 = tf32
@@ -85,23 +85,28 @@ class _Layer(torch.autograd.Function):
         x, w_ih, w_hh, gates, states, lengths = ctx.saved_tensors
         hidden, d_states = w_hh.shape[-1], grad_outputs[0].contiguous()
         run_back = cast(ModuleType, kernels()).run_back
-        d_gates = run_back(d_states, gates, states, w_hh, lengths, ROWS, ctx.tf32).flatten(1, 2)  # [K, B L, 2, 4 h]
+        d_gates = run_back(d_states, gates, states, w_hh, lengths, ROWS, ctx.tf32)  # [K, B, L, 2, 4 h]
         with torch.autocast(x.device.type, enabled=False), _products_like_cudnn():
-            sides = [(d_gates[:, :, side, hidden:], d_gates[:, :, side, : 3 * hidden]) for side in (0, 1)]
-            inputs = x.flatten(1, 2)
-            d_w_ih = torch.stack([given.mT @ inputs for given, _ in sides], 1)
-            d_w_hh = torch.stack([own.mT @ _before(states, side) for side, (_, own) in enumerate(sides)], 1)
+            sides = [d_gates[..., side, hidden:].flatten(1, 2) for side in (0, 1)]
+            d_w_ih = torch.stack([given.mT @ x.flatten(1, 2) for given in sides], 1)
+            d_w_hh = torch.stack([_recurrent(d_gates[..., side, : 3 * hidden], states, side) for side in (0, 1)], 1)
             d_x = None
             if ctx.needs_input_grad[0]:
-                d_x = torch.baddbmm(sides[0][0] @ w_ih[:, 0], sides[1][0], w_ih[:, 1]).view_as(x)
-        d_bias = d_gates.sum(1, dtype=torch.float32).to(x.dtype)  # [K, 2, 4 h]
-        return d_x, d_w_ih, d_w_hh.roll(-hidden, 2), d_bias[..., hidden:], d_bias[..., :hidden], None
+                d_x = torch.baddbmm(sides[0] @ w_ih[:, 0], sides[1], w_ih[:, 1]).view_as(x)
+        d_bias = d_gates.flatten(1, 2).sum(1, dtype=torch.float32).to(x.dtype)  # [K, 2, 4 h]
+        return d_x, d_w_ih, d_w_hh.roll(-hidden, 2), d_bias, None
 
 
-def _before(states: Tensor, side: int) -> Tensor:
-    """[K, B L, h]: the states that the points of one direction started from."""
-    parts = (states[:, :, :-1, 0], (0, 0, 1, 0)) if side == 0 else (states[:, :, 1:, 1], (0, 0, 0, 1))
-    return F.pad(*parts).flatten(1, 2)
+def _recurrent(d_own: Tensor, states: Tensor, side: int) -> Tensor:
+    """d_own [K, B, L, 3 h] times the states that the points of one direction started from: [K, 3 h, h].
+
+    All sequences as one, shifted by a point, which copies nothing; less what so falls from a sequence on the next.
+    """
+    later, earlier = (slice(1, None), slice(None, -1)) if side == 0 else (slice(None, -1), slice(1, None))
+    begin, end = (0, -1) if side == 0 else (-1, 0)
+    states = states[..., side, :]
+    total = d_own.flatten(1, 2)[:, later].mT @ states.flatten(1, 2)[:, earlier]
+    return torch.baddbmm(total, d_own[:, later, begin].mT, states[:, earlier, end], alpha=-1)
 
 
 @contextmanager

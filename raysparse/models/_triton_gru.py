@@ -14,31 +14,31 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Of 4, 8 and 16 warps on an H200, 128 sketches of 165 points in float32: forward .80, .60, .54 ms at h = 96 and .36,
-# .27, .36 at h = 48; backward .51, .59, .73 and .23, .25, .43. Programs of 32 sketches took 1.7 to 2.4 times as long.
-_BACKWARD_WARPS = 4
-_POINTS = 16  # of a program that computes factors
+# Of 4, 8 and 16 warps on an H200, 128 sketches of 165 points in float32: forward .70, .48, .54 ms at h = 96 and .28,
+# .21, .29 at h = 48, backward -, .50, .63 and .27, .23, .38; of 32 such trials together 2.9, 1.9, 2.3; -, 2.0, 2.7 at
+# h = 96. (-: it does not fit the registers.) Programs of 32 sketches took 1.7 to 2.4 times as long.
+_WARPS = 8
 WIDEST = 128  # h: three times 128 x 128 weights are what one multiprocessor holds
 
 
 def run(
-    given: Tensor, w_hh: Tensor, b_hn: Tensor, lengths: Tensor, rows: int, tf32: bool, keep: bool
+    given: Tensor, w_hh: Tensor, bias: Tensor, lengths: Tensor, rows: int, tf32: bool, keep: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The states, and if kept the gates.
 
-    given: [K, B, L, 2, 3 h], r, z and n of W_ih x + b, where b has b_hh too but that of n; w_hh: [K, 2, 3 h, h],
-    b_hn: [K, 2, h]; lengths: int32 [K, B]. K: trials. -> [K, B, L, 2, h], 0 beyond a length; [K, B, L, 2, 4 h].
+    given: [K, B, L, 2, 3 h], r, z and n of W_ih x; w_hh: [K, 2, 3 h, h]; bias: [K, 2, 4 h] of q, r, z, n; lengths:
+    int32 [K, B]. K: trials. -> [K, B, L, 2, h], 0 beyond a length; [K, B, L, 2, 4 h].
     """
     trials, batch, points, _, triple = given.shape
     hidden = triple // 3
-    states = given.new_zeros(trials, batch, points, 2, hidden)
+    states = given.new_empty(trials, batch, points, 2, hidden)
     gates = given.new_empty(trials, batch, points, 2, 4 * hidden) if keep else None
     _forward[(triton.cdiv(batch, rows), 2 * trials)](
-        *(given, w_hh, b_hn, lengths, states, states if gates is None else gates),
+        *(given, w_hh, bias, lengths, states, states if gates is None else gates),
         *(batch, points, hidden),
         **_constants(hidden, rows, tf32),
         KEEP=keep,
-        num_warps=_forward_warps(hidden),
+        num_warps=_WARPS,
     )
     return states, gates
 
@@ -46,24 +46,16 @@ def run(
 def run_back(
     d_states: Tensor, gates: Tensor, states: Tensor, w_hh: Tensor, lengths: Tensor, rows: int, tf32: bool
 ) -> Tensor:
-    """d_states: [K, B, L, 2, h]. -> [K, B, L, 2, 4 h], gradients of q, r, z, n before activation, 0 beyond a length.
-
-    What dL/dh' is multiplied with to give them is known before the walk back, which so reads and writes less.
-    """
+    """d_states: [K, B, L, 2, h]. -> [K, B, L, 2, 4 h], gradients of q, r, z, n before activation, 0 beyond a length."""
     trials, batch, points, _, hidden = states.shape
-    factors = torch.empty_like(gates)
-    d_inner = torch.zeros_like(states)  # of each point's state, from its output and the later points
-    _factors[(trials * batch, triton.cdiv(points, _POINTS), 2)](
-        *(gates, states, lengths, factors, points, hidden), POINTS=_POINTS, WIDE=_wide(hidden)
-    )
+    d_gates = torch.empty_like(gates)
     _backward[(triton.cdiv(batch, rows), 2 * trials)](
-        *(d_states, factors, gates, w_hh, lengths, d_inner),
+        *(d_states, gates, states, w_hh, lengths, d_gates),
         *(batch, points, hidden),
         **_constants(hidden, rows, tf32),
-        num_warps=_BACKWARD_WARPS,
+        num_warps=_WARPS,
     )
-    factors.view(*states.shape[:-1], 4, hidden).mul_(d_inner.unsqueeze(-2))
-    return factors
+    return d_gates
 
 
 def shared_bytes(hidden: int, size: int) -> int:
@@ -89,10 +81,6 @@ def _constants(hidden: int, rows: int, tf32: bool) -> dict[str, object]:
     }
 
 
-def _forward_warps(hidden: int) -> int:
-    return 16 if _wide(hidden) > 64 else 8
-
-
 @triton.jit
 def _sigmoid(x):
     return 1 / (1 + tl.exp(-x))
@@ -111,7 +99,7 @@ def _load3(pointer, hidden, mask):
 def _forward(
     given,
     w_hh,
-    b_hn,
+    biases,
     lengths,
     states,
     gates,
@@ -133,7 +121,9 @@ def _forward(
     w_r = tl.load(w, mask=square, other=0.0)
     w_z = tl.load(w + hidden * hidden, mask=square, other=0.0)
     w_n = tl.load(w + 2 * hidden * hidden, mask=square, other=0.0)
-    bias = tl.load(b_hn + tl.program_id(1) * hidden + along, mask=inside, other=0.0).to(tl.float32)
+    bias = biases + tl.program_id(1) * 4 * hidden + along
+    b_q = tl.load(bias, mask=inside, other=0.0).to(tl.float32)
+    b_r, b_z, b_n = _load3(bias + hidden, hidden, inside)
     first = (trial * batch + row).to(tl.int64) * points
     h = tl.zeros((ROWS, WIDE), tl.float32)
     time = tl.where(back == 1, length - 1, 0)
@@ -147,10 +137,10 @@ def _forward(
         mask = (done + 1 < length)[:, None] & inside
         next_r, next_z, next_n = _load3(given + place * 3 * hidden + along, hidden, mask)
         last = h.to(w_r.dtype)
-        r = _sigmoid(r + tl.dot(last, w_r, input_precision=PRECISION))
-        z = _sigmoid(z + tl.dot(last, w_z, input_precision=PRECISION))
-        q = tl.dot(last, w_n, input_precision=PRECISION) + bias
-        n = 2 * _sigmoid(2 * (n + r * q)) - 1
+        r = _sigmoid(r + b_r + tl.dot(last, w_r, input_precision=PRECISION))
+        z = _sigmoid(z + b_z + tl.dot(last, w_z, input_precision=PRECISION))
+        q = tl.dot(last, w_n, input_precision=PRECISION) + b_q
+        n = 2 * _sigmoid(2 * (n + b_n + r * q)) - 1
         h = tl.where(here, n + z * (h - n), h)
         tl.store(states + at * hidden + along, h, mask=here)
         if KEEP:
@@ -159,46 +149,25 @@ def _forward(
             tl.store(kept + hidden, r, mask=here)
             tl.store(kept + 2 * hidden, z, mask=here)
             tl.store(kept + 3 * hidden, n, mask=here)
+    for time in range(_first_end(length, row < batch, points), points):
+        empty = ((time >= length) & (row < batch))[:, None] & inside
+        tl.store(states + ((first + time) * 2 + back)[:, None] * hidden + along, 0.0, mask=empty)
 
 
 @triton.jit
-def _factors(
-    gates,
-    states,
-    lengths,
-    factors,
-    points,
-    hidden,
-    POINTS: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    back = tl.program_id(2)
-    length = tl.load(lengths + tl.program_id(0))
-    time = tl.program_id(1) * POINTS + tl.arange(0, POINTS)[:, None]
-    along = tl.arange(0, WIDE)[None, :]
-    inside = (time < points) & (along < hidden)
-    here = inside & (time < length)
-    at = (tl.program_id(0).to(tl.int64) * points + time) * 2 + back
-    q = tl.load(gates + at * 4 * hidden + along, mask=here, other=0.0).to(tl.float32)
-    r, z, n = _load3(gates + at * 4 * hidden + hidden + along, hidden, here)
-    earlier = here & tl.where(back == 1, time + 1 < length, time > 0)
-    before = tl.load(states + (at - 2 + 4 * back) * hidden + along, mask=earlier, other=0.0).to(tl.float32)
-    d_n = (1 - z) * (1 - n * n)
-    put = factors + at * 4 * hidden + along
-    tl.store(put, d_n * r, mask=inside)
-    tl.store(put + hidden, d_n * q * r * (1 - r), mask=inside)
-    tl.store(put + 2 * hidden, (before - n) * z * (1 - z), mask=inside)
-    tl.store(put + 3 * hidden, tl.where(here, d_n, 0.0), mask=inside)
+def _first_end(length, there, points):
+    """Where the shortest of a program's sequences ends."""
+    return tl.min(tl.where(there, length, points))
 
 
 @triton.jit
 def _backward(
     d_states,
-    factors,
     gates,
+    states,
     w_hh,
     lengths,
-    d_inner,
+    d_gates,
     batch,
     points,
     hidden,
@@ -217,28 +186,47 @@ def _backward(
     w_z = tl.load(w + hidden * hidden, mask=square, other=0.0)
     w_n = tl.load(w + 2 * hidden * hidden, mask=square, other=0.0)
     first = (trial * batch + row).to(tl.int64) * points
+    step = 2 - 4 * back  # to the later point of the direction
     done = tl.max(length) - 1
     place = ((first + tl.where(back == 1, length - 1 - done, done)) * 2 + back)[:, None]
-    mask = (done < length)[:, None] & inside
-    d = tl.load(d_states + place * hidden + along, mask=mask, other=0.0)
-    f_q = tl.load(factors + place * 4 * hidden + along, mask=mask, other=0.0)
-    f_r = tl.load(factors + place * 4 * hidden + hidden + along, mask=mask, other=0.0)
-    f_z = tl.load(factors + place * 4 * hidden + 2 * hidden + along, mask=mask, other=0.0)
-    z = tl.load(gates + place * 4 * hidden + 2 * hidden + along, mask=mask, other=0.0)
+    here = (done < length)[:, None] & inside
+    d = tl.load(d_states + place * hidden + along, mask=here, other=0.0)
+    q = tl.load(gates + place * 4 * hidden + along, mask=here, other=0.0)
+    r = tl.load(gates + place * 4 * hidden + hidden + along, mask=here, other=0.0)
+    z = tl.load(gates + place * 4 * hidden + 2 * hidden + along, mask=here, other=0.0)
+    n = tl.load(gates + place * 4 * hidden + 3 * hidden + along, mask=here, other=0.0)
+    before = tl.load(states + (place - step) * hidden + along, mask=here & (done > 0), other=0.0)
     d_h = tl.zeros((ROWS, WIDE), tl.float32)
     for _ in range(tl.max(length)):
+        r_, z_, n_ = r.to(tl.float32), z.to(tl.float32), n.to(tl.float32)
         d_h += d.to(tl.float32)
-        tl.store(d_inner + place * hidden + along, d_h, mask=mask)
-        d_q, d_r = (d_h * f_q.to(tl.float32)).to(w_r.dtype), (d_h * f_r.to(tl.float32)).to(w_r.dtype)
-        d_z, d_h = (d_h * f_z.to(tl.float32)).to(w_r.dtype), d_h * z.to(tl.float32)
+        f_n = (1 - z_) * (1 - n_ * n_)
+        f_z = (before.to(tl.float32) - n_) * z_ * (1 - z_)
+        f_r = f_n * q.to(tl.float32) * r_ * (1 - r_)
+        d_q, d_r = (d_h * f_n * r_).to(w_r.dtype), (d_h * f_r).to(w_r.dtype)
+        d_z, d_n = (d_h * f_z).to(w_r.dtype), (d_h * f_n).to(w_r.dtype)
+        put, there = d_gates + place * 4 * hidden + along, here
+        d_h *= z_
         done -= 1
-        place -= 2 - 4 * back
-        mask = ((done >= 0) & (done < length))[:, None] & inside
-        d = tl.load(d_states + place * hidden + along, mask=mask, other=0.0)
-        f_q = tl.load(factors + place * 4 * hidden + along, mask=mask, other=0.0)
-        f_r = tl.load(factors + place * 4 * hidden + hidden + along, mask=mask, other=0.0)
-        f_z = tl.load(factors + place * 4 * hidden + 2 * hidden + along, mask=mask, other=0.0)
-        z = tl.load(gates + place * 4 * hidden + 2 * hidden + along, mask=mask, other=0.0)
+        place -= step
+        here = ((done >= 0) & (done < length))[:, None] & inside
+        d = tl.load(d_states + place * hidden + along, mask=here, other=0.0)
+        q = tl.load(gates + place * 4 * hidden + along, mask=here, other=0.0)
+        r = tl.load(gates + place * 4 * hidden + hidden + along, mask=here, other=0.0)
+        z = tl.load(gates + place * 4 * hidden + 2 * hidden + along, mask=here, other=0.0)
+        n = tl.load(gates + place * 4 * hidden + 3 * hidden + along, mask=here, other=0.0)
+        before = tl.load(states + (place - step) * hidden + along, mask=here & (done > 0), other=0.0)
         d_h = tl.dot(d_r, w_r, d_h, input_precision=PRECISION)
         d_h = tl.dot(d_z, w_z, d_h, input_precision=PRECISION)
         d_h = tl.dot(d_q, w_n, d_h, input_precision=PRECISION)
+        tl.store(put, d_q, mask=there)
+        tl.store(put + hidden, d_r, mask=there)
+        tl.store(put + 2 * hidden, d_z, mask=there)
+        tl.store(put + 3 * hidden, d_n, mask=there)
+    for time in range(_first_end(length, row < batch, points), points):
+        empty = ((time >= length) & (row < batch))[:, None] & inside
+        put = d_gates + ((first + time) * 2 + back)[:, None] * 4 * hidden + along
+        tl.store(put, 0.0, mask=empty)
+        tl.store(put + hidden, 0.0, mask=empty)
+        tl.store(put + 2 * hidden, 0.0, mask=empty)
+        tl.store(put + 3 * hidden, 0.0, mask=empty)

@@ -40,8 +40,7 @@ def test_at_the_widest_it_fits_a_multiprocessor(
     kernels = _cuda_gru.kernels()
     assert kernels is not None
     constants = kernels._constants(128, _cuda_gru.ROWS, True)
-    warps = kernels._forward_warps(128) if name == "_forward" else kernels._BACKWARD_WARPS
-    options = {"num_stages": constants.pop("num_stages"), "num_warps": warps}
+    options = {"num_stages": constants.pop("num_stages"), "num_warps": kernels._WARPS}
     constants |= {"KEEP": True} if name == "_forward" else {}
     kernel = getattr(kernels, name)
     kinds = (
