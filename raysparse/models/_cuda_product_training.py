@@ -4,9 +4,10 @@ Forward and backward are those of the layers, to rounding, but the gradient of a
 weights are read where they are, so nothing is laid out at a step; blocks are written in place as masks change, and have
 room for as many as there may be: a compiled step stays what it is.
 
-On an H200 the three products of a layer by themselves are 1.15 to 1.7 times as fast with a tenth of blocks of 64 left
-(32,896 tokens, 512 to 2,048 features), but a whole compiled step of U-ViT small/2 took 39.6 ms where the dense one took
-30.9; why is not known yet. So `auto` does not choose them.
+On an H200 a step of U-ViT small/2 (128 pictures, bfloat16, compiled, CUDA graphs) takes 30.0 ms dense and 22.6 with a
+tenth of blocks of 64 left. The products and GELU are 9.5 of those; dense they are 16.1. It took three things beside
+fast products: no kernel starts by itself (CUDA graphs; 28 to 34 ms without), GELU is computed where the MLP's products
+are, and what a kernel reads is written once (`_triton_products._in_memory`).
 """
 
 # No `from __future__ import annotations`: PyTorch reads the types of operators.
@@ -21,9 +22,9 @@ from raysparse.models import _cuda_products as products
 class BlockLayer(nn.Module):
     """forward(x) as the layer that it stands for, whose parameters it trains, in autocast's type where it is on."""
 
+    rows: Tensor
     columns: Tensor
     starts: Tensor
-    rows: Tensor
     turned_columns: Tensor
     turned_starts: Tensor
 
@@ -53,18 +54,63 @@ class BlockLayer(nn.Module):
             getattr(self, name)[: len(values)].copy_(values)
         self.edge = edge
 
+    @property
+    def places(self) -> list[Tensor]:
+        """Where its blocks lie, as the operators take it."""
+        return [self.rows, self.columns, self.starts, self.turned_columns, self.turned_starts]
+
+    def values(self, dtype: torch.dtype) -> Tensor:
+        """[outputs, inputs], contiguous: its weight as the kernels read it."""
+        return self.layer.weight.detach().flatten(1).to(dtype).contiguous()
+
     def forward(self, x: Tensor) -> Tensor:
         if not self.blocked:
             return cast(Tensor, self.layer(x))
-        weight, bias = self.layer.weight.flatten(1), self.layer.bias
-        dtype, pixels = products.compute_type(weight), isinstance(self.layer, nn.Conv2d)
+        weight, pixels = self.layer.weight.flatten(1), isinstance(self.layer, nn.Conv2d)
+        dtype = products.compute_type(weight)
         with torch.autocast(x.device.type, enabled=False):
             x = (x.movedim(1, -1) if pixels else x).to(dtype)
-            y = _product(
-                *(x.reshape(-1, weight.shape[1]).contiguous(), weight, weight.detach().to(dtype).contiguous()),
-                *(bias, self.rows, self.columns, self.starts, self.turned_columns, self.turned_starts, self.edge),
-            ).view(*x.shape[:-1], len(weight))
+            rows = x.reshape(-1, weight.shape[1]).contiguous()
+            y = _product(rows, weight, self.values(dtype), self.layer.bias, self.places, self.edge)
+            y = y.view(*x.shape[:-1], len(weight))
             return cast(Tensor, y.movedim(-1, 1) if pixels else y)
+
+
+class BlockMlp(nn.Module):
+    """Two linear layers with the exact GELU between them, which is computed where their products are, both ways.
+
+    By itself it took 5.2 ms of 26.1 of a step of U-ViT small/2 (S = .9), more than all of the products of weights with
+    activations (4.4): it reads and writes the widest activations that there are.
+    """
+
+    def __init__(self, first: BlockLayer, second: BlockLayer) -> None:
+        super().__init__()
+        self.first, self.second = first, second
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.first.layer, self.second.layer
+        if not (self.first.blocked and self.second.blocked):
+            return cast(Tensor, self.second(nn.functional.gelu(self.first(x))))
+        dtype = products.compute_type(first.weight)
+        with torch.autocast(x.device.type, enabled=False):
+            y, _, _ = _mlp(
+                x.to(dtype).reshape(-1, first.weight.shape[1]).contiguous(),
+                *([first.weight, first.bias, second.weight, second.bias],),
+                *([self.first.values(dtype), self.second.values(dtype)],),
+                *(self.first.places, self.second.places, [self.first.edge, self.second.edge]),
+            )
+            return cast(Tensor, y.view(*x.shape[:-1], len(second.weight)))
+
+
+def with_mlps(owner: nn.Module) -> None:
+    """Let one module stand for an MLP whose layers are both by blocks, in place: owner.mlp names its parts."""
+    if (names := getattr(owner, "mlp", None)) is None:
+        return
+    first, activation, second = (getattr(owner, name) for name in names)
+    layers = isinstance(first, BlockLayer) and isinstance(second, BlockLayer)
+    if layers and products.exact_gelu(activation) and None not in (first.layer.bias, second.layer.bias):
+        for name, module in zip(names, (BlockMlp(first, second), nn.Identity(), nn.Identity()), strict=True):
+            setattr(owner, name, module)
 
 
 def _edge(mask: Tensor) -> int | None:
@@ -82,60 +128,101 @@ def _edge(mask: Tensor) -> int | None:
 
 
 @torch.library.triton_op("raysparse::block_product", mutates_args=())
-def _product(
-    x: Tensor,
-    weight: Tensor,
-    values: Tensor,
-    bias: Tensor | None,
-    rows: Tensor,
-    columns: Tensor,
-    starts: Tensor,
-    turned_columns: Tensor,
-    turned_starts: Tensor,
-    edge: int,
-) -> Tensor:
+def _product(x: Tensor, weight: Tensor, values: Tensor, bias: Tensor | None, places: list[Tensor], edge: int) -> Tensor:
     """x [tokens, inputs] W^T + b -> [tokens, outputs] of x's type; all contiguous.
 
     values are what is read: the weight in x's type. The gradient is the weight's, whose sums are not rounded to it.
     """
-    kernels = products.kernels()
-    blocks = kernels.Blocks(columns, starts, edge)
-    return cast(Tensor, kernels.block_of_weight(x, values, blocks, bias, turned=False, tf32=_tf32()))
+    onward, _ = _blocks(places, edge)
+    return cast(Tensor, products.kernels().block_of_weight(x, values, onward, bias, turned=False, tf32=_tf32()))
 
 
 @torch.library.triton_op("raysparse::block_product_back", mutates_args=())
-def _back(
+def _back(dy: Tensor, x: Tensor, values: Tensor, places: list[Tensor], edge: int) -> tuple[Tensor, Tensor]:
+    """dL/dx of x's type, dL/dW float32."""
+    kernels, (onward, turned) = products.kernels(), _blocks(places, edge)
+    d_x = kernels.block_of_weight(dy, values, turned, None, turned=True, tf32=_tf32())
+    return d_x, kernels.block_gradient(x, dy, places[0], onward, _tf32())
+
+
+@torch.library.triton_op("raysparse::block_mlp", mutates_args=())
+def _mlp(
+    x: Tensor,
+    parameters: list[Tensor],
+    values: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    edges: list[int],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """gelu(x W^T + b) V^T + c, and for the way back gelu's derivative and what it makes. parameters: W, b, V, c."""
+    kernels, (into, _), (out, _) = products.kernels(), _blocks(first, edges[0]), _blocks(second, edges[1])
+    after, slopes = kernels.into_gelu(x, values[0], into, parameters[1], _tf32())
+    y = kernels.block_of_weight(after, values[1], out, parameters[3], turned=False, tf32=_tf32())
+    return y, slopes, after
+
+
+@torch.library.triton_op("raysparse::block_mlp_back", mutates_args=())
+def _mlp_back(
     dy: Tensor,
     x: Tensor,
-    values: Tensor,
-    rows: Tensor,
-    columns: Tensor,
-    starts: Tensor,
-    turned_columns: Tensor,
-    turned_starts: Tensor,
-    edge: int,
-) -> tuple[Tensor, Tensor]:
-    """dL/dx of x's type, dL/dW float32."""
-    kernels = products.kernels()
-    turned = kernels.Blocks(turned_columns, turned_starts, edge)
-    d_x = kernels.block_of_weight(dy, values, turned, None, turned=True, tf32=_tf32())
-    return d_x, kernels.block_gradient(x, dy, rows, kernels.Blocks(columns, starts, edge), _tf32())
+    slopes: Tensor,
+    after: Tensor,
+    values: list[Tensor],
+    first: list[Tensor],
+    second: list[Tensor],
+    edges: list[int],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dL/dx of x's type; dL/dW, dL/db, dL/dV float32."""
+    kernels, tf32 = products.kernels(), _tf32()
+    (into, into_turned), (out, out_turned) = _blocks(first, edges[0]), _blocks(second, edges[1])
+    d_before, d_bias = kernels.from_gelu(dy, values[1], out_turned, slopes, tf32)
+    d_x = kernels.block_of_weight(d_before, values[0], into_turned, None, turned=True, tf32=tf32)
+    d_weight = kernels.block_gradient(x, d_before, first[0], into, tf32)
+    return d_x, d_weight, d_bias, kernels.block_gradient(after, dy, second[0], out, tf32)
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, weight, values, bias, *blocks, edge = inputs
-    ctx.save_for_backward(x, values, *blocks)
+    x, weight, values, bias, places, edge = inputs
+    ctx.save_for_backward(x, values, *places)
     ctx.edge, ctx.dtype = edge, weight.dtype
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
-    d_x, d_weight = _back(dy.contiguous(), *ctx.saved_tensors, ctx.edge)
+    x, values, *places = ctx.saved_tensors
+    d_x, d_weight = _back(dy.contiguous(), x, values, places, ctx.edge)
     d_bias = None if ctx.bias_dtype is None else dy.sum(0, dtype=ctx.bias_dtype)
-    return d_x, d_weight.to(ctx.dtype), None, d_bias, *[None] * 6
+    return d_x, d_weight.to(ctx.dtype), None, d_bias, [None] * len(places), None
 
 
 _product.register_autograd(_gradients, setup_context=_keep)
+
+
+def _keep_mlp(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, parameters, values, first, second, edges = inputs
+    ctx.save_for_backward(x, *output[1:], *values, *first, *second)
+    ctx.edges, ctx.dtypes = edges, [parameter.dtype for parameter in parameters]
+
+
+def _mlp_gradients(ctx: Any, dy: Tensor, *_: Tensor | None) -> tuple[Any, ...]:
+    x, slopes, after, value, other, *places = ctx.saved_tensors
+    half = len(places) // 2
+    first, second = places[:half], places[half:]
+    given = (dy.contiguous(), x, slopes, after, [value, other], first, second, ctx.edges)
+    d_x, *found = _mlp_back(*given)
+    found.append(dy.sum(0, dtype=ctx.dtypes[3]))
+    d_parameters = [gradient.to(dtype) for gradient, dtype in zip(found, ctx.dtypes, strict=True)]
+    return d_x, d_parameters, [None] * 2, [None] * half, [None] * half, None
+
+
+_mlp.register_autograd(_mlp_gradients, setup_context=_keep_mlp)
+
+
+def _blocks(places: list[Tensor], edge: int) -> tuple[Any, Any]:
+    """Of the weight and of its transpose."""
+    _, columns, starts, turned_columns, turned_starts = places
+    kernels = products.kernels()
+    return kernels.Blocks(columns, starts, edge), kernels.Blocks(turned_columns, turned_starts, edge)
 
 
 def _tf32() -> bool:

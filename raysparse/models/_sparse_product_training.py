@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from raysparse.errors import UsageError
-from raysparse.models import _cpu, _cuda_product_training, _cuda_products
+from raysparse.models import _cpu, _cuda_products
 from raysparse.models import _sparse_products as products
+from raysparse.models._cuda_product_training import BlockLayer, with_mlps
 from raysparse.models._sparse_memory import Memory
 
 # As in _sparse_products, of a step's three products, and 1.15 (amd) or 1.25 times what fitted 2,056 tokens: weights are
@@ -47,7 +48,7 @@ class SparseStep(nn.Module):
             products.check(model)
         shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self._network = [copy.deepcopy(model, shared)]  # its modules are new, its parameters the model's
-        self._layers: dict[str, SparseLayer | _cuda_product_training.BlockLayer] = {}
+        self._layers: dict[str, SparseLayer | BlockLayer] = {}
         memory = Memory()
         for owner_name, owner in list(self._network[0].named_modules()):
             for name, layer in owner.named_children():
@@ -56,10 +57,11 @@ class SparseStep(nn.Module):
                     if not cuda:
                         self._layers[weight] = SparseLayer(layer, memory)
                     elif _cuda_products.matrix(layer) is not None:
-                        self._layers[weight] = _cuda_product_training.BlockLayer(layer)
+                        self._layers[weight] = BlockLayer(layer)
                     else:
                         continue
                     setattr(owner, name, self._layers[weight])
+            with_mlps(owner)
         self._masks: dict[str, Tensor] = {}
         self.follow(masks)
         if cuda and not any(getattr(layer, "blocked", False) for layer in self._layers.values()):
@@ -77,8 +79,13 @@ class SparseStep(nn.Module):
 
     @property
     def pays(self) -> bool:
-        """Whether it is faster than the model, by what was measured: on a CPU where one layer is, on CUDA nowhere."""
-        return any(isinstance(layer, SparseLayer) and layer.pays for layer in self._layers.values())
+        """Whether it is faster than the model, by what was measured: on a CPU where one layer is; on CUDA, compiled and
+        in bfloat16, where most of the weights under masks lie in layers by blocks.
+        """
+        layers = self._layers.values()
+        blocked = (layer.layer.weight for layer in layers if isinstance(layer, BlockLayer) and layer.blocked)
+        most = 2 * sum(weight.numel() for weight in blocked) > sum(mask.numel() for mask in self._masks.values())
+        return most or any(isinstance(layer, SparseLayer) and layer.pays for layer in layers)
 
     def forward(self, x: Tensor, timesteps: Tensor, **cond: Tensor) -> Tensor:
         return cast(Tensor, self._network[0](x, timesteps, **cond))

@@ -160,7 +160,7 @@ class UViT(nn.Module):
 class Block(nn.Module):
     """Attention and MLP over tokens [B, L, D], each added to its input; a late block first takes in an early one's."""
 
-    activated: ClassVar = {"fc1": "activation"}  # what goes from one to the other goes nowhere else
+    mlp: ClassVar = ("fc1", "activation", "fc2")  # what goes from one to the next goes nowhere else
 
     def __init__(self, config: Config, joined: bool = False) -> None:
         super().__init__()
@@ -188,7 +188,10 @@ class Block(nn.Module):
         self.heads = _dead_units.remove_heads(self.qkv, self.proj, self.heads)
 
     def _attention(self, tokens: Tensor) -> Tensor:
-        q, k, v = self.qkv(tokens).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        parts = self.qkv(tokens).chunk(
+            3, -1
+        )  # of one permuted view a compiled step by blocks writes the gradient twice
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         mixed = F.scaled_dot_product_attention(q, k, v)  # [B, heads, L, D / heads]
         found: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))
         return found

@@ -87,8 +87,20 @@ def test_the_step_of_a_model(edge: int, sparsity: float, model: uvit.UViT, monke
     before = [*model.state_dict()]
     step = step_of(model, monkeypatch, sparsity=sparsity, pattern="block", block=edge)
     assert [layer.blocked for layer in step._layers.values()] == [True] * 12
+    assert step.pays
     assert [*model.state_dict()] == before  # the model itself is left as it is
     assert {id(parameter) for parameter in step._network[0].parameters()} == {id(p) for p in model.parameters()}
+
+
+def test_it_pays_where_most_weights_lie_in_layers_by_blocks(model: uvit.UViT, monkeypatch: pytest.MonkeyPatch) -> None:
+    step = step_of(model, monkeypatch, sparsity=0.8, pattern="block", block=64)
+    masks, by_size = dict(step._masks), sorted(step._masks, key=lambda name: step._masks[name].numel())
+    total, left = sum(mask.numel() for mask in masks.values()), 0
+    for name in by_size:  # one layer after the other gets a full mask
+        masks[name] = torch.ones_like(masks[name])
+        left += masks[name].numel()
+        step.follow(masks)
+        assert step.pays == (total > 2 * left), name
 
 
 @pytest.mark.parametrize(

@@ -26,30 +26,40 @@ FILE = "triton_products.py"
 @pytest.mark.slow
 def test_interpreted_kernels_compute_what_dense_layers_do(tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    assert "6 passed, 1 skipped" in run_kernels(FILE, tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
+    assert "8 passed, 1 skipped" in run_kernels(FILE, tmp_path, TRITON_INTERPRET="1", CUDA_VISIBLE_DEVICES="")
 
 
 @pytest.mark.gpu
 def test_on_a_gpu_they_do_too(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    assert "7 passed" in run_kernels(FILE, tmp_path)
+    assert "9 passed" in run_kernels(FILE, tmp_path)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("edge", [32, 64])
-@pytest.mark.parametrize("name", ["_block", "_block_sums"])
+@pytest.mark.parametrize(
+    ("name", "gelu"),
+    [
+        ("_block", {"GELU": True}),
+        ("_block", {"GELU": True, "KEEP": True}),
+        ("_block", {"BACK": True}),
+        ("_block_sums", {}),
+    ],
+    ids=["gelu", "into gelu", "from gelu", "sums"],
+)
 def test_blocks_in_bfloat16_are_compiled_to_tensor_cores(
-    name: str, edge: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, gelu: dict[str, bool], edge: int, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which needs no device."""
     triton = pytest.importorskip("triton")
     compiler, backends = (importlib.import_module(f"triton.{name}") for name in ("compiler", "backends.compiler"))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants: dict[str, Any] = {"TOKENS": 64, "EDGE": edge, "PRECISION": "ieee"}
-    constants |= {"BIASED": True, "GELU": True, "BY_INPUT": False} if name == "_block" else {}
+    if name == "_block":
+        constants |= {"BIASED": True, "GELU": False, "KEEP": False, "BACK": False, "BY_INPUT": False} | gelu
     kernel = getattr(_cuda_products.kernels(), name)
-    tensors = dict.fromkeys(("x", "values", "bias", "y", "dy"), "*bf16") | {"sums": "*fp32"}
+    tensors = dict.fromkeys(("x", "values", "bias", "y", "dy", "slopes"), "*bf16") | {"sums": "*fp32"}
     tensors |= dict.fromkeys(("rows", "columns", "starts"), "*i32")
     given = tensors | dict.fromkeys(constants, "constexpr")
     source = compiler.ASTSource(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from raysparse.models import _cuda_products, _sparse_product_training, uvit
-from raysparse.models._cuda_product_training import BlockLayer
+from raysparse.models._cuda_product_training import BlockLayer, BlockMlp
 from raysparse.models._cuda_products import EDGES, BlockProduct
 from raysparse.models._sparse_product_training import SparseStep
 
@@ -169,6 +169,57 @@ def chosen(shape: tuple[int, int], share: float, draw: torch.Generator) -> Tenso
     return used.view(shape)
 
 
+@settings(max_examples=4, deadline=None)
+@given(
+    sides=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3)),
+    tokens=st.integers(1, 300),
+    edges=st.tuples(st.sampled_from([32, 64]), st.sampled_from([32, 64])),
+    dtype=st.sampled_from([torch.float32, HALF]),
+    seed=seeds,
+)
+def test_an_mlp_in_training(
+    sides: tuple[int, int, int], tokens: int, edges: tuple[int, int], dtype: torch.dtype, seed: int
+) -> None:
+    """Its output and all gradients are those of its layers with GELU between them; the same bits each time."""
+    draw = torch.Generator().manual_seed(seed)
+    inputs, wide, outputs = (64 * side for side in sides)
+    layers, masks = [nn.Linear(inputs, wide), nn.Linear(wide, outputs)], []
+    blocked = []
+    for layer, edge in zip(layers, edges, strict=True):
+        rows, columns = layer.weight.shape
+        mask = of_blocks(chosen((rows // edge, columns // edge), EDGES[edge], draw), edge)
+        blocked.append(BlockLayer(filled(layer, mask, draw, dtype)))  # type: ignore[arg-type]
+        blocked[-1].lay_out(mask.to(DEVICE))
+        masks.append(mask.to(DEVICE))
+    mlp = BlockMlp(*blocked)
+    x = drawn((2, tokens, inputs), draw, dtype).requires_grad_()
+    dy = drawn((2, tokens, outputs), draw, dtype)
+    wanted = [x, *layers[0].parameters(), *layers[1].parameters()]
+    got = mlp(x)
+    exact = [parameter.float() for layer in layers for parameter in layer.parameters()]
+    hidden = nn.functional.gelu(nn.functional.linear(x.float(), *exact[:2]))
+    want = nn.functional.linear(hidden, *exact[2:])
+    assert near(got, want)
+    found, again = (torch.autograd.grad(got, wanted, dy, retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, found, again))
+    theirs = torch.autograd.grad(want, wanted, dy.float())
+    for place, mask in ((0, 1), (1, masks[0]), (2, 1), (3, masks[1]), (4, 1)):
+        assert near(found[place] * mask, theirs[place] * mask), place
+
+
+def test_an_mlp_of_which_a_layer_is_not_by_blocks_is_its_layers() -> None:
+    draw = torch.Generator().manual_seed(0)
+    layers = [nn.Linear(64, 64), nn.Linear(64, 64)]
+    masks = [torch.zeros(64, 64, dtype=torch.bool), torch.rand(64, 64, generator=draw) < 0.5]
+    blocked = []
+    for layer, mask in zip(layers, masks, strict=True):
+        blocked.append(BlockLayer(filled(layer, mask, draw, torch.float32)))  # type: ignore[arg-type]
+        blocked[-1].lay_out(mask.to(DEVICE))
+    x = drawn((3, 64), draw, torch.float32)
+    assert [layer.blocked for layer in blocked] == [True, False]
+    assert near(BlockMlp(*blocked)(x), layers[1](nn.functional.gelu(layers[0](x))))
+
+
 def test_gradients_of_weights_are_not_rounded() -> None:
     """Under autocast; float16 rounds by 3e-4, bfloat16 by 2e-3, tensor cores add up less exactly than float32."""
     draw = torch.Generator().manual_seed(0)
@@ -200,6 +251,7 @@ def test_a_training_step(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> Non
     model = blocked_model(draw)
     masks = {name: weight != 0 for name, weight in model.named_parameters() if name.rpartition(".")[0][-3:] in LAYERS}
     step, compilations = SparseStep(model, masks), []
+    assert sum(type(module) is BlockMlp for module in step._network[0].modules()) == 3
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:
         compilations.append(graph)
