@@ -161,7 +161,8 @@ class TrainConfig(Section):
     channels_last: bool = False  # memory format of image models; faster convolutions on GPUs, other rounding
     compile: bool = False  # torch.compile the network; masks stay outside the graph
     # Record the network's forward and backward once and replay them, on CUDA (elsewhere nothing changes), one worker:
-    # for models so small that starting their kernels takes longer than running them
+    # for models so small that starting their kernels takes longer than running them. With `compile` it is the compiled
+    # network that is recorded, and a sparse one's beside it; without, the network of `runtime: dense` alone
     cuda_graph: bool = False
     label_dropout: float = Field(0.0, ge=0, lt=1)  # share of labels replaced by the null class; .1 for guidance
     threads: int = Field(1, ge=1)  # CPU threads of a worker
@@ -177,8 +178,6 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _one_recording(self) -> Self:
-        if self.cuda_graph and self.compile:
-            raise ValueError("cuda_graph and compile are both true: both record the network; leave one out")
         if self.cuda_graph and self.accumulate > 1:  # each backward pass writes its gradients to the same place
             raise ValueError(f"cuda_graph is true, but accumulate is {self.accumulate}; leave one of the two out")
         return self

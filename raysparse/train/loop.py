@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import math
 import resource
@@ -103,13 +104,17 @@ class Trainer:
         # Gradients of active weights alone, on all steps but those whose update grows by dense ones.
         self._sparse_step = self._agreed(runtime.for_training(self._network, config, engine))
         self._sparse_network: Callable[..., Tensor] | None = self._sparse_step
+        recorded = config.train.cuda_graph and device.type == "cuda"
         if config.train.compile:
             # The masks act on gradients and on weights in place, outside the graph: it is compiled once, whatever the
             # topology does.
-            self._network = torch.compile(model, dynamic=False)  # type: ignore[assignment]
+            compiled = functools.partial(
+                torch.compile, dynamic=False, mode="reduce-overhead" if recorded else "default"
+            )
+            self._network = compiled(model)  # type: ignore[assignment]
             if self._sparse_step is not None and device.type == "cuda":  # a CPU's kernels are no part of a graph
-                self._sparse_network = torch.compile(self._sparse_step, dynamic=False)
-        self._graphed = Graphed(self._network) if config.train.cuda_graph and device.type == "cuda" else None
+                self._sparse_network = compiled(self._sparse_step)
+        self._graphed = Graphed(self._network) if recorded and not config.train.compile else None
         if world_size > 1:
             device_ids = [device] if device.type == "cuda" else None
             self._network = DistributedDataParallel(self._network, device_ids=device_ids)

@@ -236,6 +236,26 @@ def test_on_a_gpu_kernels_run_only_where_they_are_asked_for(pictures, rigl, on_a
     assert runtime.for_sampling(on_a_gpu, trial) is on_a_gpu
 
 
+@pytest.mark.parametrize(
+    ("change", "pays", "auto"),
+    [
+        ({}, True, True),
+        ({}, False, False),
+        ({"train.compile": False}, True, False),
+        ({"train.cuda_graph": False}, True, False),
+        ({"train.precision": "fp32"}, True, False),
+    ],
+)
+def test_on_a_gpu_auto_trains_by_blocks_where_that_is_faster(pictures, rigl, on_a_gpu, monkeypatch, change, pays, auto):
+    monkeypatch.setattr(latent_unet, "sparse_step", lambda *_: SimpleNamespace(pays=pays))
+    engine = SimpleNamespace(keeps_dense_weights=False, masks={})
+    recorded = {"train.compile": True, "train.cuda_graph": True, "train.precision": "bf16"}
+    change = {"sparse.pattern": "block", **recorded, **change}
+    for name, taken in (("dense", False), ("auto", auto), ("sparse", True)):
+        trial = pictures(rigl, change, {"train.runtime": name})
+        assert (runtime.for_training(on_a_gpu, trial, engine) is not None) == taken, name
+
+
 def test_a_model_without_kernels(tiny, monkeypatch):
     monkeypatch.delattr(chirodiff, "sparse_runtime")
     with pytest.raises(UsageError, match="there are no kernels for model 'chirodiff'"):
@@ -252,8 +272,9 @@ def _cli(monkeypatch, *arguments):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("compiled", [False, True])
-def test_blocks_train_to_the_same_weights_on_a_gpu(pictures, rigl, compiled):
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores", "ignore:.*torch.jit.*:DeprecationWarning")
+@pytest.mark.parametrize(("compiled", "recorded"), [(False, False), (True, False), (True, True)])
+def test_blocks_train_to_the_same_weights_on_a_gpu(pictures, rigl, compiled, recorded):
     """One compilation of the sparse step, whatever the topology does; growth takes the dense network's gradients."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -265,6 +286,7 @@ def test_blocks_train_to_the_same_weights_on_a_gpu(pictures, rigl, compiled):
         "sparse.block": 64,
         "train.steps": 8,
         "train.compile": compiled,
+        "train.cuda_graph": recorded,
     }
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
