@@ -7,8 +7,8 @@ Needs PyTorch with triton, diffusers, safetensors, numpy and pydantic, and this 
 
 A step is prediction, loss, backward, gradient masking, AdamW and the weights' running mean, of pictures at hand:
 CIFAR-10's for U-ViT small/2 (44.3M parameters), ImageNet's latents for large/2 (286.8M, without classes). Rows take
-turns of --steps steps with the base, bf16 + compile; a ratio is of two runs of the same turn. bf16 is autocast over
-float32 weights, with channels_last. `masked` computes all products and zeroes what is pruned; `sparse` is
+turns of --steps steps with the base, bf16 + compile + CUDA graphs; a ratio is of two runs of the same turn. bf16 is
+autocast over float32 weights, with channels_last. `masked` computes all products and zeroes what is pruned; `sparse` is
 `train.runtime: sparse`. S is of all maskable weights, ERK. A row of updates times the topology update alone, on the
 device. FLOPs are those of the weights, forward. Peak memory is of the row alone. The difference is of all gradients
 together, relative to float32's with the same weights. What the time left is too short for, or what fails, is a row that
@@ -91,17 +91,18 @@ def blocks(edge: int) -> dict[str, Any]:
     return {"pattern": "block", "block": edge}
 
 
-BASE = Row()
+BASE = Row(graphs=True)
 ROWS = (
-    Row("sparse", 0.9, blocks(64)),
+    Row("sparse", 0.9, blocks(64), graphs=True),
     Row("masked", 0.9, updates=True, compiled=False),
     Row("masked", 0.9, blocks(64), updates=True, compiled=False),
-    Row("masked", 0.9),
-    Row(graphs=True),
-    Row("sparse", 0.9, blocks(64), graphs=True),
-    Row("sparse", 0.95, blocks(64)),
+    Row("masked", 0.9, graphs=True),
+    Row("sparse", 0.8, blocks(64), graphs=True),
+    Row("sparse", 0.95, blocks(64), graphs=True),
+    Row(),
+    Row("sparse", 0.9, blocks(64)),
     Row(compiled=False, bf16=False),
-    Row("sparse", 0.95, blocks(32)),
+    Row("sparse", 0.95, blocks(32), graphs=True),
     Row(compiled=False),
 )
 
