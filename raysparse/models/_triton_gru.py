@@ -161,6 +161,20 @@ def _first_end(length, there, points):
 
 
 @triton.jit
+def _load_point(d_states, gates, states, place, step, along, hidden, here, done):
+    """Its state's gradient, its gates and the state before it."""
+    at = gates + place * 4 * hidden + along
+    return (
+        tl.load(d_states + place * hidden + along, mask=here, other=0.0),
+        tl.load(at, mask=here, other=0.0),
+        tl.load(at + hidden, mask=here, other=0.0),
+        tl.load(at + 2 * hidden, mask=here, other=0.0),
+        tl.load(at + 3 * hidden, mask=here, other=0.0),
+        tl.load(states + (place - step) * hidden + along, mask=here & (done > 0), other=0.0),
+    )
+
+
+@triton.jit
 def _backward(
     d_states,
     gates,
@@ -190,12 +204,7 @@ def _backward(
     done = tl.max(length) - 1
     place = ((first + tl.where(back == 1, length - 1 - done, done)) * 2 + back)[:, None]
     here = (done < length)[:, None] & inside
-    d = tl.load(d_states + place * hidden + along, mask=here, other=0.0)
-    q = tl.load(gates + place * 4 * hidden + along, mask=here, other=0.0)
-    r = tl.load(gates + place * 4 * hidden + hidden + along, mask=here, other=0.0)
-    z = tl.load(gates + place * 4 * hidden + 2 * hidden + along, mask=here, other=0.0)
-    n = tl.load(gates + place * 4 * hidden + 3 * hidden + along, mask=here, other=0.0)
-    before = tl.load(states + (place - step) * hidden + along, mask=here & (done > 0), other=0.0)
+    d, q, r, z, n, before = _load_point(d_states, gates, states, place, step, along, hidden, here, done)
     d_h = tl.zeros((ROWS, WIDE), tl.float32)
     for _ in range(tl.max(length)):
         r_, z_, n_ = r.to(tl.float32), z.to(tl.float32), n.to(tl.float32)
@@ -210,12 +219,7 @@ def _backward(
         done -= 1
         place -= step
         here = ((done >= 0) & (done < length))[:, None] & inside
-        d = tl.load(d_states + place * hidden + along, mask=here, other=0.0)
-        q = tl.load(gates + place * 4 * hidden + along, mask=here, other=0.0)
-        r = tl.load(gates + place * 4 * hidden + hidden + along, mask=here, other=0.0)
-        z = tl.load(gates + place * 4 * hidden + 2 * hidden + along, mask=here, other=0.0)
-        n = tl.load(gates + place * 4 * hidden + 3 * hidden + along, mask=here, other=0.0)
-        before = tl.load(states + (place - step) * hidden + along, mask=here & (done > 0), other=0.0)
+        d, q, r, z, n, before = _load_point(d_states, gates, states, place, step, along, hidden, here, done)
         d_h = tl.dot(d_r, w_r, d_h, input_precision=PRECISION)
         d_h = tl.dot(d_z, w_z, d_h, input_precision=PRECISION)
         d_h = tl.dot(d_q, w_n, d_h, input_precision=PRECISION)
