@@ -21,10 +21,10 @@ def test_quick_run_on_a_cpu(tmp_path: Path) -> None:
     lines = [line for line in done.stdout.splitlines() if line.startswith("| uvit_large ")]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
     assert [row for row in rows if row[4].startswith("unmeasured")] == []
-    assert rows[0][1:4] == ["0", "", "dense + bf16 + compile"]
+    assert rows[0][1:4] == ["0", "", "dense + bf16 + compile + CUDA graphs"]
     assert float(rows[0][5]) == pytest.approx(1e3 / float(rows[0][4]), rel=0.01)
     kinds = collections.Counter(row[3].partition(" ")[0] for row in rows)
-    assert kinds == {"dense": 4, "masked": 1, "sparse": 4, "topology": 2}
+    assert kinds == {"dense": 4, "masked": 1, "sparse": 5, "topology": 2}
     assert all((float(row[7]) == 1) == (row[1] == "0") for row in rows)
     assert max(float(row[9]) for row in rows if row[9]) < 1e-5
     assert [row[3] for row in rows if not row[9]] == ["topology update (rigl)"] * 2
