@@ -98,14 +98,14 @@ def for_training(model: nn.Module, config: TrialConfig, engine: SparseEngine) ->
         step: Step = _kernels(config, "sparse_step")(model, engine.masks)
         return step
 
-    step = _chosen("train.runtime", config.train.runtime, made)
-    if step is None or config.train.runtime == "sparse":
-        return step
-    # On an H200 a step of U-ViT small/2 with a tenth of blocks of 64 left takes .75 of the dense one's time where both
-    # are compiled and recorded, in bfloat16; compiled alone, 1.12: its kernels then end before the next ones start.
-    train, on_cuda = config.train, next(model.parameters()).device.type == "cuda"
-    faster = not on_cuda or (train.compile and train.cuda_graph and train.precision == "bf16")
-    return step if step.pays and faster else None
+    train = config.train
+    recorded = train.compile and train.cuda_graph and train.precision == "bf16"
+    if train.runtime == "auto" and next(model.parameters()).device.type == "cuda" and not recorded:
+        # On an H200 a step of U-ViT small/2 with a tenth of blocks of 64 left takes .75 of the dense one's time where
+        # both are compiled and recorded, in bfloat16; compiled alone, 1.12: its kernels end before the next ones start.
+        return None
+    step = _chosen("train.runtime", train.runtime, made)
+    return None if step is not None and train.runtime == "auto" and not step.pays else step
 
 
 def _kernels(config: TrialConfig, function: str) -> Callable[..., Any]:
