@@ -96,6 +96,14 @@ def _load3(pointer, hidden, mask):
 
 
 @triton.jit
+def _store4(pointer, q, r, z, n, hidden, mask):
+    tl.store(pointer, q, mask=mask)
+    tl.store(pointer + hidden, r, mask=mask)
+    tl.store(pointer + 2 * hidden, z, mask=mask)
+    tl.store(pointer + 3 * hidden, n, mask=mask)
+
+
+@triton.jit
 def _forward(
     given,
     w_hh,
@@ -144,11 +152,7 @@ def _forward(
         h = tl.where(here, n + z * (h - n), h)
         tl.store(states + at * hidden + along, h, mask=here)
         if KEEP:
-            kept = gates + at * 4 * hidden + along
-            tl.store(kept, q, mask=here)
-            tl.store(kept + hidden, r, mask=here)
-            tl.store(kept + 2 * hidden, z, mask=here)
-            tl.store(kept + 3 * hidden, n, mask=here)
+            _store4(gates + at * 4 * hidden + along, q, r, z, n, hidden, here)
     for time in range(_first_end(length, row < batch, points), points):
         empty = ((time >= length) & (row < batch))[:, None] & inside
         tl.store(states + ((first + time) * 2 + back)[:, None] * hidden + along, 0.0, mask=empty)
@@ -223,14 +227,8 @@ def _backward(
         d_h = tl.dot(d_r, w_r, d_h, input_precision=PRECISION)
         d_h = tl.dot(d_z, w_z, d_h, input_precision=PRECISION)
         d_h = tl.dot(d_q, w_n, d_h, input_precision=PRECISION)
-        tl.store(put, d_q, mask=there)
-        tl.store(put + hidden, d_r, mask=there)
-        tl.store(put + 2 * hidden, d_z, mask=there)
-        tl.store(put + 3 * hidden, d_n, mask=there)
+        _store4(put, d_q, d_r, d_z, d_n, hidden, there)
     for time in range(_first_end(length, row < batch, points), points):
         empty = ((time >= length) & (row < batch))[:, None] & inside
         put = d_gates + ((first + time) * 2 + back)[:, None] * 4 * hidden + along
-        tl.store(put, 0.0, mask=empty)
-        tl.store(put + hidden, 0.0, mask=empty)
-        tl.store(put + 2 * hidden, 0.0, mask=empty)
-        tl.store(put + 3 * hidden, 0.0, mask=empty)
+        _store4(put, 0.0, 0.0, 0.0, 0.0, hidden, empty)
