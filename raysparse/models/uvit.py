@@ -188,9 +188,8 @@ class Block(nn.Module):
         self.heads = _dead_units.remove_heads(self.qkv, self.proj, self.heads)
 
     def _attention(self, tokens: Tensor) -> Tensor:
-        parts = self.qkv(tokens).chunk(
-            3, -1
-        )  # of one permuted view a compiled step by blocks writes the gradient twice
+        # Of one permuted view a compiled step by blocks would write the gradient twice.
+        parts = self.qkv(tokens).chunk(3, -1)
         q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
         mixed = F.scaled_dot_product_attention(q, k, v)  # [B, heads, L, D / heads]
         found: Tensor = self.proj(mixed.transpose(1, 2).flatten(2))

@@ -5,7 +5,7 @@ test_models_cuda_products.py runs it in a process of its own, as triton reads th
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -27,9 +27,10 @@ HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
 
 LAYERS = ("qkv", "roj", "fc1", "fc2")
 seeds = st.integers(0, 2**31)
+Layer = TypeVar("Layer", nn.Linear, nn.Conv2d)
 
 
-def filled(layer: nn.Linear | nn.Conv2d, mask: Tensor, draw: torch.Generator, dtype: torch.dtype) -> nn.Module:
+def filled(layer: Layer, mask: Tensor, draw: torch.Generator, dtype: torch.dtype) -> Layer:
     with torch.no_grad():
         for parameter in layer.parameters():
             parameter.normal_(generator=draw)
@@ -138,7 +139,7 @@ def test_a_layer_in_training(
     """Forward and gradients, before and after the blocks have changed, in the same tensors; the same bits each time."""
     draw = torch.Generator().manual_seed(seed)
     layer = nn.Linear(sides[1] * 64, sides[0] * 64, bias=bias)
-    fast = BlockLayer(filled(layer, torch.ones_like(layer.weight), draw, dtype))  # type: ignore[arg-type]
+    fast = BlockLayer(filled(layer, torch.ones_like(layer.weight), draw, dtype))
     x = drawn((2, tokens, layer.in_features), draw, dtype).requires_grad_()
     dy, places = drawn((2, tokens, layer.out_features), draw, dtype), set()
     for _ in range(2):
@@ -188,7 +189,7 @@ def test_an_mlp_in_training(
     for layer, edge in zip(layers, edges, strict=True):
         rows, columns = layer.weight.shape
         mask = of_blocks(chosen((rows // edge, columns // edge), EDGES[edge], draw), edge)
-        blocked.append(BlockLayer(filled(layer, mask, draw, dtype)))  # type: ignore[arg-type]
+        blocked.append(BlockLayer(filled(layer, mask, draw, dtype)))
         blocked[-1].lay_out(mask.to(DEVICE))
         masks.append(mask.to(DEVICE))
     mlp = BlockMlp(*blocked)
@@ -213,7 +214,7 @@ def test_an_mlp_of_which_a_layer_is_not_by_blocks_is_its_layers() -> None:
     masks = [torch.zeros(64, 64, dtype=torch.bool), torch.rand(64, 64, generator=draw) < 0.5]
     blocked = []
     for layer, mask in zip(layers, masks, strict=True):
-        blocked.append(BlockLayer(filled(layer, mask, draw, torch.float32)))  # type: ignore[arg-type]
+        blocked.append(BlockLayer(filled(layer, mask, draw, torch.float32)))
         blocked[-1].lay_out(mask.to(DEVICE))
     x = drawn((3, 64), draw, torch.float32)
     assert [layer.blocked for layer in blocked] == [True, False]
@@ -224,7 +225,7 @@ def test_gradients_of_weights_are_not_rounded() -> None:
     """Under autocast; float16 rounds by 3e-4, bfloat16 by 2e-3, tensor cores add up less exactly than float32."""
     draw = torch.Generator().manual_seed(0)
     layer, mask = nn.Linear(256, 64), of_blocks(torch.eye(1, 4).bool(), 64)
-    fast, x = BlockLayer(filled(layer, mask, draw, torch.float32)), drawn((500, 256), draw, HALF)  # type: ignore[arg-type]
+    fast, x = BlockLayer(filled(layer, mask, draw, torch.float32)), drawn((500, 256), draw, HALF)
     fast.lay_out(mask.to(DEVICE))
     dy = drawn((500, 64), draw, HALF)
     with torch.autocast(DEVICE, dtype=HALF):
