@@ -31,7 +31,7 @@ from torch.nn.utils.rnn import PackedSequence
 from raysparse import rng
 from raysparse.diffusion import ddim
 from raysparse.diffusion.schedule import NoiseSchedule
-from raysparse.models import _sparse_chirodiff
+from raysparse.models._sparse_chirodiff import SparseChiroDiff
 from raysparse.models.chirodiff import ChiroDiff, Config, build, sparse_runtime
 from raysparse.sparse import SparseEngine
 
@@ -61,11 +61,7 @@ def lengths_of(count: int, kanjivg: Path | None) -> Tensor:
 
 def dense_kernel(model: ChiroDiff) -> nn.Module:
     """Our kernel with no zero skipped."""
-    rule, _sparse_chirodiff._DENSE = _sparse_chirodiff._DENSE, 0.0
-    try:
-        return sparse_runtime(model)
-    finally:
-        _sparse_chirodiff._DENSE = rule
+    return SparseChiroDiff(model, dense_from=0.0)
 
 
 def pruned(model: ChiroDiff, masks: dict[str, Tensor]) -> nn.Module:

@@ -143,26 +143,37 @@ def direction(model: ChiroDiff, layer: int, side: str) -> tuple[Tensor, Tensor, 
     return w_in, w_state, torch.cat((both, of_input[2:], of_state[2:])).T.flatten()
 
 
-class Sums(NamedTuple):
-    """What is the same for all points of a sketch, and the read-out."""
+class BySketch(NamedTuple):
+    """How what is the same for all points of a sketch, its time and class, counts; and the read-out."""
 
-    start: Tensor  # [B, 2, 4 h] the first layer's gates before the inputs that differ by point
-    tail: Tensor  # [B, 3] the prediction before the last layer's states
-    head: Tensor  # [3, 2 h] what those are multiplied with
+    start_bias: Tensor  # [8 h] of the first layer's gates of both directions
+    start: Tensor  # [8 h, time and class]
+    tail_bias: Tensor  # [3] of the prediction
+    tail: Tensor  # [3, time]
+    head: Tensor  # [3, 2 h] what the last layer's states are multiplied with
 
 
-def sums(model: ChiroDiff, timesteps: Tensor, labels: Tensor | None) -> Sums:
-    """Labels are checked as the model does."""
-    model._check_labels(labels)
+def by_sketch(model: ChiroDiff) -> BySketch:
+    """Of the model's weights."""
     hidden, inputs = model.config.hidden, inputs_by_point(model)
-    time = model._time_features(timesteps)
     mixed, timed = model.out.weight[:, :hidden], model.out.weight[:, hidden:]
-    tail = torch.addmm(model.out.bias + mixed @ model.mix.bias, time, timed.T)
-    by_sketch = time if labels is None else torch.cat((time, model.labels(labels)), 1)
-    starts = []
+    starts, biases = [], []
     for side in SIDES:
         w_in, _, bias = direction(model, 0, side)
         by_unit = w_in[:, inputs:].view(3, hidden, -1).transpose(0, 1)  # [h, 3, n]
-        weight = nn.functional.pad(by_unit, (0, 0, 0, 1)).flatten(0, 1)  # q has none
-        starts.append(torch.addmm(bias, by_sketch, weight.T))
-    return Sums(torch.stack(starts, 1), tail, mixed @ model.mix.weight)
+        starts.append(nn.functional.pad(by_unit, (0, 0, 0, 1)).flatten(0, 1))  # q has none
+        biases.append(bias)
+    tail_bias = model.out.bias + mixed @ model.mix.bias
+    return BySketch(torch.cat(biases), torch.cat(starts), tail_bias, timed, mixed @ model.mix.weight)
+
+
+def sums(model: ChiroDiff, weights: BySketch, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+    """[B, 8 h] the first layer's gates before the inputs that differ by point, [B, 3] the prediction before the states.
+
+    Labels are checked as the model does.
+    """
+    model._check_labels(labels)
+    time = model._time_features(timesteps)
+    given = time if labels is None else torch.cat((time, model.labels(labels)), 1)
+    start = torch.addmm(weights.start_bias, given, weights.start.T)
+    return start, torch.addmm(weights.tail_bias, time, weights.tail.T)

@@ -75,7 +75,7 @@ class SparseStep(nn.Module):
         self._kept, self._scratch = Memory(), Memory()
         self._turn = 0  # forward passes so far
         self._masks: dict[str, Tensor] = {}
-        self._scales = layout.gate_scales().repeat(checked.config.hidden)
+        self._scales = layout.gate_scales().repeat(checked.config.hidden)  # of one direction's gates
         self._lay_out(masks)
 
     def follow(self, masks: Mapping[str, Tensor]) -> None:
@@ -103,7 +103,8 @@ class SparseStep(nn.Module):
         order = lengths.argsort(descending=True, stable=True)
         inputs = self._net.head.inputs
         with torch.autocast("cpu", enabled=False):
-            parameters: list[Tensor] = [*layout.sums(model, timesteps, labels)]
+            by_sketch = layout.by_sketch(model)
+            parameters: list[Tensor] = [*layout.sums(model, by_sketch, timesteps, labels), by_sketch.head]
             for layer in range(model.config.layers):
                 for end in layout.SIDES:
                     w_in, w_state, bias = layout.direction(model, layer, end)
@@ -166,7 +167,7 @@ class _Step(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, step: SparseStep, x: Tensor, order: Tensor, lengths: Tensor, *parameters: Tensor) -> Tensor:
         start, tail, head, *weights = parameters
-        start, tail, head = start * step._scales, tail.contiguous(), head.contiguous()
+        start, tail, head = start * step._scales.repeat(2), tail.contiguous(), head.contiguous()
         ctx.kept = [x, start, tail, order, lengths, head]  # what pointers point at until the backward pass
         for slot, plan, by_column, w_in, w_state, bias in zip(
             step._sides, step._plans, step._by_column, weights[0::3], weights[1::3], weights[2::3], strict=True
@@ -198,7 +199,7 @@ class _Step(torch.autograd.Function):
             raise RuntimeError("another forward pass came between: the sparse step keeps what one backward pass needs")
         sketches, points = ctx.sketches.sketches, ctx.sketches.points
         chunks = -(-sketches // step._width)
-        d_y, d_start = grad_outputs[0].float().contiguous(), torch.empty(sketches, 2, 4 * hidden)
+        d_y, d_start = grad_outputs[0].float().contiguous(), torch.empty(sketches, 8 * hidden)
         d_tail, d_head = torch.zeros(sketches, outputs), torch.zeros(chunks, outputs, 2 * hidden)
         d_values = [torch.empty(chunks, len(plan.active)) for plan in step._plans]
         d_bias = [torch.empty(chunks, 4 * hidden) for _ in step._plans]

@@ -16,7 +16,8 @@ from raysparse import rng
 from raysparse.diffusion import ddim
 from raysparse.diffusion.schedule import NoiseSchedule
 from raysparse.errors import UsageError
-from raysparse.models import _sparse_chirodiff, chirodiff
+from raysparse.models import _few_sketches, _sparse_chirodiff, _sparse_sides, chirodiff
+from raysparse.models._sparse_chirodiff import SparseChiroDiff
 from raysparse.models.chirodiff import ChiroDiff, Config, sparse_runtime
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -47,14 +48,25 @@ def batch_of(lengths: list[int], classes: int | None = None) -> dict[str, Tensor
     return given
 
 
-def assert_equal(model: ChiroDiff, given: dict[str, Tensor], relative: float = 3e-6) -> None:
+def predicted(model: ChiroDiff, given: dict[str, Tensor], few: bool, dense_from: float | None = None) -> Tensor:
+    """By the kernel for few sketches or by the one for many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_sparse_chirodiff, "_FEW", math.inf if few else 0)
+        found: Tensor = SparseChiroDiff(model, dense_from)(**given)
+    return found
+
+
+def assert_equal(
+    model: ChiroDiff, given: dict[str, Tensor], relative: float = 3e-6, dense_from: float | None = None
+) -> None:
     want = model(**given)
-    got = sparse_runtime(model)(**given)
-    assert got.dtype == want.dtype
-    assert got.shape == want.shape
-    assert float((got - want).abs().max()) <= relative * max(1.0, float(want.abs().max()))
     beyond = torch.arange(want.shape[1]) >= given["lengths"][:, None]
-    assert not got[beyond].any()
+    for few in (True, False):
+        got = predicted(model, given, few, dense_from)
+        assert got.dtype == want.dtype
+        assert got.shape == want.shape
+        assert float((got - want).abs().max()) <= relative * max(1.0, float(want.abs().max()))
+        assert not got[beyond].any()
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,19 +96,18 @@ def test_equals_the_model_in_any_number_of_passes(
         return [*range(columns, count, columns), count]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_sparse_chirodiff, "_pass_ends", in_passes)
-        patch.setattr(_sparse_chirodiff, "_DENSE", 2.0)
-        assert_equal(model_of(sparsity, hidden=hidden, layers=2), batch_of(lengths))
+        patch.setattr(_sparse_sides, "_pass_ends", in_passes)
+        assert_equal(model_of(sparsity, hidden=hidden, layers=2), batch_of(lengths), dense_from=2.0)
 
 
 @given(st.integers(1, 3000), st.floats(0.08, 1), st.floats(1, 1000))
 def test_passes_fit_the_cache_and_are_of_one_size(columns: int, density: float, fitting: float) -> None:
-    ends = _sparse_chirodiff._pass_ends(columns, density, fitting)
+    ends = _sparse_sides._pass_ends(columns, density, fitting)
     sizes = [end - begin for begin, end in itertools.pairwise((0, *ends))]
     assert ends[-1] == columns
     assert max(sizes) <= math.ceil(fitting)
     assert max(sizes) - min(sizes) <= 1
-    assert _sparse_chirodiff._pass_ends(columns, 0.05, fitting) == [columns]
+    assert _sparse_sides._pass_ends(columns, 0.05, fitting) == [columns]
 
 
 @pytest.mark.parametrize("batch", [1, 15, 16, 17, 31, 32, 33, 47, 48, 49, 63, 64, 65, 128, 129])
@@ -104,6 +115,12 @@ def test_passes_fit_the_cache_and_are_of_one_size(columns: int, density: float, 
 def test_equals_the_model_around_the_width_of_a_chunk(batch: int, sparsity: float) -> None:
     lengths = [1 + 7 * place % 30 for place in range(batch)]
     assert_equal(model_of(sparsity, hidden=9, layers=2), batch_of(lengths))
+
+
+@pytest.mark.parametrize("points", [1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129])
+@pytest.mark.parametrize("hidden", [7, 16, 17, 33, 64])
+def test_equals_the_model_around_the_width_of_a_vector(hidden: int, points: int) -> None:
+    assert_equal(model_of(0.8, hidden=hidden, layers=2), batch_of([points]))
 
 
 def test_dense_and_empty_layers_beside_each_other() -> None:
@@ -142,9 +159,10 @@ def test_saturated_gates_stay_exact() -> None:
     assert_equal(model, batch_of([30, 12]), relative=1e-5)
 
 
-def test_any_number_of_threads_gives_the_same_bits() -> None:
+@pytest.mark.parametrize("sketches", [5, 150])
+def test_any_number_of_threads_gives_the_same_bits(sketches: int) -> None:
     model = model_of(0.8, hidden=24, layers=2)
-    given = batch_of([1 + 13 * place % 50 for place in range(150)])
+    given = batch_of([1 + 13 * place % 50 for place in range(sketches)])
     network, threads = sparse_runtime(model), torch.get_num_threads()
     try:
         found = []
@@ -165,13 +183,14 @@ def test_a_sketch_does_not_depend_on_the_others() -> None:
         assert torch.allclose(alone[0], whole[place], atol=1e-6)
 
 
+@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_what_is_not_finite_spoils_its_own_sketch_only(value: float) -> None:
+def test_what_is_not_finite_spoils_its_own_sketch_only(value: float, few: bool) -> None:
     model = model_of(0.5, hidden=12, layers=2)
     given = batch_of([9, 7, 5])
-    clean = sparse_runtime(model)(**given)
+    clean = predicted(model, given, few)
     given["x"][1, 3, 0] = value
-    got, want = sparse_runtime(model)(**given), model(**given)
+    got, want = predicted(model, given, few), model(**given)
     assert torch.equal(got[[0, 2]], clean[[0, 2]])
     if math.isnan(value):
         assert got[1, :7].isnan().all()
@@ -179,11 +198,12 @@ def test_what_is_not_finite_spoils_its_own_sketch_only(value: float) -> None:
     assert not got[1, 7:].any()
 
 
-def test_a_weight_that_is_not_finite_is_seen() -> None:
+@pytest.mark.parametrize("few", [True, False])
+def test_a_weight_that_is_not_finite_is_seen(few: bool) -> None:
     model = model_of(0.9, hidden=12, layers=1)
     model.gru.weight_ih_l0[0, 0] = math.nan
     given = batch_of([9])
-    assert torch.equal(sparse_runtime(model)(**given).isnan(), model(**given).isnan())
+    assert torch.equal(predicted(model, given, few).isnan(), model(**given).isnan())
 
 
 def test_weights_are_those_of_the_moment_it_was_made() -> None:
@@ -238,18 +258,50 @@ def test_labels_are_checked_as_the_model_does() -> None:
         sparse_runtime(model_of(0.5, hidden=6, layers=1, num_classes=2))(**given)
 
 
-def test_the_rule_for_dense_sides_changes_rounding_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, given = model_of(0.3, hidden=11, layers=2), batch_of([20, 11, 3])
-    for dense in (0.0, 2.0):  # all dense, all sparse
-        monkeypatch.setattr(_sparse_chirodiff, "_DENSE", dense)
-        assert_equal(model, given)
+@pytest.mark.parametrize("dense_from", [0.0, 2.0])  # all dense, all sparse
+@pytest.mark.parametrize("hidden", [11, 40])
+def test_the_rule_for_dense_sides_changes_rounding_only(hidden: int, dense_from: float) -> None:
+    assert_equal(model_of(0.3, hidden=hidden, layers=2), batch_of([20, 11, 3]), dense_from=dense_from)
 
 
-def test_a_large_model_and_one_sketch_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, given = model_of(0.5, hidden=12, layers=2), batch_of([9])
+def test_few_sketches_have_a_kernel_of_their_own() -> None:
+    model = model_of(0.8, hidden=24, layers=2)
     network = sparse_runtime(model)
-    assert not torch.equal(network(**given), model(**given))  # rounding: it was the kernel
-    monkeypatch.setattr(_sparse_chirodiff, "_CALLS", 0)
-    assert torch.equal(network(**given), model(**given))
-    many = batch_of([9] * 40)
-    assert not torch.equal(network(**many), model(**many))
+    for sketches, few in ((1, True), (3, True), (13, False)):
+        given = batch_of([1 + 13 * place % 50 for place in range(sketches)])
+        found = network(**given)
+        assert torch.equal(found, predicted(model, given, few))
+        assert not torch.equal(found, predicted(model, given, not few))  # rounding
+
+
+@given(st.integers(1, 40), st.floats(0, 1), st.sampled_from([(4, 64), (8, 8), (16, 32)]), st.integers(0, 2**16))
+def test_slots_hold_each_weight_once(hidden: int, density: float, widths: tuple[int, int], seed: int) -> None:
+    lanes, columns = widths
+    draw = torch.Generator().manual_seed(seed)
+    weight = torch.randn(3 * hidden, hidden, generator=draw)
+    weight *= torch.rand(weight.shape, generator=draw) < density
+    found = _few_sketches.slots(weight, lanes, columns)
+    back = torch.zeros(3, -(-hidden // lanes) * lanes, -(-hidden // columns) * columns)
+    slot = 0
+    for block, gate, group in itertools.product(*map(range, found.counts.shape)):
+        for _ in range(int(found.counts[block, gate, group])):
+            for lane in range(lanes):
+                back[gate, block * lanes + lane, group * columns + int(found.places[slot, lane])] += found.values[
+                    slot, lane
+                ]
+            slot += 1
+    assert slot == len(found.values)
+    assert torch.equal(back[:, :hidden, :hidden], weight.view(3, hidden, hidden))
+    assert back.count_nonzero() == weight.count_nonzero()
+
+
+@pytest.mark.parametrize("hidden", [3, 16, 20, 40])
+def test_dense_states_are_the_weights_by_pairs_of_blocks(hidden: int) -> None:
+    weight = torch.arange(1.0, 3 * hidden * hidden + 1).view(3 * hidden, hidden)
+    found = iter(_few_sketches.dense_states(weight, 8).tolist())
+    blocks = list(range(-(-hidden // 8)))
+    for pair in (blocks[place : place + 2] for place in range(0, len(blocks), 2)):
+        for column, block, gate, lane in itertools.product(range(hidden), pair, range(3), range(8)):
+            unit = 8 * block + lane
+            assert next(found) == (weight[gate * hidden + unit, column] if unit < hidden else 0)
+    assert next(found, None) is None

@@ -4,7 +4,7 @@
 #if defined(__AVX512F__)
 #define RAYSPARSE_VECTORS 4
 #endif
-#include "chunk.h"
+#include "few.h"
 
 namespace {
 
@@ -87,6 +87,9 @@ extern "C" {
 int32_t raysparse_units() { return UNITS; }
 int32_t raysparse_width() { return WIDTH; }
 
+int32_t raysparse_lanes() { return LANES; }
+int32_t raysparse_columns() { return COLUMNS; }
+
 int32_t raysparse_features_in_cache() { return features_in_cache(); }
 
 // Bytes of memory that each thread needs, a multiple of a vector's.
@@ -109,6 +112,22 @@ void raysparse_predict(const Net* net, const Sketches* all, char* memory, int32_
         run_side(net->layers[l], reverse, net->head.hidden, chunk,
                  l ? nullptr : chunk.starts + reverse * 4ll * net->head.hidden * WIDTH, partial);
     chunk.read_out(net->head);
+  });
+}
+
+int64_t raysparse_few_scratch(const FewNet* net, int64_t points) {
+  FewMemory memory;
+  return lay_out(*net, points, nullptr, memory);
+}
+
+// As raysparse_predict.
+void raysparse_predict_few(const FewNet* net, const Sketches* all, char* memory, int32_t threads) {
+  const int64_t each = raysparse_few_scratch(net, all->points);
+  over_threads(all->sketches, threads, [&](int64_t number, int thread) {
+    const int64_t sketch = all->order[number];
+    FewSketch one{*all, *net, sketch, all->lengths[sketch], {}};
+    lay_out(*net, all->points, memory + thread * each, one.memory);
+    one.run();
   });
 }
 }
