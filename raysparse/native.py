@@ -42,9 +42,13 @@ def load(source: Path) -> ctypes.CDLL:
     """The library of a C++ file, compiled unless it is there already. The headers beside the file belong to it.
 
     Processes that need it at the same time each compile it, and the last one's file stays: all are the same.
+    A kernel that runs on several threads gets PyTorch's (models/native/threads.h).
     UsageError: no compiler, one that fails, or a cache folder that others may write to, each with what to do.
     """
-    return _loaded(source, _compiler(), (*_FLAGS, *_instructions()), default_root())
+    library = _loaded(source, _compiler(), (*_FLAGS, *_instructions()), default_root())
+    if hasattr(library, "raysparse_use_pool"):
+        library.raysparse_use_pool(_pool())
+    return library
 
 
 @functools.cache
@@ -62,6 +66,18 @@ def _loaded(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], roo
         return ctypes.CDLL(str(path))
     except OSError as error:
         raise UsageError(f"{path} was compiled but cannot be loaded: {error}; is {root} mounted noexec?") from error
+
+
+@functools.cache
+def _pool() -> ctypes.c_void_p | None:
+    """The entry to the threads of PyTorch's OpenMP; None where it has another way, as on macOS."""
+    import torch
+
+    try:
+        core = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))  # it is loaded: nothing is run
+        return ctypes.cast(core.GOMP_parallel, ctypes.c_void_p)
+    except (OSError, AttributeError):
+        return None
 
 
 def _instructions() -> tuple[str, ...]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 
+import raysparse.models
 from raysparse import native
 from raysparse.errors import UsageError
 
@@ -96,3 +101,34 @@ def test_a_folder_that_others_may_write_to_is_refused(source: Path) -> None:
     folder.chmod(0o700)
     assert native.load(source).answer() == 42
     assert os.stat(folder).st_mode & 0o077 == 0
+
+
+THREADS_SOURCE = """
+#include "threads.h"
+extern "C" void run(int64_t parts, int32_t threads, int32_t* done, int32_t* by) {
+  over_threads(parts, threads, [&](int64_t part, int thread) { ++done[part], by[part] = thread; });
+}
+"""
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("pytorchs", [True, False])
+@pytest.mark.parametrize(("parts", "threads"), [(0, 3), (1, 3), (2, 3), (1000, 1), (1000, 2), (1000, 5)])
+def test_each_part_is_done_once_on_pytorchs_threads_and_on_others(
+    source: Path, parts: int, threads: int, pytorchs: bool
+) -> None:
+    shutil.copy(Path(raysparse.models.__path__[0]) / "native" / "threads.h", source.parent)
+    source.write_text(THREADS_SOURCE)
+    library = native.load(source)
+    if not pytorchs:
+        library.raysparse_use_pool(None)
+    done, by = torch.zeros(parts + 1, dtype=torch.int32), torch.zeros(parts + 1, dtype=torch.int32)
+    pointers = (ctypes.c_void_p(tensor.data_ptr()) for tensor in (done, by))
+    library.run(ctypes.c_int64(parts), ctypes.c_int32(threads), *pointers)
+    assert done.tolist() == [1] * parts + [0]
+    assert 0 <= int(by.min()) <= int(by.max()) < threads
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere PyTorch may have no OpenMP of this kind")
+def test_pytorchs_threads_are_found() -> None:
+    assert (native._pool() is not None) == ("OpenMP" in torch.__config__.parallel_info().split("ATen parallel", 1)[1])

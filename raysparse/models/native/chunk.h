@@ -5,10 +5,8 @@
 // sorted, longest first: those still running are its first columns, and what lies in the other columns is 0.
 #pragma once
 #include "gru.h"
+#include "threads.h"
 
-#include <atomic>
-#include <system_error>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -121,21 +119,5 @@ struct Chunk {
         memset(rows + (t + 1) * stride + to + unit * ROW + used * sizeof(vec), 0, (now - used) * sizeof(vec));
   }
 };
-
-// work(number, thread) for each of `count` chunks, on so many threads; which one does which is left to chance.
-template <class Work>
-void over_threads(int64_t count, int threads, Work work) {
-  std::atomic<int64_t> next{0};
-  auto run = [&](int thread) {
-    for (int64_t number; (number = next++) < count;) work(number, thread);
-  };
-  std::vector<std::thread> others;
-  try {
-    for (int thread = 1; thread < threads && thread < count; ++thread) others.emplace_back(run, thread);
-  } catch (const std::system_error&) {  // the system gives no more threads: those there are do it all
-  }
-  run(0);
-  for (auto& other : others) other.join();
-}
 
 }  // namespace

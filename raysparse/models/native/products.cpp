@@ -12,10 +12,9 @@
 #define RAYSPARSE_VECTORS 4
 #endif
 #include "gru.h"
+#include "threads.h"
 
 #include <algorithm>
-#include <atomic>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -167,15 +166,6 @@ void gather(const Images& images, const std::vector<Run>& runs, int columns, flo
       for (int64_t j = 0; j < images.kernel_width; ++j, in += columns)
         for (const Run& run : runs)
           copy(images.x + (c * images.height + i) * images.width + j + run.from, images.across, in + run.to, run.length);
-}
-
-// work(number of the thread), on this thread and others, no more than there are parts
-template <class Work>
-void on_threads(int threads, int64_t parts, const Work& work) {
-  std::vector<std::thread> others;
-  for (int thread = 1; thread < std::min<int64_t>(threads, parts); ++thread) others.emplace_back(work, thread);
-  work(0);
-  for (std::thread& other : others) other.join();
 }
 
 // work(number of the chunk, in, out) for all chunks, on this thread and others
