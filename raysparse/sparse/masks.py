@@ -17,6 +17,7 @@ from raysparse.errors import UsageError
 
 ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 RECURRENT = ("weight_ih", "weight_hh")
+_COUNTED = 1024  # flags that are counted in a row
 SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes; the sign widens -1 to all bits
 
 
@@ -169,7 +170,20 @@ def _highest_torch(scores: Tensor, count: int, allowed: Tensor) -> Tensor:
     scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).where(allowed, -torch.inf)
     threshold = scores.topk(count, sorted=False).values.amin()
     above, ties = scores > threshold, (scores == threshold) & allowed
-    return above | (ties & (ties.cumsum(0, dtype=torch.int32) <= count - above.sum()))
+    return above | (ties & (_running_count(ties) <= count - above.sum()))
+
+
+def _running_count(flags: Tensor) -> Tensor:
+    """int32 [n]: how many of a bool [n] are true up to each place, on any device and under vmap.
+
+    In rows, because of several vectors at once (vmap) CUDA's cumsum gives each to one block of threads, which walks it
+    1,024 numbers at a time: 4 million of a layer of U-ViT large/2 in 4,096 turns.
+    """
+    padded = nn.functional.pad(flags, (0, -flags.numel() % _COUNTED)).view(-1, _COUNTED)
+    within = padded.cumsum(1, dtype=torch.int32)
+    totals = within[:, -1]
+    before = totals.cumsum(0, dtype=torch.int32) - totals
+    return (within + before[:, None]).flatten()[: flags.numel()]
 
 
 def _nth_highest(values: np.ndarray[Any, Any], count: int) -> Any:

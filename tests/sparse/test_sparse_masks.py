@@ -111,6 +111,13 @@ def test_highest_equals_a_stable_sort_on_both_paths(numbers, data):
         assert torch.equal(masks._highest_torch(scores, count, allowed), expected)
 
 
+@pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 5000])
+def test_a_running_count_is_that_of_each_vector(size):
+    flags = torch.rand(3, size, generator=torch.Generator().manual_seed(size)) < 0.3
+    assert torch.equal(masks._running_count(flags[0]), flags[0].cumsum(0).int())
+    assert torch.equal(torch.vmap(masks._running_count)(flags), flags.cumsum(1).int())
+
+
 @pytest.mark.parametrize("zeros", [0.0, 0.9, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_highest_of_many_with_many_ties(zeros, dtype):
