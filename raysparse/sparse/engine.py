@@ -319,13 +319,14 @@ class SparseEngine:
         A grown weight and its moments are 0 already: they are kept so while it is pruned.
         Whatever stops this half way, Ctrl-C too, all that was zeroed gets its values back before the error goes on.
         """
-        self._clear_pruned()  # what user code may have written there
-        undo = Undo()
+        undo, bits = Undo(), dict(self._bits)
         try:
             for name, mask in masks.items():
                 if mask is not self._masks[name]:
-                    undo.zero(self._optimizer, self._weights[name], self._masks[name] & ~mask)
-            bits = {name: all_bits(mask) for name, mask in masks.items()}
+                    bits[name] = all_bits(mask)
+                    undo.zero(self._optimizer, self._weights[name], self._bits[name], bits[name])
+                else:  # what user code may have written where it is pruned
+                    clear(self._optimizer, self._weights[name], bits[name])
         except BaseException:
             undo.restore()
             raise

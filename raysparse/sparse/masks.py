@@ -106,7 +106,7 @@ def on_host(tensor: Tensor) -> bool:
 
 def all_bits(mask: Tensor) -> Tensor:
     """int8: -1 (all bits) where the mask is true, 0 elsewhere; what `zero_outside` takes."""
-    return mask.to(torch.int8).neg_()
+    return mask.view(torch.int8).neg()
 
 
 @torch.no_grad()

@@ -51,33 +51,37 @@ class Undo:
     """Zeroes weights and moments in place and can give them their values back."""
 
     def __init__(self) -> None:
-        self.positions: int | Tensor = 0  # weights zeroed so far
-        self._before: list[tuple[Tensor, Tensor, Tensor]] = []  # tensor, where, values
+        self._before: list[tuple[Tensor, Tensor | None, Tensor]] = []  # tensor, index (None: all of it), values
+        self._counts: list[int | Tensor] = []
+
+    @property
+    def positions(self) -> int | Tensor:
+        """Active weights zeroed so far; where a GPU counted them, a tensor, which is not waited for."""
+        tensors = [count for count in self._counts if isinstance(count, Tensor)]
+        known = sum(count for count in self._counts if not isinstance(count, Tensor))
+        return torch.stack([count.to(tensors[0].device) for count in tensors]).sum() + known if tensors else known
 
     @torch.no_grad()
-    def zero(self, optimizer: optim.Optimizer, weight: nn.Parameter, where: Tensor) -> None:
-        """Zero the weight and its moments at few positions; where: bool, the weight's shape."""
-        if where.device.type == "cpu":
-            index = true_indices(where)
-            self.positions += index.numel()
-            for tensor in (weight, *moments(optimizer, weight)):
-                self._before.append((tensor, index, tensor.take(index)))
-                put(tensor, index, 0)
-            return
-        zeroed, known = where.count_nonzero(), self.positions
-        self.positions = zeroed.to(known.device) + known if isinstance(known, Tensor) else zeroed + known
-        for tensor in (weight, *moments(optimizer, weight)):  # whole copies: indices would have to be waited for
-            self._before.append((tensor, where, tensor.clone()))
-            tensor.masked_fill_(where, 0)
+    def zero(self, optimizer: optim.Optimizer, weight: nn.Parameter, before: Tensor, after: Tensor) -> None:
+        """Zero the weight and its moments where they are not active both before and after; bits: `masks.all_bits`."""
+        kept = before & after
+        pruned = before ^ kept
+        on_host = pruned.device.type == "cpu"
+        # On a GPU whole copies: indices would have to be waited for.
+        index = true_indices(pruned) if on_host else None
+        self._counts.append(pruned.count_nonzero() if index is None else index.numel())
+        for tensor in (weight, *moments(optimizer, weight)):
+            self._before.append((tensor, index, tensor.clone() if index is None else tensor.take(index)))
+            zero_outside(tensor, kept)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Put back what `zero` has zeroed; harmless to repeat."""
-        for tensor, where, values in self._before:
-            if where.dtype == torch.bool:
+        """Put back what `zero` has zeroed of active weights; harmless to repeat."""
+        for tensor, index, values in self._before:
+            if index is None:
                 tensor.copy_(values)
             else:
-                put(tensor, where, values)
+                put(tensor, index, values)
 
 
 def optimized_weights(

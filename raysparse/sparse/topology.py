@@ -67,18 +67,17 @@ class Topology:
                 found[layer.name] = _spread(layer.weight, layer.pattern, units)
         return found
 
-    def _chosen(self, alike: list[Layer]) -> Sequence[Tensor]:
-        """The layers' new units."""
+    def _chosen(self, alike: list[Layer]) -> Tensor:
+        """The layers' new units, [layers, units]."""
         assert self.method.prune is not None
         assert self.method.grow is not None
-        worst = [CRITERIA[self.method.prune](layer) for layer in alike]
-        kept = _each(
-            alike[0].pattern.pruned, [cast(Tensor, layer.candidates) for layer in alike], worst, alike[0].count
-        )
-        free = [replace(layer, candidates=~units) for layer, units in zip(alike, kept, strict=True)]
-        return _each(
-            alike[0].pattern.grown, kept, [CRITERIA[self.method.grow](layer) for layer in free], alike[0].count
-        )
+        pattern, count = alike[0].pattern, alike[0].count
+        before = _stacked([cast(Tensor, layer.candidates) for layer in alike])
+        worst = _stacked([CRITERIA[self.method.prune](layer) for layer in alike])
+        kept = _each(pattern.pruned, before, worst, count)
+        free = zip(alike, ~kept, strict=True)
+        best = _stacked([CRITERIA[self.method.grow](replace(layer, candidates=units)) for layer, units in free])
+        return _each(pattern.grown, kept, best, count)
 
 
 def _alike(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
@@ -99,16 +98,17 @@ def _alike(layers: Sequence[Layer]) -> Iterator[list[Layer]]:
         yield from (group[first : first + size] for first in range(0, len(group), size))
 
 
-def _each(
-    choose: Callable[[Tensor, Tensor, int], Tensor], units: Sequence[Tensor], scores: Sequence[Tensor], count: int
-) -> Sequence[Tensor]:
+def _stacked(tensors: list[Tensor]) -> Tensor:
+    """One alone is not copied."""
+    return torch.stack(tensors) if len(tensors) > 1 else tensors[0][None]
+
+
+def _each(choose: Callable[[Tensor, Tensor, int], Tensor], units: Tensor, scores: Tensor, count: int) -> Tensor:
     """choose(units, scores, count) of each layer."""
     if len(units) == 1:
-        return [choose(units[0], scores[0], count)]
-    together: Tensor = torch.vmap(choose, in_dims=(0, 0, None))(
-        torch.stack(list(units)), torch.stack(list(scores)), count
-    )
-    return together.unbind()
+        return choose(units[0], scores[0], count)[None]
+    together: Tensor = torch.vmap(choose, in_dims=(0, 0, None))(units, scores, count)
+    return together
 
 
 def _spread(weight: Tensor, pattern: Pattern, units: Tensor) -> Tensor:
