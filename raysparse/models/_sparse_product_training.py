@@ -77,10 +77,10 @@ class SparseStep(nn.Module):
                 layer.lay_out(masks[name])
         self._masks = dict(masks)
 
-    @property
-    def pays(self) -> bool:
-        """Whether it is faster than the model, by what was measured: on a CPU where one layer is; on CUDA, compiled and
-        in bfloat16, where most of the weights under masks lie in layers by blocks.
+    def pays_for(self, examples: int) -> bool:
+        """Whether it is faster than the model, by what was measured: on a CPU where one layer is, which goes by what it
+        is given at each call; on CUDA, compiled and in bfloat16, where most of the weights under masks lie in layers by
+        blocks.
         """
         layers = self._layers.values()
         blocked = (layer.layer.weight for layer in layers if isinstance(layer, BlockLayer) and layer.blocked)

@@ -32,6 +32,10 @@ _SOURCE = Path(__file__).parent / "native" / "chirodiff_train.cpp"
 _INTEL = ((10_000, 1.0), (30_000, 0.55), (100_000, 0.35), (350_000, 0.27), (600_000, 0.2), (math.inf, 0.1))
 _AMD = ((30_000, 1.0), (100_000, 0.8), (200_000, 0.7), (350_000, 0.5), (600_000, 0.38), (math.inf, 0.2))
 _PAYS = {"intel": _INTEL, "amd": _AMD, "narrow": _AMD}[_cpu.KIND]
+# With fewer sketches lanes are empty, so the density must be lower by as much. On the EPYC, h = 32, 64, 128 and 256: 16
+# sketches are 2.0, 1.3, 1.03 and .65 times as fast at density .5 and 2.5, 1.95, 1.7 and 1.6 at .25; 8 are 1.7, .93, .67
+# and .51, 2.2, 1.5, 1.07 and 1.05; 2 are 1.65, 1.0, .57 and .48 at .25 and 2.3, 1.5, .99 and .94 at .1.
+_MANY = 16
 
 
 class _Side(ctypes.Structure):
@@ -84,13 +88,13 @@ class SparseStep(nn.Module):
         if masks.keys() != known.keys() or any(mask is not known[name] for name, mask in masks.items()):
             self._lay_out(masks)
 
-    @property
-    def pays(self) -> bool:
-        """Whether it is faster than PyTorch, by what was measured."""
+    def pays_for(self, examples: int) -> bool:
+        """Whether it is faster than PyTorch with so many sketches at a time, by what was measured."""
         columns = [len(by_column.rows) - 1 for by_column in self._by_column]
         sizes = [len(plan.counts) * 3 * wide for plan, wide in zip(self._plans, columns, strict=True)]
         density = sum(len(plan.active) for plan in self._plans) / sum(sizes)
-        return density <= next(most for size, most in _PAYS if max(sizes) <= size)
+        most = next(most for size, most in _PAYS if max(sizes) <= size)
+        return density <= most * min(1.0, examples / _MANY)
 
     def forward(
         self, x: Tensor, timesteps: Tensor, lengths: Tensor | None = None, labels: Tensor | None = None

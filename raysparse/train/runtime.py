@@ -31,9 +31,8 @@ class Step(Protocol):
 
     def __call__(self, x: Tensor, timesteps: Tensor, **cond: Tensor) -> Tensor: ...
 
-    @property
-    def pays(self) -> bool:
-        """Whether it is faster than the model itself."""
+    def pays_for(self, examples: int) -> bool:
+        """Whether it is faster than the model itself, for so many examples at a time."""
 
     def follow(self, masks: Mapping[str, Tensor]) -> None:
         """Take over the masks; it costs nothing where they have not changed."""
@@ -86,8 +85,8 @@ def _check_pattern(config: TrialConfig) -> None:
         raise UsageError(f"2:4 is for train.precision bf16, the trial has {config.train.precision}")
 
 
-def for_training(model: nn.Module, config: TrialConfig, engine: SparseEngine) -> Step | None:
-    """What trains in the model's place under `train.runtime`; None: the model itself.
+def for_training(model: nn.Module, config: TrialConfig, engine: SparseEngine, examples: int) -> Step | None:
+    """What trains in the model's place under `train.runtime`, on so many examples at a time; None: the model itself.
 
     auto: sparse where that can run and is faster; on a GPU in steps that are compiled and recorded. Errors as above.
     """
@@ -105,7 +104,7 @@ def for_training(model: nn.Module, config: TrialConfig, engine: SparseEngine) ->
         # both are compiled and recorded, in bfloat16; compiled alone, 1.12: its kernels end before the next ones start.
         return None
     step = _chosen("train.runtime", train.runtime, made)
-    return None if step is not None and train.runtime == "auto" and not step.pays else step
+    return None if step is not None and train.runtime == "auto" and not step.pays_for(examples) else step
 
 
 def _kernels(config: TrialConfig, function: str) -> Callable[..., Any]:

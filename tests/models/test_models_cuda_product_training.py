@@ -87,7 +87,7 @@ def test_the_step_of_a_model(edge: int, sparsity: float, model: uvit.UViT, monke
     before = [*model.state_dict()]
     step = step_of(model, monkeypatch, sparsity=sparsity, pattern="block", block=edge)
     assert [layer.blocked for layer in step._layers.values()] == [True] * 12
-    assert step.pays
+    assert step.pays_for(1)
     assert [*model.state_dict()] == before  # the model itself is left as it is
     assert {id(parameter) for parameter in step._network[0].parameters()} == {id(p) for p in model.parameters()}
 
@@ -100,7 +100,7 @@ def test_it_pays_where_most_weights_lie_in_layers_by_blocks(model: uvit.UViT, mo
         masks[name] = torch.ones_like(masks[name])
         left += masks[name].numel()
         step.follow(masks)
-        assert step.pays == (total > 2 * left), name
+        assert step.pays_for(1) == (total > 2 * left), name
 
 
 @pytest.mark.parametrize(

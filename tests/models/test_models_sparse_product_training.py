@@ -163,7 +163,7 @@ def test_uvit_has_the_gradients_of_all_its_parameters() -> None:
 
 def check_step(model: nn.Module, masks: dict[str, Tensor], given: dict[str, Tensor]) -> None:
     step = SparseStep(model, masks)
-    assert step.pays
+    assert step.pays_for(1)
     given["x"] = drawn(*given["x"].shape)
     found = []
     for network in (model, step):
@@ -182,7 +182,7 @@ def check_step(model: nn.Module, masks: dict[str, Tensor], given: dict[str, Tens
 def test_layers_that_are_not_worth_it_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sparse_product_training, "_ACTIVE", ACTIVE)
     full = torch.ones(64, 64, dtype=torch.bool)
-    assert not SparseStep(OneLayer(full), {"layer.weight": full}).pays
+    assert not SparseStep(OneLayer(full), {"layer.weight": full}).pays_for(1)
 
 
 def test_other_types_are_refused() -> None:

@@ -169,4 +169,12 @@ def test_where_it_pays(hidden: int, sparsity: float, intel: bool, amd: bool, mon
     step = sparse_step(*masked_model(sparsity, hidden, 2))
     for table, pays in ((_sparse_training._INTEL, intel), (_sparse_training._AMD, amd)):
         monkeypatch.setattr(_sparse_training, "_PAYS", table)
-        assert step.pays is pays
+        assert step.pays_for(16) is step.pays_for(128) is pays
+
+
+def test_with_few_sketches_it_pays_for_fewer_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sparse_training, "_PAYS", _sparse_training._AMD)
+    for sparsity, least in ((0.9, 3), (0.75, 6), (0.5, 12)):  # the rule takes a density of .7
+        step = sparse_step(*masked_model(sparsity, 128, 2))
+        found = [examples for examples in range(1, 20) if step.pays_for(examples)]
+        assert found == list(range(least, 20))

@@ -247,13 +247,14 @@ def test_on_a_gpu_kernels_run_only_where_they_are_asked_for(pictures, rigl, on_a
     ],
 )
 def test_on_a_gpu_auto_trains_by_blocks_where_that_is_faster(pictures, rigl, on_a_gpu, monkeypatch, change, pays, auto):
-    monkeypatch.setattr(latent_unet, "sparse_step", lambda *_: SimpleNamespace(pays=pays))
+    step = SimpleNamespace(pays_for=lambda examples: pays and examples == 8)
+    monkeypatch.setattr(latent_unet, "sparse_step", lambda *_: step)
     engine = SimpleNamespace(keeps_dense_weights=False, masks={})
     recorded = {"train.compile": True, "train.cuda_graph": True, "train.precision": "bf16"}
     change = {"sparse.pattern": "block", **recorded, **change}
     for name, taken in (("dense", False), ("auto", auto), ("sparse", True)):
         trial = pictures(rigl, change, {"train.runtime": name})
-        assert (runtime.for_training(on_a_gpu, trial, engine) is not None) == taken, name
+        assert (runtime.for_training(on_a_gpu, trial, engine, 8) is not None) == taken, name
 
 
 def test_a_model_without_kernels(tiny, monkeypatch):
