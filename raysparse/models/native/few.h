@@ -198,7 +198,7 @@ inline vec new_state(const vec* sums, const float* gates, int64_t units, vec bia
 }
 
 inline void slots_step(const FewSide& side, const float* gates, const float* before, float* to, int hidden,
-                        const FewMemory& memory) {
+                       const FewMemory& memory) {
   const int groups = (hidden + COLUMNS - 1) / COLUMNS;
   const vec* values = (const vec*)side.states;
   const uint8_t* places = side.places;
@@ -224,7 +224,7 @@ inline void slots_step(const FewSide& side, const float* gates, const float* bef
 }
 
 inline void blocks_step(const FewSide& side, const float* gates, const float* before, float* to, int hidden,
-                       const FewMemory& memory) {
+                        const FewMemory& memory) {
   const float* weights = side.states;
   for (int unit = 0; unit < hidden; unit += 2 * LANES) {
     const int blocks = hidden - unit > LANES ? 2 : 1;
