@@ -26,9 +26,11 @@ _SOURCE = Path(__file__).parent / "native" / "chirodiff.cpp"
 # A direction of a layer of at least this density is computed with all its weights. Times as long by skipping the zeros,
 # h = 32 to 256, 64 sketches, on an Intel Xeon: .9 to 1.07 at density .95, .82 to 1.08 at .9, .83 to 1.01 at .85, .75 to
 # 1.01 at .8, .7 to .9 at .6; on an AMD EPYC .89 to 1.1 at .99, .83 to 1.04 at .95, .83 to .99 at .9. With one or four
-# sketches, on an EPYC, 1.0 to 1.04 at .95, .98 to 1.03 at .9, .94 to .98 at .8.
+# sketches, on an EPYC, 1.0 to 1.04 at .95, .98 to 1.03 at .9, .94 to .98 at .8; with sixteen, which fill one vector,
+# 1.05 to 1.18 at .9, .89 to 1.0 at .7.
 _DENSE = {"intel": 0.88, "amd": 0.97, "narrow": 0.97}[_cpu.KIND]
 _DENSE_FEW = 0.87 if _cpu.AVX512 else 0.78
+_DENSE_ONE = 0.78
 # Up to so many sketches, of the lanes of a vector, are predicted one at a time. On an AMD EPYC (one thread, h = 32 to
 # 256, S = 0 to .97; 16 lanes) one takes 2.9 to 11 times as long with a sketch in each lane, eight 1.3 to 2.5, twelve
 # .94 to 1.7, sixteen .8 to 1.5; with 8 lanes one takes 2.7 to 11 times as long, eight .51 to 2.2. PyTorch takes 2.8 to
@@ -69,8 +71,8 @@ class SparseChiroDiff(nn.Module):
         self._dense_from = dense_from
         self._memory = Memory()
         self._by_sketch = _scaled(layout.by_sketch(self._model[0]))
-        # By whether it is for few: each made when it is first used, which takes 20 ms at h = 96.
-        self._kernels: dict[bool, _ManySketches | FewSketches] = {}
+        # By how many sketches each is for, as `_kernel` says: made when first used, which takes 20 ms at h = 96.
+        self._kernels: dict[int, _ManySketches | FewSketches] = {}
 
     @torch.no_grad()
     def forward(
@@ -87,12 +89,15 @@ class SparseChiroDiff(nn.Module):
         return y
 
     def _kernel(self, sketches: int) -> _ManySketches | FewSketches:
-        few = sketches <= _FEW * self._library.raysparse_lanes()
-        if few not in self._kernels:
-            kind, rule = (FewSketches, _DENSE_FEW) if few else (_ManySketches, _DENSE)
+        """For few, for those of one vector, or for more."""
+        lanes = self._library.raysparse_lanes()
+        number = 0 if sketches <= _FEW * lanes else 1 if sketches <= lanes else 2
+        if number not in self._kernels:
+            rule = (_DENSE_FEW, _DENSE_ONE, _DENSE)[number]
             packed = Packed(self._library, rule if self._dense_from is None else self._dense_from)
-            self._kernels[few] = kind(self._model[0], packed, self._by_sketch.head)
-        return self._kernels[few]
+            kind = _ManySketches if number else FewSketches
+            self._kernels[number] = kind(self._model[0], packed, self._by_sketch.head)
+        return self._kernels[number]
 
 
 class _ManySketches:
