@@ -30,7 +30,7 @@ _SOURCE = Path(__file__).parent / "native" / "chirodiff.cpp"
 # 1.05 to 1.18 at .9, .89 to 1.0 at .7.
 _DENSE = {"intel": 0.88, "amd": 0.97, "narrow": 0.97}[_cpu.KIND]
 _DENSE_FEW = 0.87 if _cpu.AVX512 else 0.78
-_DENSE_ONE = 0.78
+_DENSE_ONE = 0.78  # of sketches that fill one vector
 # Up to so many sketches, of the lanes of a vector, are predicted one at a time. On an AMD EPYC (one thread, h = 32 to
 # 256, S = 0 to .97; 16 lanes) one takes 2.9 to 11 times as long with a sketch in each lane, eight 1.3 to 2.5, twelve
 # .94 to 1.7, sixteen .8 to 1.5; with 8 lanes one takes 2.7 to 11 times as long, eight .51 to 2.2. PyTorch takes 2.8 to
@@ -71,8 +71,7 @@ class SparseChiroDiff(nn.Module):
         self._dense_from = dense_from
         self._memory = Memory()
         self._by_sketch = _scaled(layout.by_sketch(self._model[0]))
-        # By how many sketches each is for, as `_kernel` says: made when first used, which takes 20 ms at h = 96.
-        self._kernels: dict[int, _ManySketches | FewSketches] = {}
+        self._kernels: dict[str, _ManySketches | FewSketches] = {}  # made when first used: 20 ms at h = 96
 
     @torch.no_grad()
     def forward(
@@ -89,15 +88,14 @@ class SparseChiroDiff(nn.Module):
         return y
 
     def _kernel(self, sketches: int) -> _ManySketches | FewSketches:
-        """For few, for those of one vector, or for more."""
         lanes = self._library.raysparse_lanes()
-        number = 0 if sketches <= _FEW * lanes else 1 if sketches <= lanes else 2
-        if number not in self._kernels:
-            rule = (_DENSE_FEW, _DENSE_ONE, _DENSE)[number]
+        size = "few" if sketches <= _FEW * lanes else "one vector" if sketches <= lanes else "many"
+        if size not in self._kernels:
+            rule = {"few": _DENSE_FEW, "one vector": _DENSE_ONE, "many": _DENSE}[size]
             packed = Packed(self._library, rule if self._dense_from is None else self._dense_from)
-            kind = _ManySketches if number else FewSketches
-            self._kernels[number] = kind(self._model[0], packed, self._by_sketch.head)
-        return self._kernels[number]
+            kind = FewSketches if size == "few" else _ManySketches
+            self._kernels[size] = kind(self._model[0], packed, self._by_sketch.head)
+        return self._kernels[size]
 
 
 class _ManySketches:

@@ -142,16 +142,16 @@ struct Turned {
 };
 
 template <int NV>
-void sparse_input(const char* in, const Side& side, const float* start, int hidden, const FewMemory& memory) {
+void sparse_input(const char* in, const Side& side, int hidden, const FewMemory& memory) {
   const int32_t *counts = side.counts, *offsets = side.offsets;
   const float* values = side.values;
+  Now now = {};
+  now.partial = memory.partial;
   Turned<NV> turned{memory, {}};
   for (int pass = 0; pass < side.passes; ++pass)
     for (int unit = 0; unit < hidden; ++unit, counts += LISTS) {
       vec sums[CHAINS][4][NV] = {};
-      for (int gate = 0; gate < 3; ++gate)
-        for (int v = 0; v < NV; ++v)
-          sums[0][gate][v] = pass ? memory.partial[(4 * unit + gate) * NV + v] : splat(start[4 * unit + gate]);
+      take_up<NV>(sums[0], now, side, unit, pass);
       share_all<NV>(sums, in, offsets, values, counts, false);
       if (CHAINS > 1)
         for (int gate = 0; gate < 3; ++gate)
@@ -162,15 +162,13 @@ void sparse_input(const char* in, const Side& side, const float* start, int hidd
 }
 
 template <int NV>
-void dense_input(const char* in, const FewLayer& layer, const Side& side, const float* start, int hidden,
-                 const FewMemory& memory) {
+void dense_input(const char* in, const FewLayer& layer, const Side& side, int hidden, const FewMemory& memory) {
   const float* values = side.values;
   Turned<NV> turned{memory, {}};
   for (int first = 0; first < hidden; first += UNITS) {
     vec sums[UNITS][4][NV] = {};
     for (int u = 0; u < UNITS && first + u < hidden; ++u)
-      for (int gate = 0; gate < 3; ++gate)
-        for (int v = 0; v < NV; ++v) sums[u][gate][v] = splat(start[4 * (first + u) + gate]);
+      for (int gate = 0; gate < 3; ++gate) begin<NV>(sums[u][gate], side, nullptr, 4 * (first + u) + gate);
     values = tile<NV, 2>(sums, in, values, layer.inputs);
     for (int u = 0; u < UNITS && first + u < hidden; ++u) turned.put(sums[u], first + u, hidden);
   }
@@ -189,12 +187,12 @@ inline const float* dense_states(vec (*sums)[3], const float* weights, const flo
   return weights;
 }
 
-// h' of a block of units; see `activate`. gates: r, z, n of the input.
-inline vec new_state(const vec* sums, const float* gates, int64_t units, vec bias, vec before) {
-  const vec r = one_by(1.f + exp2(*(const vec*)gates + sums[0]));
-  const vec z_ = exp2(*(const vec*)(gates + units) + sums[1]);
-  const vec n_ = exp2(*(const vec*)(gates + 2 * units) + r * (bias + sums[2]));
-  return (z_ * (1.f - n_) + before * (1.f + n_)) / ((1.f + z_) * (1.f + n_));
+// h' of a block of units from `unit` on. sums: r, z, q of the states; gates: r, z, n of the input.
+inline void step_block(const vec* sums, const float* gates, const float* before, float* to, int unit,
+                       const FewMemory& memory) {
+  auto at = [unit](const float* row) { return *(const vec*)(row + unit); };
+  const vec z = at(gates + memory.units) + sums[1], n = at(gates + 2 * memory.units);
+  *(vec*)(to + unit) = new_state(at(gates) + sums[0], z, n, at(memory.bias) + sums[2], at(before));
 }
 
 inline void slots_step(const FewSide& side, const float* gates, const float* before, float* to, int hidden,
@@ -218,8 +216,7 @@ inline void slots_step(const FewSide& side, const float* gates, const float* bef
       }
       sums[gate] = one + two;
     }
-    *(vec*)(to + unit) =
-        new_state(sums, gates + unit, memory.units, *(const vec*)(memory.bias + unit), *(const vec*)(before + unit));
+    step_block(sums, gates, before, to, unit, memory);
   }
 }
 
@@ -230,9 +227,7 @@ inline void blocks_step(const FewSide& side, const float* gates, const float* be
     const int blocks = hidden - unit > LANES ? 2 : 1;
     vec sums[2][3];
     weights = (blocks == 2 ? dense_states<2> : dense_states<1>)(sums, weights, before, hidden);
-    for (int b = 0, u = unit; b < blocks; ++b, u += LANES)
-      *(vec*)(to + u) =
-          new_state(sums[b], gates + u, memory.units, *(const vec*)(memory.bias + u), *(const vec*)(before + u));
+    for (int b = 0; b < blocks; ++b) step_block(sums[b], gates, before, to, unit + b * LANES, memory);
   }
 }
 
@@ -251,7 +246,7 @@ struct FewSketch {
     for (int l = 0; l < net.layer_count; ++l) {
       if (l) turn_states();
       for (int reverse = 0; reverse < 2; ++reverse)
-        run_side(net.layers[l], reverse, l ? net.layers[l].sides[reverse].input.bias : start + reverse * 4 * hidden);
+        run_side(net.layers[l], reverse, l ? nullptr : start + reverse * 4 * hidden);
     }
     read_out();
   }
@@ -285,15 +280,18 @@ struct FewSketch {
   // t = -1 and t = points: zeros.
   float* state(int64_t t, int side) const { return memory.states + ((t + 1) * 2 + side) * memory.units; }
 
+  // start: what stands for the biases in the first layer, which has the sketch's time and class in it; else null.
   void run_side(const FewLayer& layer, int reverse, const float* start) {
     const FewSide& side = layer.sides[reverse];
     const int hidden = net.head.hidden;
-    for (int unit = 0; unit < memory.units; ++unit) memory.bias[unit] = unit < hidden ? start[4 * unit + 3] : 0;
+    Side input = side.input;
+    if (start) input.bias = start;
+    for (int unit = 0; unit < memory.units; ++unit) memory.bias[unit] = unit < hidden ? input.bias[4 * unit + 3] : 0;
     const int64_t chunks = up(points, WIDTH) / WIDTH;
     for (int64_t number = 0; number < chunks; ++number) {
       const int64_t chunk = reverse ? chunks - 1 - number : number, begin = chunk * WIDTH;
       const int count = (int)(points - begin < WIDTH ? points - begin : WIDTH);
-      run_input(layer, side, memory.rows + chunk * memory.stride, start, count);
+      run_input(layer, input, memory.rows + chunk * memory.stride, count);
       for (int i = 0; i < count; ++i) {
         const int place = reverse ? count - 1 - i : i;
         const int64_t t = begin + place;
@@ -303,25 +301,24 @@ struct FewSketch {
     }
   }
 
-  void run_input(const FewLayer& layer, const FewSide& side, const char* in, const float* start, int count) {
+  void run_input(const FewLayer& layer, const Side& side, const char* in, int count) {
     const int hidden = net.head.hidden, used = (count + LANES - 1) / LANES;
-    if (side.input.counts) {
-      using Walk = void (*)(const char*, const Side&, const float*, int, const FewMemory&);
+    if (side.counts) {
+      using Walk = void (*)(const char*, const Side&, int, const FewMemory&);
       constexpr Walk WALKS[] = {
         sparse_input<1>, sparse_input<2>,
 #if RAYSPARSE_VECTORS == 4
         sparse_input<3>, sparse_input<4>,
 #endif
       };
-      WALKS[used - 1](in, side.input, start, hidden, memory);
+      WALKS[used - 1](in, side, hidden, memory);
       return;
     }
     for (int v = 0; v < used; v += 2) {  // as in `dense_steps`
       FewMemory part = memory;
       part.gates += v * LANES * 3 * memory.units;
       const char* from = in + v * sizeof(vec);
-      v + 1 == used ? dense_input<1>(from, layer, side.input, start, hidden, part)
-                    : dense_input<2>(from, layer, side.input, start, hidden, part);
+      (v + 1 == used ? dense_input<1> : dense_input<2>)(from, layer, side, hidden, part);
     }
   }
 

@@ -260,24 +260,31 @@ struct Now {
 };
 
 // h' = (1 - z) n + z h with z = 1 / (1 + z_), n = (1 - n_) / (1 + n_): one division for both.
+inline vec new_state(vec r_sum, vec z_sum, vec n_sum, vec q_sum, vec before) {
+  const vec r = one_by(1.f + exp2(r_sum));
+  const vec z_ = exp2(z_sum), n_ = exp2(n_sum + r * q_sum);
+  return (z_ * (1.f - n_) + before * (1.f + n_)) / ((1.f + z_) * (1.f + n_));
+}
+
+// The same of a unit, into its place.
 template <int NV, bool KEEP>
 inline void activate(const vec (*sums)[NV], const vec* before, const Now& now, int unit) {
   vec* to = (vec*)now.to + unit * VECTORS;
   for (int v = 0; v < NV; ++v) {
-    const vec r = one_by(1.f + exp2(sums[0][v]));
-    const vec z_ = exp2(sums[1][v]), n_ = exp2(sums[2][v] + r * sums[3][v]);
-    const vec more = (1.f + z_) * (1.f + n_), state = z_ * (1.f - n_) + before[unit * VECTORS + v] * (1.f + n_);
     vec done;
     if constexpr (KEEP) {
-      const vec part = one_by(more);
+      const vec r = one_by(1.f + exp2(sums[0][v]));
+      const vec z_ = exp2(sums[1][v]), n_ = exp2(sums[2][v] + r * sums[3][v]);
+      const vec part = one_by((1.f + z_) * (1.f + n_));
       vec* gates = (vec*)now.gates + 4 * unit * VECTORS + v;
       gates[0] = r;
       gates[VECTORS] = (1.f + n_) * part;
       gates[2 * VECTORS] = (1.f - n_) * (1.f + z_) * part;
       gates[3 * VECTORS] = sums[3][v];
-      done = state * part;
+      done = (z_ * (1.f - n_) + before[unit * VECTORS + v] * (1.f + n_)) * part;
     } else {
-      done = state / more;  // runs beside the products that the next vectors wait for: 1 to 3 %
+      // Its division runs beside the products that the next vectors wait for: 1 to 3 %.
+      done = new_state(sums[0][v], sums[1][v], sums[2][v], sums[3][v], before[unit * VECTORS + v]);
     }
     to[v] = v == NV - 1 ? (vec)((ivec)done & now.running) : done;
   }

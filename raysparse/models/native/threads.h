@@ -2,7 +2,8 @@
 //
 // PyTorch's threads go on running for some milliseconds after each of its operations, waiting for the next one. New
 // threads share their cores with them: with two threads on two cores a sampling step of U-ViT took .88 of one thread's
-// time, and 64 sketches of ChiroDiff 1.4 times as long.
+// time, and 64 sketches of ChiroDiff 1.4 times as long. Like PyTorch's own operations they hang in a process that was
+// forked after PyTorch has used its threads.
 #pragma once
 #include <atomic>
 #include <cstdint>
