@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from raysparse.errors import UsageError
+from raysparse.sparse import masks
 from raysparse.sparse.masks import maskable, put, true_indices, zero_outside
 
 # With weight, gradient and moments at 0 these leave a weight at exactly 0 (measured over 50 steps, DESIGN decision 1).
@@ -66,9 +67,8 @@ class Undo:
         """Zero the weight and its moments where they are not active both before and after; bits: `masks.all_bits`."""
         kept = before & after
         pruned = before ^ kept
-        on_host = pruned.device.type == "cpu"
         # On a GPU whole copies: indices would have to be waited for.
-        index = true_indices(pruned) if on_host else None
+        index = true_indices(pruned) if masks.on_host(pruned) else None
         self._counts.append(pruned.count_nonzero() if index is None else index.numel())
         for tensor in (weight, *moments(optimizer, weight)):
             self._before.append((tensor, index, tensor.clone() if index is None else tensor.take(index)))

@@ -10,7 +10,7 @@ from sparse_training import backward, batch, net, state_of, train
 from torch import nn
 
 from raysparse.errors import UsageError
-from raysparse.sparse import SparseEngine, criteria
+from raysparse.sparse import SparseEngine, criteria, masks
 from raysparse.sparse import engine as engine_module
 
 
@@ -82,7 +82,9 @@ class Stop(BaseException):
 
 @pytest.mark.parametrize("error", [RuntimeError, Stop])
 @pytest.mark.parametrize("place", ["score", "zero", "bits"])
-def test_an_update_stopped_half_way_leaves_the_old_masks_and_weights(monkeypatch, place, error):
+@pytest.mark.parametrize("on_host", [True, False])  # False: as on a GPU
+def test_an_update_stopped_half_way_leaves_the_old_masks_and_weights(monkeypatch, place, error, on_host):
+    monkeypatch.setattr(masks, "on_host", lambda _: on_host)
     model = net()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, amsgrad=True)
     engine = SparseEngine(model, optimizer, sparsity=0.5, update_interval=3, prune_ratio=0.5)
