@@ -11,7 +11,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -112,7 +112,7 @@ class Trainer:
             compiled = functools.partial(
                 torch.compile, dynamic=False, mode="reduce-overhead" if recorded else "default"
             )
-            self._network = compiled(model)  # type: ignore[assignment]
+            self._network = cast(nn.Module, compiled(self._network))  # by its type a function; it is a module
             if self._sparse_step is not None and device.type == "cuda":  # a CPU's kernels are no part of a graph
                 self._sparse_network = compiled(self._sparse_step)
         self._graphed = Graphed(self._network) if recorded and not config.train.compile else None
