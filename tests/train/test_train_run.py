@@ -62,7 +62,7 @@ def test_two_workers_are_interrupted_resume_and_die_together(tiny, tmp_path):
     with pytest.raises(RuntimeError, match=r"worker \d"):
         run.train(trial, tmp_path, workers=2, device="cpu", on_report=kill)
     assert heard == [*range(20, heard[-1] + 1, 20)]  # no report twice, none left out
-    assert heard[-1] > stopped
+    assert heard[-1] >= stopped  # at it where the evaluation of that step was interrupted: it is done now
     assert not multiprocessing.active_children()
 
 
