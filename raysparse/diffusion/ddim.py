@@ -43,12 +43,11 @@ def sample(
     if eta > 0 and generator is None:
         raise UsageError(f"eta {eta} draws noise: give a generator")
     times = timesteps(schedule.timesteps, steps, spacing=spacing)
-    levels = schedule.alphas_cumprod.double()
-    last = float(levels[0]) if spacing == "original" else 1.0
+    levels = schedule.alphas_cumprod.tolist()  # once: on a GPU a level read at each step would wait for all before it
+    last = levels[0] if spacing == "original" else 1.0
     x = noise.float()
     for t, following in zip(times, [*times[1:], None], strict=True):
-        alpha = float(levels[t])
-        next_alpha = last if following is None else float(levels[following])
+        alpha, next_alpha = levels[t], last if following is None else levels[following]
         eps = model(x, torch.full((len(x),), t, dtype=torch.int64, device=x.device), **(cond or {})).float()
         x = _step(x, eps, alpha, next_alpha, eta, generator)
     return x

@@ -1,4 +1,4 @@
-"""Where what a model is told beside x and the timesteps is needed: on the device, or on the host."""
+"""What a batch from the host becomes: on the device, but for what is needed on the host."""
 
 from __future__ import annotations
 
@@ -14,4 +14,11 @@ ON_HOST = ("lengths",)
 
 def placed(cond: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     """The conditions of a batch from the host: all but the lengths on the device, without waiting for it."""
-    return {name: value if name in ON_HOST else value.to(device, non_blocking=True) for name, value in cond.items()}
+    return {name: value if name in ON_HOST else on_device(value, device) for name, value in cond.items()}
+
+
+def on_device(value: Tensor, device: torch.device) -> Tensor:
+    """What is on the host, on the device, without waiting for it."""
+    if device.type == "cuda":  # what is not pinned CUDA copies in its turn, and the host waits: from 64 KB on
+        value = value.pin_memory()
+    return value.to(device, non_blocking=True)

@@ -23,7 +23,7 @@ from raysparse.data.loader import batch_indices
 from raysparse.diffusion import losses
 from raysparse.results import Report
 from raysparse.train import distributed, mask_sample, runtime
-from raysparse.train.conditions import placed
+from raysparse.train.conditions import on_device, placed
 from raysparse.train.ema import Ema
 from raysparse.train.graphed import Graphed
 from raysparse.train.lr import learning_rate
@@ -232,7 +232,7 @@ class Trainer:
             x = x.to(memory_format=torch.channels_last)
         if self._sequences and self.device.type == "cuda":  # one shape for all steps: compiled, or recorded, once
             x = nn.functional.pad(x, (0, 0, 0, self._noise_shape[0] - x.shape[1]))
-        return x.to(self.device, non_blocking=True), placed(cond, self.device), rows
+        return on_device(x, self.device), placed(cond, self.device), rows
 
     def _flips(self, rows: slice) -> dict[str, Any]:
         """Which examples of the rows are mirrored; of a set whose recipe flips (PAPER: p = .5)."""

@@ -9,6 +9,7 @@ import collections
 import traceback
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from raysparse import plugins
 from raysparse.config import TrialConfig
+from raysparse.diffusion import ddim
 from raysparse.diffusion.losses import eps_mse
+from raysparse.diffusion.schedule import NoiseSchedule
 from raysparse.models.chirodiff import Config, build
 from raysparse.sparse import masks
-from raysparse.train import setup
+from raysparse.train import conditions, setup
 
 WAITS = ("_local_scalar_dense", "nonzero", "_unique", "masked_select", "equal", "repeat_interleave.Tensor", "bincount")
 # Of lengths, which never leave the host; _steps is of the recurrence that only a CPU runs.
@@ -90,6 +93,22 @@ def test_a_step_with_masks_by_magnitude_waits_for_nothing(tiny: Callable[..., Tr
     assert {function for _, function in found} == {"_best"}
     pattern = plugins.load("patterns", "nm").Groups((8, 12), 2, 4)
     assert pattern.first(torch.rand(8, 12, device="meta"), 48).device.type == "meta"
+
+
+@pytest.mark.parametrize("spacing", ddim.SPACINGS)
+def test_sampling_waits_for_nothing_between_its_steps(spacing: str) -> None:
+    noise = torch.ones(2, 3)
+    with Waits() as waits:
+        ddim.sample(lambda x, t: x, NoiseSchedule(), noise, steps=5, spacing=spacing)
+    assert not waits.seen
+
+
+def test_a_batch_goes_to_a_gpu_from_pinned_memory() -> None:
+    """What is not pinned is copied while the host waits."""
+    value, gpu = mock.MagicMock(), torch.device("cuda")
+    assert conditions.on_device(value, gpu) is value.pin_memory().to.return_value
+    value.pin_memory().to.assert_called_once_with(gpu, non_blocking=True)
+    assert conditions.on_device(torch.ones(2), torch.device("cpu")).tolist() == [1, 1]
 
 
 def test_lengths_stay_on_the_host_and_all_else_goes_to_the_device(tiny: Callable[..., TrialConfig]) -> None:
