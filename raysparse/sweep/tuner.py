@@ -311,7 +311,7 @@ def _tuner(sweep: Sweep, results: Path, scheduler: Any, searcher: Any, callbacks
             scheduler=scheduler,
             num_samples=-1,  # until the searcher has no more
             max_concurrent_trials=at_a_time,
-            reuse_actors=resources.workers == 1,
+            reuse_actors=resources.workers == 1 and not _compiles(sweep),
             trial_name_creator=_name,
             trial_dirname_creator=_name,
         ),
@@ -323,6 +323,16 @@ def _tuner(sweep: Sweep, results: Path, scheduler: Any, searcher: Any, callbacks
             verbose=0,
         ),
     )
+
+
+def _compiles(sweep: Sweep) -> bool:
+    """Whether any trial may be one that is compiled; such trials have a process each.
+
+    Tune runs each trial in a thread of its own. Before PyTorch 2.14 CUDA graphs of compiled networks can be recorded
+    in the first of them only (an AssertionError elsewhere), and all trials of a process share the eight times that a
+    network may be compiled anew, after which it runs uncompiled.
+    """
+    return space.parsed_base(sweep).train.compile or any("train.compile" in axes for axes in sweep.axes.values())
 
 
 def _name(trial: Any) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,6 +72,22 @@ def test_a_trial_on_a_share_of_a_gpu_keeps_to_its_share_of_the_memory(
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", given.append)
     run(told | {"gpus_per_worker": gpus}, kill_at=2)
     assert given == limits
+
+
+def test_a_trial_starts_without_what_the_one_before_it_in_the_process_held(
+    told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.nn.Linear(2, 2)
+    before.itself = before  # as a recorded network
+    held, found = weakref.ref(before), []
+    del before
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: found.append(held()))
+    gc.disable()
+    try:
+        run(told, kill_at=2)
+    finally:
+        gc.enable()
+    assert found == [None]
 
 
 @pytest.mark.gpu

@@ -6,11 +6,12 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from driven import check_records, no_step_back
 
-from raysparse import space
+from raysparse import config, space
 from raysparse.errors import UsageError
 from raysparse.space import Sweep
 from raysparse.sweep import tuner
@@ -77,6 +78,30 @@ def test_more_workers_than_cores_are_refused_at_once(
     with pytest.raises(UsageError, match="needs 8 workers x 1 CPUs, but this machine has 2 CPUs"):
         tuner.run(sweep, tmp_path / "out", command="", num_cpus=2, temp_dir=ray_home)
     assert not (tmp_path / "out" / "sweep.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("workers", "compiled", "axis", "reused"),
+    [
+        *[(1, False, {}, True), (2, False, {}, False)],
+        *[(1, True, {}, False), (1, False, {"train.compile": [True, False]}, False)],
+    ],
+)
+def test_a_process_is_used_again_where_no_trial_is_compiled(
+    workers: int,
+    compiled: bool,
+    axis: dict[str, Any],
+    reused: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    sweep_of: Callable[..., Sweep],
+) -> None:
+    monkeypatch.setattr("ray.tune.Tuner", lambda _, tune_config, run_config: tune_config)
+    base = config.with_value(sweep_of().base, "train.compile", compiled)
+    sweep = sweep_of(
+        base=base, search=None, grid={"static": axis}, asha=None, confirm=None, resources={"workers": workers}
+    )
+    assert tuner._tuner(sweep, tmp_path, None, None, [], 1).reuse_actors is reused
 
 
 def test_paths_are_made_whole_before_a_trials_process_sees_them(
