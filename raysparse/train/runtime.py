@@ -48,6 +48,21 @@ def check(config: TrialConfig, device: torch.device) -> None:
     for_sampling(small.to(device), config)
 
 
+def check_trial(network: nn.Module, config: TrialConfig) -> None:
+    """That a GPU leaves out zeros in a trial's evaluations: now, not at the first of them. UsageError where it can't.
+
+    network: the trial's own, masked, on its device. How many blocks a layer has does not change with the topology.
+    """
+    if config.evaluate.runtime != "sparse" or next(network.parameters()).device.type != "cuda":
+        return
+    if config.sparse.setting("stages") not in (None, "fixed"):
+        raise UsageError(
+            "evaluate.runtime is 'sparse', but a GPU leaves out no zeros of the stages before the last (sparse.stages "
+            f"{config.sparse.setting('stages')!r}); use 'dense' or 'auto', and --runtime sparse for the trained model"
+        )
+    for_sampling(network, config)
+
+
 def for_sampling(model: nn.Module, config: TrialConfig) -> nn.Module:
     """`model`, or what stands for it under `evaluate.runtime`; made anew whenever its weights have changed.
 

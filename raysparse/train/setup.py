@@ -22,7 +22,7 @@ from raysparse.metrics.protocol import Protocol
 from raysparse.metrics.reference import Reference, reference
 from raysparse.results import Facts
 from raysparse.sparse.engine import SparseEngine
-from raysparse.train import checks, teacher
+from raysparse.train import checks, runtime, teacher
 from raysparse.train.checks import model_options
 from raysparse.train.costs import Costs, costs, update_end_step
 from raysparse.train.evaluate import Evaluator
@@ -72,11 +72,13 @@ def build(config: TrialConfig, *, device: str = "cpu", rank: int = 0, world_size
     if taught is not None and config.sparse.setting("start") == "teacher":
         model.load_state_dict(taught.state_dict())
     optimizer = _optimizer(config, model)
+    engine = _engine(config, model, optimizer)
+    runtime.check_trial(engine.network(model), config)
     return Trainer(
         config,
         model=model,
         optimizer=optimizer,
-        engine=_engine(config, model, optimizer),
+        engine=engine,
         examples=training,
         noise_schedule=NoiseSchedule(**config.diffusion.model_dump()),
         evaluator=evaluator(config, device=device, rank=rank, world_size=world_size),

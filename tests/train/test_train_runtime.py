@@ -230,6 +230,43 @@ def test_on_a_gpu_kernels_are_for_patterns(pictures, rigl, on_a_gpu):
     assert runtime.for_sampling(on_a_gpu, pictures(SPARSE)) == "kernels"
 
 
+@pytest.mark.filterwarnings("ignore:.*Disabling")
+def test_on_a_gpu_a_trial_whose_zeros_cannot_be_left_out_is_refused_before_its_first_step(
+    pictures, rigl, on_a_gpu, monkeypatch
+):
+    def none_here(_):
+        raise UsageError("it can do so in no layer here")
+
+    trial = pictures(rigl, SPARSE, {"sparse.pattern": "block"})
+    runtime.check_trial(on_a_gpu, trial)
+    monkeypatch.setattr(latent_unet, "sparse_runtime", none_here)
+    with pytest.raises(UsageError, match=r"evaluate\.runtime 'sparse' cannot run here; .* no layer here"):
+        runtime.check_trial(on_a_gpu, trial)
+    runtime.check_trial(torch.nn.Linear(1, 1), trial)  # a CPU leaves out any zeros
+    for other in ("auto", "dense"):
+        runtime.check_trial(on_a_gpu, reevaluate.changed(trial, {"evaluate.runtime": other}))
+
+
+@pytest.mark.filterwarnings("ignore:.*Disabling")
+def test_on_a_gpu_evaluations_of_stages_are_no_sparse_ones(pictures, on_a_gpu):
+    half = {"sparse.method": "nm_ste", "sparse.sparsity": 0.5, "train.precision": "bf16"}
+    runtime.check_trial(on_a_gpu, pictures(SPARSE, half))
+    staged = pictures(SPARSE, half, {"sparse.stages": "progressive"})
+    with pytest.raises(UsageError, match=r"no zeros of the stages before the last \(sparse.stages 'progressive'\)"):
+        runtime.check_trial(on_a_gpu, staged)
+    assert runtime.for_sampling(on_a_gpu, staged) == "kernels"  # of the trained model
+
+
+def test_a_trial_is_checked_with_its_masks(tiny, rigl, monkeypatch):
+    seen = []
+    monkeypatch.setattr(runtime, "check_trial", lambda network, _: seen.append(network))
+    trainer = setup.build(tiny(rigl))
+    assert seen == [trainer.model]
+    assert all(
+        not network.get_parameter(name)[~mask].any() for network in seen for name, mask in trainer.engine.masks.items()
+    )
+
+
 @pytest.mark.parametrize("name", ["auto", "dense"])
 def test_on_a_gpu_kernels_run_only_where_they_are_asked_for(pictures, rigl, on_a_gpu, name):
     trial = pictures(rigl, {"sparse.pattern": "block", "evaluate.runtime": name})
