@@ -11,6 +11,7 @@ are, and what a kernel reads is written once (`_triton_products._in_memory`).
 """
 
 # No `from __future__ import annotations`: PyTorch reads the types of operators.
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -34,19 +35,18 @@ class BlockLayer(nn.Module):
         self.blocked = False  # whether its mask is of blocks; else the layer itself is called
         self.edge = 0
 
-    def lay_out(self, mask: Tensor) -> None:
-        """Take over the mask, bool, of the weight's shape."""
-        edge = _edge(mask.flatten(1))
+    def lay_out(self, mask: Tensor, edge: int | None, count: int) -> None:
+        """Take over the mask, bool, of the weight's shape; of so many blocks of that edge, if of any."""
         self.blocked = edge is not None
         if edge is None:
             return
         used = products.blocks(mask.flatten(1), edge)
-        places, turned = used.nonzero().int(), used.T.nonzero().int()
+        rows, columns = _true_places(used, count)
         for name, values, room in (
-            ("rows", places[:, 0], used.numel()),
-            ("columns", places[:, 1], used.numel()),
+            ("rows", rows, used.numel()),
+            ("columns", columns, used.numel()),
             ("starts", products.starts(used.sum(1)), len(used) + 1),
-            ("turned_columns", turned[:, 1], used.numel()),
+            ("turned_columns", _true_places(used.T, count)[1], used.numel()),
             ("turned_starts", products.starts(used.sum(0)), used.shape[1] + 1),
         ):
             if edge != self.edge:
@@ -113,18 +113,44 @@ def with_mlps(owner: nn.Module) -> None:
             setattr(owner, name, module)
 
 
-def _edge(mask: Tensor) -> int | None:
-    """Of the blocks that the mask is made of, not only covered by, where so few pay.
+def lay_out(masks: Mapping[BlockLayer, Tensor]) -> None:
+    """Let each layer take over its mask. The host waits for the device once: a wait for each of U-ViT's 52 layers would
+    let the device stand still as often.
+    """
+    if not masks:
+        return
+    counts = torch.stack([_counts(mask.flatten(1)) for mask in masks.values()]).tolist()
+    for (layer, mask), (active, *used) in zip(masks.items(), counts, strict=True):
+        edge = _edge(mask.numel(), active, used)
+        layer.lay_out(mask, edge, active // edge**2 if edge else 0)
+
+
+def _counts(mask: Tensor) -> Tensor:
+    """int64 [1 + edges]: active weights, then the blocks of each edge that hold some; -1 where it does not divide."""
+    never = mask.new_full((), -1, dtype=torch.int64)
+    fits = [not any(side % edge for side in mask.shape) for edge in products.EDGES]
+    used = [products.blocks(mask, edge).sum() if fit else never for edge, fit in zip(products.EDGES, fits, strict=True)]
+    return torch.stack([mask.sum(), *used])
+
+
+def _edge(weights: int, active: int, used: Sequence[int]) -> int | None:
+    """Of the blocks that a mask is made of, not only covered by, where so few pay.
 
     It depends on their number, not on where they lie. What covers blocks of 16 at S = .975 does: a compiled step would
     be compiled anew by updates of the topology.
     """
-    for edge, most in products.EDGES.items():
-        if not any(side % edge for side in mask.shape):
-            used, active = int(products.blocks(mask, edge).sum()) * edge**2, int(mask.sum())
-            if used == active:
-                return edge if active <= most * mask.numel() else None
+    for (edge, most), count in zip(products.EDGES.items(), used, strict=True):
+        if count * edge**2 == active:
+            return edge if active <= most * weights else None
     return None
+
+
+def _true_places(flags: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Rows and columns, int32, of what is true in a bool [rows, columns], row by row. To sort is not to wait for the
+    number, as nonzero does; stable, so the same on each device.
+    """
+    order = flags.flatten().byte().argsort(descending=True, stable=True)[:count].int()
+    return order // flags.shape[1], order % flags.shape[1]
 
 
 @torch.library.triton_op("raysparse::block_product", mutates_args=())

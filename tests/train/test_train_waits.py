@@ -8,11 +8,12 @@ from __future__ import annotations
 import collections
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 from unittest import mock
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from raysparse import plugins
@@ -20,8 +21,9 @@ from raysparse.config import TrialConfig
 from raysparse.diffusion import ddim
 from raysparse.diffusion.losses import eps_mse
 from raysparse.diffusion.schedule import NoiseSchedule
+from raysparse.models import _sparse_product_training, uvit
 from raysparse.models.chirodiff import Config, build
-from raysparse.sparse import masks
+from raysparse.sparse import SparseEngine, masks
 from raysparse.train import conditions, setup
 
 WAITS = ("_local_scalar_dense", "nonzero", "_unique", "masked_select", "equal", "repeat_interleave.Tensor", "bincount")
@@ -36,12 +38,38 @@ class Waits(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.seen: collections.Counter[tuple[str, str]] = collections.Counter()
+        self._lists = _Lists(self)
+
+    def __enter__(self) -> Self:
+        self._lists.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._lists.__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func).removeprefix("aten.")
         if name.startswith(WAITS):
-            frames = [frame for frame in traceback.extract_stack() if "/raysparse/" in frame.filename]
-            self.seen[name, frames[-1].name if frames else ""] += 1
+            self.count(name)
+        return func(*args, **(kwargs or {}))
+
+    def count(self, name: str) -> None:
+        frames = [frame for frame in traceback.extract_stack() if "/raysparse/" in frame.filename]
+        self.seen[name, frames[-1].name if frames else ""] += 1
+
+
+class _Lists(TorchFunctionMode):
+    """Tensor.tolist, which is no operator."""
+
+    def __init__(self, waits: Waits) -> None:
+        super().__init__()
+        self._waits = waits
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.tolist:
+            self._waits.count("tolist")
         return func(*args, **(kwargs or {}))
 
 
@@ -62,10 +90,12 @@ def test_what_counts_waits_sees_them() -> None:
         float(torch.ones(1))
         bool(torch.ones(1).isnan().any())
         torch.ones(3).nonzero()
+        torch.ones(3).tolist()
         torch.ones(3).sum()
     assert {name: count for (name, _), count in waits.seen.items()} == {
         "_local_scalar_dense.default": 2,
         "nonzero.default": 1,
+        "tolist": 1,
     }
 
 
@@ -83,6 +113,18 @@ def test_a_step_of_sketches_waits_for_nothing(tiny: Callable[..., TrialConfig], 
     assert waits_of(tiny(changes), 2) == {}
 
 
+def test_a_gpus_kernels_take_over_new_masks_with_one_wait_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sparse_product_training, "_on_cuda", lambda _: True)
+    model = uvit.build(uvit.Config(sample_size=8, embed_dim=256, depth=2, num_heads=4), seed=0)
+    settings = {"sparsity": 0.8, "pattern": "block", "block": 64}
+    engines = [SparseEngine(model, torch.optim.SGD(model.parameters()), **settings, seed=seed) for seed in (0, 1)]
+    step = _sparse_product_training.SparseStep(model, engines[0].masks)
+    with Waits() as waits:
+        step.follow(engines[1].masks)
+    assert len(engines[1].masks) > 10
+    assert waits.seen == {("tolist", "lay_out"): 1}
+
+
 def test_a_step_of_pictures_waits_for_nothing(pictures: Callable[..., TrialConfig]) -> None:
     assert waits_of(pictures(RIGL), 2) == {}
 
@@ -96,11 +138,11 @@ def test_a_step_with_masks_by_magnitude_waits_for_nothing(tiny: Callable[..., Tr
 
 
 @pytest.mark.parametrize("spacing", ddim.SPACINGS)
-def test_sampling_waits_for_nothing_between_its_steps(spacing: str) -> None:
+def test_sampling_waits_once_however_many_steps(spacing: str) -> None:
     noise = torch.ones(2, 3)
     with Waits() as waits:
         ddim.sample(lambda x, t: x, NoiseSchedule(), noise, steps=5, spacing=spacing)
-    assert not waits.seen
+    assert waits.seen == {("tolist", "sample"): 1}
 
 
 def test_a_batch_goes_to_a_gpu_from_pinned_memory() -> None:
