@@ -99,6 +99,14 @@ def lowest(scores: Tensor, count: int, candidates: Tensor) -> Tensor:
     return highest(scores.neg(), count, candidates)
 
 
+def lowest_up_to(scores: Tensor, count: Tensor, most: int, candidates: Tensor) -> Tensor:
+    """The same for a count that only the device knows: int64 [], in [0, most], most >= 1."""
+    allowed = candidates.reshape(-1)
+    flat = _comparable(scores.detach().reshape(-1).neg(), allowed)
+    threshold = flat.topk(most).values.gather(0, (count - 1).clamp(min=0)[None])
+    return (_from(threshold, flat, count, allowed) & (count > 0)).view(candidates.shape)
+
+
 def on_host(tensor: Tensor) -> bool:
     """Whether choices in it are made by numpy: on a GPU they are not waited for."""
     return tensor.device.type == "cpu"
@@ -167,8 +175,17 @@ def _highest_numpy(scores: Tensor, count: int, allowed: Tensor, index: Tensor) -
 
 def _highest_torch(scores: Tensor, count: int, allowed: Tensor) -> Tensor:
     """The same on any device, without waiting for it, in few kernels: an update is hundreds for each layer."""
-    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).where(allowed, -torch.inf)
-    threshold = scores.topk(count, sorted=False).values.amin()
+    scores = _comparable(scores, allowed)
+    return _from(scores.topk(count, sorted=False).values.amin(), scores, count, allowed)
+
+
+def _comparable(scores: Tensor, allowed: Tensor) -> Tensor:
+    """What is not allowed, or NaN, comes last."""
+    return scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).where(allowed, -torch.inf)
+
+
+def _from(threshold: Tensor, scores: Tensor, count: int | Tensor, allowed: Tensor) -> Tensor:
+    """What is above the threshold, and of what equals it the first ones up to the count."""
     above, ties = scores > threshold, (scores == threshold) & allowed
     return above | (ties & (_running_count(ties) <= count - above.sum()))
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from raysparse.sparse import masks
-from raysparse.sparse.criteria import CRITERIA, Layer, random
+from raysparse.sparse.criteria import CRITERIA, Layer
 from raysparse.sparse.layout import Layout
 from raysparse.sparse.method import Method
 from raysparse.sparse.pattern import Pattern
@@ -32,7 +32,7 @@ class Topology:
         pattern, active = layout.patterns[name], layout.counts[name]
         if active == weight.numel():
             return torch.ones_like(weight, dtype=torch.bool)
-        scores = random(Layer(name, weight, None, self.seed, 0, pattern, settings=self.settings))
+        scores = Layer(name, weight, None, self.seed, 0, pattern, settings=self.settings).drawn()
         return _spread(weight, pattern, pattern.first(scores, pattern.count(active)))
 
     def updated(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+from unittest import mock
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sparse_training import backward, net, train
 from torch import nn
 
-from raysparse.sparse import SparseEngine
+from raysparse.sparse import SparseEngine, masks
 from raysparse.sparse.criteria import CRITERIA, Layer
 from raysparse.sparse.gradients import window
 from raysparse.sparse.masks import lowest
@@ -40,6 +43,27 @@ def test_the_shares_of_both_signs_are_kept():
     positive = int((weight >= 0).sum())
     assert int((gone >= 0).sum()) == round(1000 * positive / 4000)
     assert gone[gone >= 0].max() <= weight[weight >= 0].sort().values[int((gone >= 0).sum()) - 1]
+
+
+@given(
+    st.lists(st.sampled_from([-2.0, -1.0, -0.0, 0.0, 1.0, 2.0]) | st.floats(-9, 9), min_size=1, max_size=30), st.data()
+)
+def test_a_gpu_chooses_the_same_of_both_signs(weights, data):
+    weight = torch.tensor(weights)
+    among = torch.tensor(data.draw(st.lists(st.booleans(), min_size=len(weights), max_size=len(weights)).filter(any)))
+    count = data.draw(st.integers(1, int(among.sum())))
+    layer = Layer("x", weight, None, 0, 1, element.of(weight.shape, Sparse()), among, count)
+    found = [CRITERIA["sign_balanced"](layer)]
+    with mock.patch.object(masks, "on_host", return_value=False):
+        found.append(CRITERIA["sign_balanced"](layer))
+    assert found[0].tolist() == found[1].tolist()
+
+
+def test_random_scores_are_drawn_on_a_gpu_itself():
+    weight = torch.empty(6, 4, device="meta")
+    layer = Layer("x", weight, None, 0, 1, element.of(weight.shape, Sparse()))
+    with mock.patch.object(torch, "rand", side_effect=AssertionError):
+        assert CRITERIA["random"](layer).device.type == "meta"
 
 
 def trained(method, steps=12, **settings):

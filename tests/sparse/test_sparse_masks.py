@@ -109,6 +109,8 @@ def test_highest_equals_a_stable_sort_on_both_paths(numbers, data):
     assert torch.equal(highest(scores, count, allowed), expected)
     if count:  # what other devices run
         assert torch.equal(masks._highest_torch(scores, count, allowed), expected)
+    most = data.draw(st.integers(max(1, count), len(numbers)))
+    assert torch.equal(masks.lowest_up_to(scores.neg(), torch.tensor(count), most, allowed), expected)
 
 
 @pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 5000])

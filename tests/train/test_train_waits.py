@@ -113,6 +113,24 @@ def test_a_step_of_sketches_waits_for_nothing(tiny: Callable[..., TrialConfig], 
     assert waits_of(tiny(changes), 2) == {}
 
 
+@pytest.mark.parametrize("pattern", ["element", "block", "diagonal", "nm"])
+@pytest.mark.parametrize("method", ["rigl", "magran", "mixed", "momentum", "set"])
+def test_an_update_of_the_topology_waits_for_nothing(
+    tiny: Callable[..., TrialConfig], monkeypatch: pytest.MonkeyPatch, method: str, pattern: str
+) -> None:
+    monkeypatch.setattr(masks, "on_host", lambda _: False)  # as on a GPU
+    share = 0.2 if pattern == "block" else 0.5  # of 1,184 weights 672 are in layers that blocks do not divide
+    change = {"sparse.method": method, "sparse.pattern": pattern, "sparse.block": 4, "sparse.sparsity": share}
+    trainer = setup.build(tiny(RIGL, change))
+    trainer.model.train()
+    for _ in range(2):
+        trainer._train_step()
+    with Waits() as waits:
+        trainer._train_step()
+    assert trainer.engine.updates == 1
+    assert {place: count for place, count in waits.seen.items() if place[1] not in ON_THE_HOST} == {}
+
+
 def test_a_gpus_kernels_take_over_new_masks_with_one_wait_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_sparse_product_training, "_on_cuda", lambda _: True)
     model = uvit.build(uvit.Config(sample_size=8, embed_dim=256, depth=2, num_heads=4), seed=0)
