@@ -22,6 +22,7 @@ def test_interpreted_it_computes_what_nn_gru_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(900)  # some hundred kernels are compiled first
 def test_on_a_gpu_it_does_too(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")

@@ -30,6 +30,7 @@ def test_interpreted_kernels_compute_what_dense_layers_do(tmp_path: Path) -> Non
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(900)  # some hundred kernels are compiled first
 def test_on_a_gpu_they_do_too(tmp_path: Path) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
