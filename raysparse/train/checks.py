@@ -63,6 +63,10 @@ def _check_parts(config: TrialConfig) -> None:
         raise UsageError(f"first_stage encodes pictures, but {config.data.name} holds sketches; leave it out")
     if config.first_stage and plugins.load("models", config.first_stage.name).KIND != "first_stage":
         raise UsageError(f"first_stage.name {config.first_stage.name!r} is a denoiser; give a first stage: autoencoder")
+    if config.train.compile and (why := getattr(model, "NOT_COMPILED", None)):
+        raise UsageError(
+            f"train.compile is true, but {config.model.name} {why}; leave it out. On a GPU train.cuda_graph records it"
+        )
     asked = {"train.label_dropout": config.train.label_dropout or None, "evaluate.guidance": config.evaluate.guidance}
     for name, value in asked.items():
         if value is not None and null_label(config) is None:

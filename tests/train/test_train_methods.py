@@ -171,16 +171,16 @@ def test_masks_by_timestep_are_sampled_with_and_cost_what_they_use(tiny, tmp_pat
     assert facts["params_active"][0].as_py() == active
 
 
-def test_ranges_cover_the_trials_timesteps(tiny):
+def test_ranges_cover_the_trials_timesteps(tiny, pictures):
     from raysparse.errors import UsageError
 
-    for changes, message in (
-        ({"sparse.ranges": "0-400:0.5,400-900:0.5"}, "end at 900, but diffusion.timesteps is 1000"),
-        ({"train.compile": True}, "train.compile is true, but"),
-        ({"train.cuda_graph": True}, "train.cuda_graph is true, but"),
+    for of, changes, message in (
+        (tiny, {"sparse.ranges": "0-400:0.5,400-900:0.5"}, "end at 900, but diffusion.timesteps is 1000"),
+        (pictures, {"train.compile": True}, "train.compile is true, but a mask per range"),
+        (tiny, {"train.cuda_graph": True}, "train.cuda_graph is true, but a mask per range"),
     ):
         with pytest.raises(UsageError, match=message):
-            setup.check(tiny({"sparse.method": "timesteps", **changes}))
+            setup.check(of({"sparse.method": "timesteps", **changes}))
 
 
 @pytest.mark.slow

@@ -96,6 +96,7 @@ def test_resume_off_starts_anew(tiny, tmp_path):
         ({"evaluate.extractor": "sketch_inception"}, "weights"),
         ({"model.options.timesteps": 10}, "diffusion\\.timesteps 1000"),
         ({"model.options.num_classes": 3}, "the data set has no classes"),
+        ({"train.compile": True}, r"chirodiff has kernels .* leave it out\. On a GPU train\.cuda_graph"),
         ({"evaluate.ddim_steps": 2000}, "ddim_steps 2000 is above"),
     ],
 )
