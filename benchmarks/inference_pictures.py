@@ -105,7 +105,9 @@ def measure(options: argparse.Namespace, name: str, sparsity: float, pattern: st
     size, channels = model.config.sample_size, model.config.in_channels  # type: ignore[union-attr]
     noise = torch.randn(options.pictures, channels, size, size, generator=rng.generator(0, "pictures benchmark noise"))
     schedule = NoiseSchedule(**SCHEDULE)  # type: ignore[arg-type]
-    networks = {"dense": model, "sparse": plugins.load("models", name).sparse_runtime(model)}
+    half = torch.autocast("cpu", torch.bfloat16, enabled=options.bf16)
+    with half:  # kernels compete with dense products in its type
+        networks = {"dense": model, "sparse": plugins.load("models", name).sparse_runtime(model)}
     if options.peers:
         networks["torch.nn.utils.prune"] = pruned(name, settings, model, masks)
     seconds: dict[str, list[float]] = {runtime: [] for runtime in networks}
@@ -114,7 +116,7 @@ def measure(options: argparse.Namespace, name: str, sparsity: float, pattern: st
     def draw(network: nn.Module, steps: int) -> Tensor:
         return ddim.sample(network, schedule, noise, steps=steps)
 
-    with torch.inference_mode():
+    with torch.inference_mode(), half:
         for turn in range(options.turns + 1):
             for runtime, network in networks.items():
                 begun = time.perf_counter()
@@ -141,6 +143,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--ddim-steps", type=int, default=2, help="(default 2; time is proportional)")
     parser.add_argument("--turns", type=int, default=3, help="measured turns (default 3)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--bf16", action="store_true", help="under autocast, as `train.precision: bf16`; else float32")
     parser.add_argument("--peers", action="store_true", help="torch.nn.utils.prune beside it")
     parser.add_argument("--quick", action="store_true", help="the smallest models, once: does it run?")
     options = parser.parse_args(arguments)
@@ -149,7 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     print(
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} thread(s), "
-        f"{options.pictures} pictures, {options.ddim_steps} DDIM steps\n\n"
+        f"{'bf16' if options.bf16 else 'fp32'}, {options.pictures} pictures, {options.ddim_steps} DDIM steps\n\n"
         "| model | S | pattern | runtime | ms a picture | times faster than dense | its sparse layers alone "
         "| weights left | difference, of the largest value |\n|" + "---|" * 9
     )

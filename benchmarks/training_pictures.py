@@ -38,8 +38,10 @@ def options_of(name: str, width: int | None, size: int, quick: bool) -> dict[str
 class Runner:
     """One model with its optimizer and its masks, and how it steps."""
 
-    def __init__(self, name: str, settings: dict[str, Any], kind: str, sparsity: float, pattern: str) -> None:
-        module = plugins.load("models", name)
+    def __init__(
+        self, name: str, settings: dict[str, Any], kind: str, sparsity: float, pattern: str, *, bf16: bool = False
+    ) -> None:
+        module, self.half = plugins.load("models", name), torch.autocast("cpu", torch.bfloat16, enabled=bf16)
         self.model: nn.Module = module.build(module.Config(**settings), seed=0)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.network: nn.Module = self.model
@@ -49,11 +51,14 @@ class Runner:
             self.engine = SparseEngine(self.model, self.optimizer, **masked)
         if kind == "sparse":
             assert self.engine is not None
-            self.network = module.sparse_step(self.model, self.engine.masks)
+            with self.half:  # kernels compete with dense products in its type
+                self.network = module.sparse_step(self.model, self.engine.masks)
 
     def gradients(self, x: Tensor, timesteps: Tensor, eps: Tensor) -> None:
         self.optimizer.zero_grad()
-        (self.network(x, timesteps) - eps).square().mean().backward()
+        with self.half:
+            loss = (self.network(x, timesteps) - eps).square().mean()
+        loss.backward()
         if self.engine is not None:
             self.engine.mask_gradients()
 
@@ -82,7 +87,8 @@ def difference(both: Sequence[tuple[Tensor, Tensor]]) -> float:
 def measure(options: argparse.Namespace, name: str, sparsity: float, pattern: str) -> None:
     """Print the rows of one model, sparsity and pattern."""
     settings = options_of(name, options.width, options.size, options.quick)
-    runners = {kind: Runner(name, settings, kind, sparsity, pattern) for kind in ("dense", "masked", "sparse")}
+    kinds = ("dense", "masked", "sparse")
+    runners = {kind: Runner(name, settings, kind, sparsity, pattern, bf16=options.bf16) for kind in kinds}
     for kind in ("masked", "sparse"):
         runners[kind].gradients(*batch_of(0, options.pictures, options.size))
     models = (runners[kind].model.parameters() for kind in ("sparse", "masked"))
@@ -114,6 +120,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pictures", type=int, default=4, help="per step (default 4)")
     parser.add_argument("--turns", type=int, default=3, help="measured turns (default 3)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--bf16", action="store_true", help="under autocast, as `train.precision: bf16`; else float32")
     parser.add_argument("--quick", action="store_true", help="one small model: does it run?")
     options = parser.parse_args(arguments)
     if options.quick:
@@ -122,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     print(
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} thread(s), "
-        f"{options.pictures} pictures\n\n"
+        f"{'bf16' if options.bf16 else 'fp32'}, {options.pictures} pictures\n\n"
         "| model | S | pattern | runtime | ms a step | times faster than dense | gradients differ by |\n"
         "|---|---|---|---|---|---|---|"
     )

@@ -8,16 +8,34 @@ from pathlib import Path
 import torch
 
 
-def _vendor() -> str:
-    """What names the maker of this machine's CPU."""
+def _described() -> str:
+    """What names the maker of this machine's CPU, and what it can."""
     try:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
     except OSError:  # not on Linux
         return platform.processor()
 
 
-INTEL = "GenuineIntel" in _vendor()
+INTEL = "GenuineIntel" in _described()
 AVX512 = torch.backends.cpu.get_cpu_capability() == "AVX512"
 # "intel": a Xeon with AVX-512; "amd": an EPYC of Zen 4 with AVX-512; "narrow": all without it, measured on that EPYC.
 # Skipping half of the weights makes a linear layer of 512 x 1,536 1.1, 1.5 and 1.0 times as fast on them.
 KIND = ("intel" if INTEL else "amd") if AVX512 else "narrow"
+
+
+def _bfloat16(described: str) -> float:
+    """How many times as fast a dense product is in bfloat16 as in float32, by the CPU's instructions for it.
+
+    On the EPYC (avx512_bf16) linear layers of 512 x 512 to 2,048 x 512 1.85 to 2.7, convolutions of 128 and 256
+    channels 1.9. AMX was not measured: a guess.
+    """
+    return 6.0 if "amx_bf16" in described else 2.1 if "avx512_bf16" in described else 1.0
+
+
+BFLOAT16 = _bfloat16(_described())
+
+
+def dense_speed() -> float:
+    """How many times as fast as in float32 a dense product is that is made here: in autocast's type, where it is on."""
+    halved = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return BFLOAT16 if halved else 1.0

@@ -107,6 +107,7 @@ class SparseLayer(nn.Module):
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         self.layer = layer
         self.pays = False
+        self.dense_speed = _cpu.dense_speed()  # of the autocast that it is made under
         self.window = products.Window.of_layer(layer) if isinstance(layer, nn.Conv2d) else None
         outputs, inputs = layer.weight.shape[:2]
         area = layer.weight[0, 0].numel()
@@ -125,7 +126,8 @@ class SparseLayer(nn.Module):
     def lay_out(self, mask: Tensor) -> None:
         """Take over the mask, bool, of the weight's shape."""
         rows = mask.flatten(1)
-        self.pays = _ACTIVE * int(mask.count_nonzero()) + _LAID_OUT * sum(rows.shape) < mask.numel()
+        cost = _ACTIVE * int(mask.count_nonzero()) + _LAID_OUT * sum(rows.shape)
+        self.pays = cost * self.dense_speed < mask.numel()
         if self.pays:
             places = torch.arange(mask.numel()).view(mask.shape)
             self.kernel.lay_out(rows, places.flatten(1))

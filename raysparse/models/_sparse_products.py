@@ -84,7 +84,8 @@ def _takes(layer: nn.Module) -> bool:
     if not supported(layer):
         return False
     active = int(layer.weight.count_nonzero())
-    return _ACTIVE * active + _LAID_OUT * sum(layer.weight.flatten(1).shape) < layer.weight.numel()
+    cost = _ACTIVE * active + _LAID_OUT * sum(layer.weight.flatten(1).shape)
+    return cost * _cpu.dense_speed() < layer.weight.numel()
 
 
 class _Layer(ctypes.Structure):

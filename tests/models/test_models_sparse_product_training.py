@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from raysparse import plugins
 from raysparse.errors import UsageError
-from raysparse.models import _sparse_product_training, _sparse_products, uvit
+from raysparse.models import _cpu, _sparse_product_training, _sparse_products, uvit
 from raysparse.models._sparse_product_training import SparseStep
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -183,6 +183,19 @@ def test_layers_that_are_not_worth_it_stay_dense(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(_sparse_product_training, "_ACTIVE", ACTIVE)
     full = torch.ones(64, 64, dtype=torch.bool)
     assert not SparseStep(OneLayer(full), {"layer.weight": full}).pays_for(1)
+
+
+def test_against_products_in_bfloat16_fewer_weights_must_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sparse_product_training, "_ACTIVE", 1.5)
+    monkeypatch.setattr(_cpu, "BFLOAT16", 2.0)
+    for density, pays in ((0.5, False), (0.1, True)):
+        mask = torch.rand(512, 512, generator=torch.Generator().manual_seed(0)) < density
+        model, masks = OneLayer(mask), {"layer.weight": mask}
+        with torch.autocast("cpu", torch.bfloat16):
+            step = SparseStep(model, masks)
+        step.follow({"layer.weight": mask.clone()})  # at an update autocast is off, as it is between two steps
+        assert step.pays_for(1) == pays
+        assert SparseStep(model, masks).pays_for(1)
 
 
 def test_other_types_are_refused() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from raysparse import plugins
 from raysparse.errors import UsageError
-from raysparse.models import _sparse_products
+from raysparse.models import _cpu, _sparse_products
 from raysparse.models._sparse_products import SparseProduct, with_sparse_products
 
 pytestmark = pytest.mark.usefixtures("compiler")
@@ -133,6 +133,15 @@ def test_layers_that_are_not_worth_it_are_left_to_pytorch(
     )
     found = [type(layer) for layer in with_sparse_products(nn.Sequential(*layers))]
     assert found == [SparseProduct, nn.Linear, nn.Linear]
+
+
+def test_against_products_in_bfloat16_fewer_weights_must_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sparse_products, "_ACTIVE", 1.5)
+    monkeypatch.setattr(_cpu, "BFLOAT16", 2.0)
+    model = nn.Sequential(thinned(nn.Linear(512, 512), 0.5), thinned(nn.Linear(512, 512), 0.1))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert [type(layer) for layer in with_sparse_products(model)] == [nn.Linear, SparseProduct]
+    assert [type(layer) for layer in with_sparse_products(model)] == [SparseProduct] * 2
 
 
 def hooked() -> nn.Module:

@@ -273,6 +273,7 @@ def test_on_a_gpu_kernels_run_only_where_they_are_asked_for(pictures, rigl, on_a
     assert runtime.for_sampling(on_a_gpu, trial) is on_a_gpu
 
 
+@pytest.mark.filterwarnings("ignore:.*Disabling")
 @pytest.mark.parametrize(
     ("change", "pays", "auto"),
     [
