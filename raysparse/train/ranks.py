@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import multiprocessing
 import os
 import queue
 import signal
 import tempfile
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -88,7 +90,8 @@ def _listen(ranks: list[Any], messages: Any, stop: threading.Event, stopping: An
             stopping.set()
         died = [process for process in ranks if process.exitcode]
         ended = all(process.exitcode == 0 for process in ranks)
-        heard = list(_heard(messages, wait_s=0.5 if died else 0.1))  # after the exit codes: last words are in the queue
+        # After the exit codes: last words are in the queue.
+        heard = list(_heard(messages, wait_s=0.5 if died else 0.1, to_the_end=bool(died) or ended))
         for message in heard:
             if isinstance(message, _Done):
                 done = message
@@ -106,9 +109,13 @@ def _listen(ranks: list[Any], messages: Any, stop: threading.Event, stopping: An
             return done.result
 
 
-def _heard(messages: Any, wait_s: float) -> Iterator[Any]:
+def _heard(messages: Any, wait_s: float, *, to_the_end: bool) -> Iterator[Any]:
+    """What is said until there is silence for so long; at most for so long unless to the end, as a signal may have
+    come while ranks talk.
+    """
+    until = math.inf if to_the_end else time.monotonic() + wait_s
     with contextlib.suppress(queue.Empty):
-        while True:
+        while time.monotonic() < until:
             yield messages.get(timeout=wait_s)
 
 

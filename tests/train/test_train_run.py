@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import queue
 import signal
+from unittest import mock
 
 import pytest
 import safetensors.torch
@@ -12,7 +14,7 @@ import torch
 
 from raysparse import results
 from raysparse.errors import UsageError
-from raysparse.train import run, setup, state
+from raysparse.train import ranks, run, setup, state
 
 SGD = {"optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.clip_norm": None}
 
@@ -64,6 +66,14 @@ def test_two_workers_are_interrupted_resume_and_die_together(tiny, tmp_path):
     assert heard == [*range(20, heard[-1] + 1, 20)]  # no report twice, none left out
     assert heard[-1] >= stopped  # at it where the evaluation of that step was interrupted: it is done now
     assert not multiprocessing.active_children()
+
+
+def test_ranks_that_do_not_stop_talking_are_interrupted_all_the_same():
+    """A signal is looked for between what `_heard` gives."""
+    said = mock.MagicMock(**{"get.return_value": "a report"})
+    assert set(ranks._heard(said, wait_s=0.05, to_the_end=False)) == {"a report"}
+    said.get.side_effect = ["a report"] * 1000 + [queue.Empty]
+    assert len([*ranks._heard(said, wait_s=1e-9, to_the_end=True)]) == 1000
 
 
 def test_a_diverged_trial_fails_with_its_reason(tiny, tmp_path):
