@@ -16,7 +16,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 # Before torch is imported: the suite shares few cores with Ray's processes, and one thread makes sums repeatable.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import hypothesis
 import pytest
+
+# An example may take as long as it does: cores are shared with Ray's processes, and none of these tests is of time.
+hypothesis.settings.register_profile("raysparse", deadline=None)
+hypothesis.settings.load_profile("raysparse")
 
 ROOT = Path(__file__).resolve().parents[1]
 

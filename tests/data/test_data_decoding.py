@@ -175,7 +175,7 @@ def test_a_failing_disk_is_not_a_damaged_picture(tmp_path: Path, monkeypatch: py
         decoding.decode(tmp_path / "a.png")
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.data())
 def test_changed_bytes_are_read_or_damaged_and_nothing_else(data: st.DataObject) -> None:
     kind = data.draw(st.sampled_from(["PNG", "JPEG", "WEBP", "BMP"]))

@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -119,10 +120,14 @@ def test_a_damaged_folder_without_manifest_is_replaced(tmp_path: Path) -> None:
     prepared.verify(folder)
 
 
-def _slow_build(root: str, began: str, seconds: float) -> None:
+def _slow_build(root: str, began: Path, others: Sequence[Path] = (), seconds: float = 60.0) -> None:
+    """A build that lasts until the others have begun, or so long."""
+
     def make() -> prepared.Contents:
-        Path(began).touch()
-        time.sleep(seconds)
+        began.touch()
+        deadline = time.monotonic() + seconds
+        while not (others and all(other.exists() for other in others)) and time.monotonic() < deadline:
+            time.sleep(0.02)
         return contents()
 
     prepared.build(SPEC, SketchOptions(), source_hash="s", root=Path(root), make=make)
@@ -132,7 +137,7 @@ def test_two_builders_at_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     marks = [tmp_path / f"mark{i}" for i in range(2)]
     root = tmp_path / "root"
-    workers = [context.Process(target=_slow_build, args=(str(root), str(mark), 1.0)) for mark in marks]
+    workers = [context.Process(target=_slow_build, args=(str(root), mark, marks)) for mark in marks]
     for worker in workers:
         worker.start()
     for worker in workers:
@@ -145,7 +150,7 @@ def test_two_builders_at_once(tmp_path: Path) -> None:
 
 def test_what_a_killed_builder_leaves_is_removed_and_a_living_ones_is_not(tmp_path: Path) -> None:
     root, mark = tmp_path / "root", tmp_path / "mark"
-    worker = multiprocessing.get_context("spawn").Process(target=_slow_build, args=(str(root), str(mark), 60.0))
+    worker = multiprocessing.get_context("spawn").Process(target=_slow_build, args=(str(root), mark))
     worker.start()
     deadline = time.monotonic() + 60
     while not mark.exists() and time.monotonic() < deadline:

@@ -61,7 +61,7 @@ strokes_strategy = st.lists(
 )
 
 
-@settings(deadline=None, max_examples=150)
+@settings(max_examples=150)
 @given(st.lists(strokes_strategy, min_size=1, max_size=4), st.sampled_from([0.05, 0.1, 0.37]))
 def test_invariants(drawings: list[list[list[tuple[int, int]]]], spacing: float) -> None:
     found = prepared(*drawings, spacing=spacing, point_limit=10**9)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from raysparse.data import table
@@ -42,7 +42,6 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Table, dict[str, 
     return Table(path), columns
 
 
-@settings(deadline=None)
 @given(rows=st.lists(st.integers(0, 30), max_size=40))
 def test_gather_equals_indexing(written: tuple[Table, dict[str, Any]], rows: list[int]) -> None:
     opened, columns = written

@@ -43,7 +43,7 @@ def test_by_hand() -> None:
     assert (first.out_features, second.in_features) == (2, 2)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(density=st.tuples(st.floats(0, 1), st.floats(0, 1)), block=st.sampled_from([1, 2, 4]), seed=seeds)
 def test_neurons(density: tuple[float, float], block: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)
@@ -57,7 +57,7 @@ def test_neurons(density: tuple[float, float], block: int, seed: int) -> None:
     assert torch.allclose(second(F.gelu(first(x))), want, rtol=0, atol=1e-5)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(density=st.tuples(st.floats(0, 1), st.floats(0, 1)), block=st.sampled_from([1, 4]), seed=seeds)
 def test_heads(density: tuple[float, float], block: int, seed: int) -> None:
     draw = torch.Generator().manual_seed(seed)

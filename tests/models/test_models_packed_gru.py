@@ -82,7 +82,7 @@ def test_equals_nn_gru_at_the_papers_size(gates: str) -> None:
     assert_equal_to_torch(lengths.tolist(), 96, 3)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 30), min_size=1, max_size=12), st.integers(1, 9), st.integers(1, 64))
 def test_equals_nn_gru_on_any_lengths_and_chunks(lengths: list[int], hidden: int, chunk: int) -> None:
     with pytest.MonkeyPatch.context() as patch:

@@ -69,7 +69,7 @@ def assert_equal(
         assert not got[beyond].any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=70),
     st.integers(1, 20),
@@ -82,7 +82,7 @@ def test_equals_the_model(lengths: list[int], hidden: int, layers: int, sparsity
     assert_equal(model, batch_of(lengths, classes))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 30), min_size=1, max_size=140),
     st.integers(1, 20),

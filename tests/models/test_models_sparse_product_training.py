@@ -62,7 +62,7 @@ def gradients(network: nn.Module, model: nn.Module, x: Tensor, dy: Tensor) -> li
     return [tensor for tensor in found if tensor is not None]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=st.tuples(st.integers(1, 600), st.integers(1, 70), st.integers(24, 500)),
     density=st.floats(0, 1),
@@ -82,7 +82,7 @@ def test_gradients_are_those_of_the_layer(sizes: tuple[int, int, int], density: 
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-4)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     channels=st.tuples(st.integers(1, 40), st.integers(1, 30)),
     size=st.tuples(st.integers(5, 24), st.integers(5, 24)),

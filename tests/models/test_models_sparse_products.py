@@ -54,7 +54,7 @@ def same(layer: nn.Module, x: Tensor) -> bool:
     return torch.allclose(got, want, rtol=0, atol=1e-5)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     sizes=st.tuples(st.integers(1, 600), st.integers(1, 70), st.integers(24, 100)),
     density=st.floats(0, 0.5),
@@ -71,7 +71,7 @@ def test_a_linear_layer(sizes: tuple[int, int, int], density: float, bias: bool,
     assert same(layer, x.mT.contiguous().mT)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     channels=st.tuples(st.integers(1, 40), st.integers(1, 30)),
     size=st.tuples(st.integers(5, 40), st.integers(5, 40)),

@@ -72,7 +72,7 @@ def assert_equal(model: ChiroDiff, masks: dict[str, Tensor], given: dict[str, Te
         assert float((gradient - dense).norm()) <= 1e-5 * float(want[name].norm()) + 1e-7, name
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.integers(1, 25), min_size=1, max_size=70),
     st.integers(1, 16),

@@ -42,7 +42,7 @@ def close(got: Tensor, want: Tensor, tolerance: float) -> bool:
     return bool((got - want).norm() <= tolerance * want.norm() + 1e-6)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     hidden=st.sampled_from([1, 8, 16, 20]),
     lengths=st.lists(st.integers(1, 7), min_size=1, max_size=18),

@@ -53,7 +53,7 @@ def of_blocks(used: Tensor, edge: int) -> Tensor:
     return used.repeat_interleave(edge, 0).repeat_interleave(edge, 1)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     edge=st.sampled_from([16, 32, 64]),
     rows=st.integers(1, 4),
@@ -124,7 +124,7 @@ def test_a_model() -> None:
         assert float((half(**given) - model(**given)).abs().max()) < 0.05 * float(want.abs().max())
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(
     edge=st.sampled_from([32, 64]),
     sides=st.tuples(st.integers(1, 4), st.integers(1, 4)),
@@ -170,7 +170,7 @@ def chosen(shape: tuple[int, int], share: float, draw: torch.Generator) -> Tenso
     return used.view(shape)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4)
 @given(
     sides=st.tuples(st.integers(1, 3), st.integers(1, 4), st.integers(1, 3)),
     tokens=st.integers(1, 300),

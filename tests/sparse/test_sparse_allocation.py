@@ -52,7 +52,7 @@ def test_a_group_is_one_tensor_joined_along_n_out():
 shape = st.lists(st.integers(1, 24), min_size=2, max_size=4).map(tuple)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(
     st.lists(shape, min_size=1, max_size=8),
     st.floats(0, 0.999),
@@ -74,7 +74,7 @@ def test_the_total_is_exact_and_no_layer_empty_or_overfull(shapes, sparsity, all
     assert all(1 <= got[name] <= sizes[name] for name in named)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(st.lists(shape, min_size=2, max_size=6), st.floats(0.05, 0.9))
 def test_one_epsilon_serves_all_layers_that_are_not_dense(shapes, sparsity):
     named = {f"l{index}": tuple(s) for index, s in enumerate(shapes)}

@@ -96,7 +96,7 @@ def test_lowest_drawn_by_hand():
 values = st.lists(st.sampled_from([-2.0, 0.0, 0.0, 0.0, 0.5, 1.0, 1.5, float("nan"), float("inf"), -float("inf")]))
 
 
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 @given(values.filter(len), st.data())
 def test_highest_equals_a_stable_sort_on_both_paths(numbers, data):
     allowed = bools(*data.draw(st.lists(st.booleans(), min_size=len(numbers), max_size=len(numbers))))

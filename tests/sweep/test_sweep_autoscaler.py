@@ -162,9 +162,10 @@ def start_command(cluster: dict[str, Any], kind: str, home: Path) -> tuple[str, 
     """cluster.yaml's command with free ports, small, in the foreground; and which port is which."""
     (command,) = [line for line in cluster[f"{kind}_start_ray_commands"] if "ray start" in line]
     ports = {}
-    for option in re.findall(r"--([a-z-]*port)=\d+", command):
-        ports[option] = free_port()
-        command = re.sub(rf"--{option}=\d+", f"--{option}={ports[option]}", command)
+    options = re.findall(r"--([a-z-]*port)=\d+", command)
+    for option, number in zip(options, free_ports(len(options)), strict=True):
+        ports[option] = number
+        command = re.sub(rf"--{option}=\d+", f"--{option}={number}", command)
     command = command.replace("/mnt/raysparse", str(home / "shared"))
     return f"{command} --object-store-memory={SMALL_MEMORY} --block", ports
 
@@ -189,14 +190,16 @@ def with_fake_provider(cluster: dict[str, Any], port: int) -> dict[str, Any]:
     return cluster | changed
 
 
-def free_port() -> int:
-    """A free port outside 10002-19999, the range of Ray's workers."""
-    while True:
-        with socket.socket() as probe:
+def free_ports(count: int) -> list[int]:
+    """So many different free ones outside 10002-19999, the range of Ray's workers."""
+    found: list[int] = []
+    with contextlib.ExitStack() as held:
+        while len(found) < count:
+            probe = held.enter_context(socket.socket())
             probe.bind(("127.0.0.1", 0))
             number = int(probe.getsockname()[1])
-        if not 10002 <= number <= 19999:
-            return number
+            found += [] if 10002 <= number <= 19999 else [number]
+    return found
 
 
 def answers(head: Head, process: subprocess.Popen[bytes]) -> bool:

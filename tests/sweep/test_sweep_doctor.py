@@ -286,7 +286,7 @@ def test_a_frozen_node_is_named_instead_of_waited_for(
     started = time.monotonic()
     found = doctor.diagnose(three_nodes.address, str(tmp_path))
     assert time.monotonic() - started < 45
-    (frozen,) = [check for check in found if check.name == "nodes"]
-    assert frozen.status == "fail"
-    assert odd_id in frozen.found
+    # On busy cores another one may be silent too.
+    frozen = [check.status for check in found if check.name == "nodes" and odd_id in check.found]
+    assert frozen == ["fail"]
     three_nodes.remove_node(odd)

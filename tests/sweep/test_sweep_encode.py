@@ -51,7 +51,17 @@ print(encode.prepare(config.parse(json.loads(sys.argv[1]), "test"), cpus=2, temp
 
 
 def square(number: int) -> int:
-    time.sleep(3 if number == 0 else 0)  # longer than a second process takes to start
+    return number * number
+
+
+def late_square(task: tuple[Path, int]) -> int:
+    """The first one waits until another process has done one."""
+    folder, number = task
+    deadline = time.monotonic() + 60
+    while number == 0 and not list(folder.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    if number:
+        (folder / str(number)).touch()
     return number * number
 
 
@@ -103,8 +113,8 @@ def run(ray_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ru
     ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
 
 
-def test_results_come_as_they_finish(run: Run) -> None:
-    results = list(run(square, range(9)))
+def test_results_come_as_they_finish(run: Run, tmp_path: Path) -> None:
+    results = list(run(late_square, [(tmp_path, number) for number in range(9)]))
     assert sorted(results) == [n * n for n in range(9)]
     assert results[0] != 0, "the slow first task held up the others"
     assert list(run(square, [])) == []

@@ -120,6 +120,8 @@ def test_machines_may_be_lost_without_end_but_a_trial_that_gets_nowhere_fails(
 
 def test_a_wish_is_looked_for_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
+    monkeypatch.setattr(leaving, "LOOK_S", 600.0)
+    monkeypatch.setattr(leaving, "NOTICE_S", 600.0)
     wish = leaving.Wish(tmp_path, lambda: bool(asked.append(1)))
     assert not any(wish() for _ in range(1000))
     assert len(asked) == 1

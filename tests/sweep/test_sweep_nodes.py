@@ -97,7 +97,7 @@ def test_a_trial_goes_on_elsewhere_when_its_node_is_lost_or_drained(
     assert notes[dense].startswith("its process was lost: ")
     assert len(notes[dense]) < 200, "no RPC codes"
     (step,) = went_on(out, rigl)
-    assert step % EVERY, "saved just in time, between two reports"
+    assert step > EVERY, "saved just in time, after its last report"
     assert notes[rigl] == f"its node is being taken away; saved at step {step}; started again"
 
     for trial in (space.trial(tuner.with_whole_paths(sweep), point) for point in space.grid_points(sweep)):
@@ -135,7 +135,8 @@ def test_a_trial_of_two_workers_goes_on_when_the_node_of_one_is_lost(
     # The last where Ray had put the trial's own process, which needs no core, on that node too.
     lost = "rank 1 was lost: .*|a rank was lost: the others .*|its process was lost: neither it nor its node answers"
     assert re.match(rf"({lost}); started again$", note)
-    assert went_on(out, trial.trial_id) == [40]
+    (step,) = went_on(out, trial.trial_id)
+    assert step in (40, 80), "of a report, which ranks may have passed before the driver has heard of it"
     run.train(trial, tmp_path / "alone", workers=2, device="cpu")
     found = [state.latest(place / "checkpoints" / trial.trial_id) for place in (out, tmp_path / "alone")]
     assert files(found[0]) == files(found[1]), "bit for bit what an undisturbed run makes"

@@ -74,7 +74,7 @@ def test_asha_spends_less_and_every_stopped_trial_is_at_a_rung(grid: Sweep) -> N
     assert dense.state == "COMPLETED"
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=12, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     workers=st.integers(1, 9),
     world=st.integers(0, 99),

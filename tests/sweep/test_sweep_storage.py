@@ -200,7 +200,7 @@ def test_what_an_open_trial_may_be_writing_is_left_alone_while_a_driver_runs(mad
     assert made.why(driven=False)[name, LEFTOVER] is None
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kinds=st.lists(
         st.tuples(st.sampled_from(["report", "stopped", "completed", "failed"]), st.floats(1, 9), st.floats(1, 9)),

@@ -23,7 +23,7 @@ def rows_of(printed: str) -> list[dict[str, str]]:
 @pytest.fixture(scope="module")
 def quick() -> str:
     """What a run prints."""
-    done = subprocess.run([sys.executable, str(SCRIPT), "--quick"], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, str(SCRIPT), "--quick", "--cpu-time"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -86,7 +86,7 @@ def test_how_well_a_protocol_ranks_by_hand() -> None:
 
 @pytest.mark.slow
 def test_without_ray_or_scipy_it_measures_the_same_fids(quick: str, tmp_path: Path) -> None:
-    done = run("fid.py", tmp_path, "--quick")
+    done = run("fid.py", tmp_path, "--quick", "--cpu-time")
     assert done.returncode == 0, done.stderr
     assert [row["FID"] for row in rows_of(done.stdout)] == [row["FID"] for row in rows_of(quick)]
 
