@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -50,22 +51,22 @@ class ByTimestep(nn.Module):
         return found
 
     def forward(self, x: Tensor, timesteps: Tensor, **cond: Tensor) -> Tensor:
-        ends = torch.tensor(self.bounds[:-1], device=timesteps.device, dtype=timesteps.dtype)
-        which = torch.bucketize(timesteps, ends, right=True)
-        present = torch.unique(which).tolist()
-        if len(present) == 1:
-            return self._range(present[0], x, timesteps, cond)
-        places, parts = [], []
-        for index in present:
-            rows = (which == index).nonzero().squeeze(1)
-            places.append(rows)
-            parts.append(
-                self._range(index, x[rows], timesteps[rows], {name: c[rows.to(c.device)] for name, c in cond.items()})
-            )
-        order = torch.cat(places).argsort()
+        rows: dict[int, list[int]] = {}
+        for row, t in enumerate(timesteps.tolist()):  # the one wait for a GPU
+            rows.setdefault(bisect.bisect_right(self.bounds[:-1], t), []).append(row)
+        if len(rows) == 1:
+            (index,) = rows
+            return self._range(index, x, timesteps, cond)
+        parts = []
+        for index in sorted(rows):
+            own = torch.tensor(rows[index])
+            there = own.to(x.device, non_blocking=True)
+            given = {name: c[own if c.device.type == "cpu" else there] for name, c in cond.items()}
+            parts.append(self._range(index, x[there], timesteps[there], given))
+        order = torch.tensor([row for index in sorted(rows) for row in rows[index]]).argsort()
         if x.ndim == 3:  # sketches: a part may be cut at its own longest one
             parts = [nn.functional.pad(part, (0, 0, 0, x.shape[1] - part.shape[1])) for part in parts]
-        return torch.cat(parts)[order]
+        return torch.cat(parts)[order.to(x.device, non_blocking=True)]
 
     def _range(self, index: int, x: Tensor, timesteps: Tensor, cond: Mapping[str, Tensor]) -> Tensor:
         parameters = dict(self.model.named_parameters())

@@ -147,6 +147,10 @@ def test_a_step_of_pictures_waits_for_nothing(pictures: Callable[..., TrialConfi
     assert waits_of(pictures(RIGL), 2) == {}
 
 
+def test_a_step_with_masks_by_timestep_waits_for_its_timesteps_alone(tiny: Callable[..., TrialConfig]) -> None:
+    assert waits_of(tiny({"sparse.method": "timesteps"}), 2) == {("tolist", "forward"): 1}
+
+
 def test_a_step_with_masks_by_magnitude_waits_for_nothing(tiny: Callable[..., TrialConfig]) -> None:
     """Its masks are new at each step. A CPU looks for NaN first, to save a pass; other devices make the pass."""
     found = waits_of(tiny({"sparse.method": "nm_ste", "sparse.sparsity": 0.5}), 2)
