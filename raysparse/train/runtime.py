@@ -10,6 +10,7 @@ A model's file that has such kernels has two functions; both raise UsageError wh
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -45,22 +46,44 @@ def check(config: TrialConfig, device: torch.device) -> None:
     module = plugins.load("models", config.model.name)
     with torch.device("cpu"):
         small = module.build(module.Config(**module.SMALL), seed=0)
-    for_sampling(small.to(device), config)
+    for_sampling(_full(small).to(device), config)
 
 
-def check_trial(network: nn.Module, config: TrialConfig) -> None:
+def check_trial(model: nn.Module, engine: SparseEngine, config: TrialConfig) -> None:
     """That a GPU leaves out zeros in a trial's evaluations: now, not at the first of them. UsageError where it can't.
 
-    network: the trial's own, masked, on its device. How many blocks a layer has does not change with the topology.
+    Masks alone say so, now and later: how many blocks a layer has does not change with the topology.
     """
-    if config.evaluate.runtime != "sparse" or next(network.parameters()).device.type != "cuda":
+    if config.evaluate.runtime != "sparse" or _device(model).type != "cuda":
         return
-    if config.sparse.setting("stages") not in (None, "fixed"):
+    stages = config.sparse.setting("stages")
+    if _evaluates_other_stages(config):
         raise UsageError(
             "evaluate.runtime is 'sparse', but a GPU leaves out no zeros of the stages before the last (sparse.stages "
-            f"{config.sparse.setting('stages')!r}); use 'dense' or 'auto', and --runtime sparse for the trained model"
+            f"{stages!r}); use 'dense' or 'auto', and --runtime sparse for the trained model"
         )
-    for_sampling(network, config)
+    if stages not in (None, "fixed"):
+        return  # the masks at hand are the first stage's
+    masked = _full(copy.deepcopy(model))
+    engine.apply_to(dict(masked.named_parameters()))
+    for_sampling(engine.network(masked), config)
+
+
+def _full(model: nn.Module) -> nn.Module:
+    """The model, without a zero: layers that start at zero would count as sparse ones."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1)
+    return model
+
+
+def _evaluates_other_stages(config: TrialConfig) -> bool:
+    """Whether a stage before the last, of whose zeros there are enough, is there at an evaluation."""
+    settings = config.sparse.settings()
+    if (patterns := getattr(settings, "patterns", None)) is None:
+        return False
+    first = settings.stage(min(config.evaluate.every_steps, config.train.steps))  # type: ignore[attr-defined]
+    return any(n <= 0.75 * m for n, m in patterns()[first:-1])  # fewer zeros: sampled as dense
 
 
 def for_sampling(model: nn.Module, config: TrialConfig) -> nn.Module:
@@ -69,7 +92,7 @@ def for_sampling(model: nn.Module, config: TrialConfig) -> nn.Module:
     auto: sparse where that can run, on a CPU. UsageError: sparse where it can't.
     """
 
-    device = next(model.parameters()).device
+    device = _device(model)
 
     def made() -> nn.Module:
         with autocast(config, device):  # kernels on a GPU compute in its type
@@ -82,6 +105,10 @@ def for_sampling(model: nn.Module, config: TrialConfig) -> nn.Module:
     if wanted == "auto" and device.type == "cuda":
         return model  # kernels there are faster in a compiled loop; here each starts by itself, which was not timed
     return _chosen("evaluate.runtime", wanted, made) or model
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next(model.parameters()).device
 
 
 def autocast(config: TrialConfig, device: torch.device) -> torch.autocast:
@@ -113,7 +140,7 @@ def for_training(model: nn.Module, config: TrialConfig, engine: SparseEngine, ex
             step: Step = _kernels(config, "sparse_step")(model, engine.masks)
         return step
 
-    train, device = config.train, next(model.parameters()).device
+    train, device = config.train, _device(model)
     recorded = train.compile and train.cuda_graph and train.precision == "bf16"
     if train.runtime == "auto" and device.type == "cuda" and not recorded:
         # On an H200 a step of U-ViT small/2 with a tenth of blocks of 64 left takes .75 of the dense one's time where

@@ -73,7 +73,7 @@ def build(config: TrialConfig, *, device: str = "cpu", rank: int = 0, world_size
         model.load_state_dict(taught.state_dict())
     optimizer = _optimizer(config, model)
     engine = _engine(config, model, optimizer)
-    runtime.check_trial(engine.network(model), config)
+    runtime.check_trial(model, engine, config)
     return Trainer(
         config,
         model=model,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from pathlib import Path
@@ -12,10 +13,11 @@ import torch
 from PIL import Image
 from two_ranks import on_two_ranks
 
-from raysparse import cli
+from raysparse import cli, config, plugins
 from raysparse.config import TrialConfig
 from raysparse.errors import UsageError
-from raysparse.models import chirodiff, latent_unet
+from raysparse.models import _cuda_products, chirodiff, latent_unet
+from raysparse.sparse import SparseEngine
 from raysparse.train import draw, evaluate, reevaluate, restored, run, runtime, setup
 
 SPARSE = {"evaluate.runtime": "sparse"}
@@ -230,41 +232,75 @@ def test_on_a_gpu_kernels_are_for_patterns(pictures, rigl, on_a_gpu):
     assert runtime.for_sampling(on_a_gpu, pictures(SPARSE)) == "kernels"
 
 
-@pytest.mark.filterwarnings("ignore:.*Disabling")
-def test_on_a_gpu_a_trial_whose_zeros_cannot_be_left_out_is_refused_before_its_first_step(
-    pictures, rigl, on_a_gpu, monkeypatch
-):
-    def none_here(_):
-        raise UsageError("it can do so in no layer here")
+@pytest.fixture
+def blocks_of(pictures, monkeypatch):
+    """check_trial of a U-Net as it starts, with the kernels for a GPU, under a pattern."""
+    monkeypatch.setattr(runtime, "_device", lambda _: torch.device("cuda"))
+    monkeypatch.setattr(_cuda_products, "kernels", lambda: None)
+    monkeypatch.setattr(latent_unet, "sparse_runtime", _cuda_products.with_sparse_products)
 
-    trial = pictures(rigl, SPARSE, {"sparse.pattern": "block"})
-    runtime.check_trial(on_a_gpu, trial)
-    monkeypatch.setattr(latent_unet, "sparse_runtime", none_here)
-    with pytest.raises(UsageError, match=r"evaluate\.runtime 'sparse' cannot run here; .* no layer here"):
-        runtime.check_trial(on_a_gpu, trial)
-    runtime.check_trial(torch.nn.Linear(1, 1), trial)  # a CPU leaves out any zeros
+    def check(*changes):
+        wide = {"model.options.block_out_channels": [64, 128], "sparse.method": "static", "sparse.sparsity": 0.5}
+        trial = pictures(wide, {"train.precision": "bf16"}, SPARSE, *changes)
+        model = latent_unet.build(latent_unet.Config(**trial.model.options), seed=0)
+        settings = trial.sparse.settings().model_dump()
+        engine = SparseEngine(model, torch.optim.SGD(model.parameters()), method=trial.sparse.method, **settings)
+        before = [parameter.clone() for parameter in model.parameters()]
+        try:
+            runtime.check_trial(model, engine, trial)
+        finally:
+            assert all(map(torch.equal, before, model.parameters()))
+
+    return check
+
+
+@pytest.mark.filterwarnings("ignore:.*Disabling")
+def test_on_a_gpu_a_trial_whose_zeros_cannot_be_left_out_is_refused_before_its_first_step(blocks_of):
+    """By its masks: a U-Net's last layers start at zero, and would count as layers without any block."""
+    uniform = {"sparse.pattern": "block", "sparse.allocation": "uniform", "sparse.sparsity": 0.8}
+    blocks_of(uniform, {"sparse.block": 64})
+    with pytest.raises(UsageError, match=r"evaluate\.runtime 'sparse' cannot run here; .* in no layer here"):
+        blocks_of(uniform, {"sparse.block": 8})
     for other in ("auto", "dense"):
-        runtime.check_trial(on_a_gpu, reevaluate.changed(trial, {"evaluate.runtime": other}))
+        blocks_of(uniform, {"sparse.block": 8, "evaluate.runtime": other})
+
+
+def test_a_cpu_leaves_out_any_zeros(pictures, rigl):
+    runtime.check_trial(torch.nn.Linear(1, 1), None, pictures(rigl, SPARSE, {"sparse.pattern": "block"}))
 
 
 @pytest.mark.filterwarnings("ignore:.*Disabling")
-def test_on_a_gpu_evaluations_of_stages_are_no_sparse_ones(pictures, on_a_gpu):
-    half = {"sparse.method": "nm_ste", "sparse.sparsity": 0.5, "train.precision": "bf16"}
-    runtime.check_trial(on_a_gpu, pictures(SPARSE, half))
-    staged = pictures(SPARSE, half, {"sparse.stages": "progressive"})
-    with pytest.raises(UsageError, match=r"no zeros of the stages before the last \(sparse.stages 'progressive'\)"):
-        runtime.check_trial(on_a_gpu, staged)
-    assert runtime.for_sampling(on_a_gpu, staged) == "kernels"  # of the trained model
+@pytest.mark.parametrize(
+    ("stages", "every", "refused"),
+    [("fixed", 4, False), ("3:4", 4, True), ("7:8", 4, False), ("3:4", 8, False), ("progressive", 4, True)],
+)
+def test_on_a_gpu_evaluations_of_earlier_stages_are_no_sparse_ones(blocks_of, monkeypatch, stages, every, refused):
+    monkeypatch.setattr(_cuda_products, "why_not_two_of_four", lambda _: None)
+    monkeypatch.setattr(_cuda_products, "TwoOfFourProduct", torch.nn.Identity)
+    change = {"sparse.method": "nm_ste", "sparse.stages": stages, "sparse.stage_steps": 8}
+    with contextlib.ExitStack() as stack:
+        if refused:
+            said = rf"no zeros of the stages before the last \(sparse\.stages '{stages}'\)"
+            stack.enter_context(pytest.raises(UsageError, match=said))
+        blocks_of(change, {"train.steps": 100, "evaluate.every_steps": every})
+
+
+@pytest.mark.parametrize("name", ["latent_unet", "ddpm_unet", "uvit"])
+def test_on_a_gpu_the_smallest_model_is_tried_without_zeros(pictures, monkeypatch, name):
+    """Layers that start at zero would be refused whatever the trial's masks are."""
+    monkeypatch.setattr(_cuda_products, "kernels", lambda: None)
+    module = plugins.load("models", name)
+    monkeypatch.setattr(module, "sparse_runtime", _cuda_products.with_sparse_products)
+    model = config.ModelConfig(name=name)
+    runtime.check(pictures(SPARSE).model_copy(update={"model": model}), torch.device("cpu"))
 
 
 def test_a_trial_is_checked_with_its_masks(tiny, rigl, monkeypatch):
     seen = []
-    monkeypatch.setattr(runtime, "check_trial", lambda network, _: seen.append(network))
-    trainer = setup.build(tiny(rigl))
-    assert seen == [trainer.model]
-    assert all(
-        not network.get_parameter(name)[~mask].any() for network in seen for name, mask in trainer.engine.masks.items()
-    )
+    monkeypatch.setattr(runtime, "check_trial", lambda *given: seen.append(given))
+    trial = tiny(rigl)
+    trainer = setup.build(trial)
+    assert seen == [(trainer.model, trainer.engine, trial)]
 
 
 @pytest.mark.parametrize("name", ["auto", "dense"])
