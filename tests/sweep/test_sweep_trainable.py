@@ -21,7 +21,7 @@ from raysparse.diffusion import losses
 from raysparse.metrics import fidelity
 from raysparse.space import Sweep
 from raysparse.sweep import patience
-from raysparse.sweep.trainable import claimed, keep_to_share, read_reports, train_rank
+from raysparse.sweep.trainable import claimed, give_memory_back, keep_to_share, read_reports, train_rank
 from raysparse.train import state
 
 POINT = {"method": "rigl", "sparsity": 0.5, "prune_ratio": 0.5, "update_interval": 2}
@@ -74,9 +74,7 @@ def test_a_trial_on_a_share_of_a_gpu_keeps_to_its_share_of_the_memory(
     assert given == limits
 
 
-def test_a_trial_starts_without_what_the_one_before_it_in_the_process_held(
-    told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trial_starts_without_what_the_one_before_it_held_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.nn.Linear(2, 2)
     before.itself = before  # as a recorded network
     held, found = weakref.ref(before), []
@@ -84,7 +82,9 @@ def test_a_trial_starts_without_what_the_one_before_it_in_the_process_held(
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: found.append(held()))
     gc.disable()
     try:
-        run(told, kill_at=2)
+        give_memory_back("cpu")
+        assert found == []
+        give_memory_back("cuda")
     finally:
         gc.enable()
     assert found == [None]
