@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 KIND = "denoiser"
 PAPER_CONVENTION = "chirodiff"  # of raysparse.metrics.flops
 SMALL: dict[str, Any] = {"hidden": 8, "layers": 2}  # a Config for tests of what every model must do
-NOT_COMPILED = "has kernels of its own for its GRU, and batches as long as their longest sketch"  # why not, by PyTorch
+NOT_COMPILED = "runs its GRU through kernels of its own and looks at lengths on the host, where the compiler stops"
 
 CHANNELS = 3  # x, y, pen
 _VELOCITY = 2

@@ -65,7 +65,8 @@ def _check_parts(config: TrialConfig) -> None:
         raise UsageError(f"first_stage.name {config.first_stage.name!r} is a denoiser; give a first stage: autoencoder")
     if config.train.compile and (why := getattr(model, "NOT_COMPILED", None)):
         raise UsageError(
-            f"train.compile is true, but {config.model.name} {why}; leave it out. On a GPU train.cuda_graph records it"
+            f"train.compile is true, but {config.model.name} {why}; leave it out (on a GPU train.cuda_graph records "
+            "its step instead)"
         )
     asked = {"train.label_dropout": config.train.label_dropout or None, "evaluate.guidance": config.evaluate.guidance}
     for name, value in asked.items():

@@ -230,7 +230,7 @@ class Trainer:
         x = batch["x"]
         if train.channels_last and x.ndim == 4:
             x = x.to(memory_format=torch.channels_last)
-        if self._sequences and self.device.type == "cuda":  # one shape for all steps: compiled, or recorded, once
+        if self._sequences and self.device.type == "cuda":  # one shape for all steps: recorded once
             x = nn.functional.pad(x, (0, 0, 0, self._noise_shape[0] - x.shape[1]))
         return on_device(x, self.device), placed(cond, self.device), rows
 

@@ -110,8 +110,8 @@ def _listen(ranks: list[Any], messages: Any, stop: threading.Event, stopping: An
 
 
 def _heard(messages: Any, wait_s: float, *, to_the_end: bool) -> Iterator[Any]:
-    """What is said until there is silence for so long; at most for so long unless to the end, as a signal may have
-    come while ranks talk.
+    """What is said until there is silence for so long; at most for twice as long unless to the end, as a signal may
+    have come while ranks talk.
     """
     until = math.inf if to_the_end else time.monotonic() + wait_s
     with contextlib.suppress(queue.Empty):
