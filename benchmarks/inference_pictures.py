@@ -71,6 +71,19 @@ def pruned(name: str, options: dict[str, Any], model: nn.Module, masks: dict[str
     return copy
 
 
+class InFloat32(nn.Module):
+    """A model outside autocast."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *given: Any, **cond: Any) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            found: Tensor = self.model(*given, **cond)
+            return found
+
+
 def layer_ratio(network: nn.Module, once: Callable[[], Any], turns: int) -> str:
     """Seconds of the sparse layers' dense selves over theirs, on the inputs of one pass: min / median / max."""
     seen: list[tuple[SparseProduct, Tensor]] = []
@@ -108,6 +121,8 @@ def measure(options: argparse.Namespace, name: str, sparsity: float, pattern: st
     half = torch.autocast("cpu", torch.bfloat16, enabled=options.bf16)
     with half:  # kernels compete with dense products in its type
         networks = {"dense": model, "sparse": plugins.load("models", name).sparse_runtime(model)}
+    if options.bf16:
+        networks["dense, fp32"] = InFloat32(model)
     if options.peers:
         networks["torch.nn.utils.prune"] = pruned(name, settings, model, masks)
     seconds: dict[str, list[float]] = {runtime: [] for runtime in networks}

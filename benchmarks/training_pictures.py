@@ -89,6 +89,8 @@ def measure(options: argparse.Namespace, name: str, sparsity: float, pattern: st
     settings = options_of(name, options.width, options.size, options.quick)
     kinds = ("dense", "masked", "sparse")
     runners = {kind: Runner(name, settings, kind, sparsity, pattern, bf16=options.bf16) for kind in kinds}
+    if options.bf16:
+        runners["dense, fp32"] = Runner(name, settings, "dense", sparsity, pattern)
     for kind in ("masked", "sparse"):
         runners[kind].gradients(*batch_of(0, options.pictures, options.size))
     models = (runners[kind].model.parameters() for kind in ("sparse", "masked"))

@@ -13,10 +13,10 @@ BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = pytest.mark.usefixtures("compiler")
 
 
-def rows_of(script: str, capsys: pytest.CaptureFixture[str]) -> list[list[str]]:
+def rows_of(script: str, capsys: pytest.CaptureFixture[str], *more: str) -> list[list[str]]:
     threads = torch.get_num_threads()
     try:
-        runpy.run_path(str(BENCHMARKS / script))["main"](["--quick"])
+        runpy.run_path(str(BENCHMARKS / script))["main"](["--quick", *more])
     finally:
         torch.set_num_threads(threads)
     printed = capsys.readouterr().out.splitlines()
@@ -57,3 +57,14 @@ def test_quick_run_of_training_pictures_compares_all_runtimes(capsys: pytest.Cap
     ]
     assert [row[3] for row in rows] == ["dense", "masked", "sparse"] * 4
     assert max(float(row[-1]) for row in rows if row[3] == "sparse") < 1e-5
+
+
+@pytest.mark.slow
+def test_under_autocast_float32_is_beside_it(capsys: pytest.CaptureFixture[str]) -> None:
+    only = ("--bf16", "--model", "uvit")
+    rows = rows_of("inference_pictures.py", capsys, *only, "--pattern", "element")
+    assert [row[3] for row in rows] == ["dense", "sparse", "dense, fp32", "torch.nn.utils.prune"]
+    assert 0 < float(rows[2][-1]) < 1e-2
+    rows = rows_of("training_pictures.py", capsys, *only)
+    assert [row[3] for row in rows] == ["dense", "masked", "sparse", "dense, fp32"] * 2
+    assert max(float(row[-1]) for row in rows if row[3] == "sparse") < 1e-1
