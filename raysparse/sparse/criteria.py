@@ -58,7 +58,7 @@ def sign_balanced(layer: Layer) -> Tensor:
     size, positive = layer.pattern.total(weight.abs()), layer.pattern.total(weight) >= 0
     among = torch.ones_like(positive) if layer.candidates is None else layer.candidates
     above, below = positive & among, ~positive & among
-    if not masks.on_host(weight):
+    if layer.count and not masks.on_host(weight):
         return (~_of_both_signs(size, layer.count, above, below)).float()
     counts = int(above.count_nonzero()), int(below.count_nonzero())
     first = min(max(round(layer.count * counts[0] / max(1, sum(counts))), layer.count - counts[1]), counts[0])

@@ -104,7 +104,7 @@ def lowest_up_to(scores: Tensor, count: Tensor, most: int, candidates: Tensor) -
     allowed = candidates.reshape(-1)
     flat = _comparable(scores.detach().reshape(-1).neg(), allowed)
     threshold = flat.topk(most).values.gather(0, (count - 1).clamp(min=0)[None])
-    return (_from(threshold, flat, count, allowed) & (count > 0)).view(candidates.shape)
+    return _from(threshold, flat, count, allowed).view(candidates.shape)  # of 0: nothing is above the highest
 
 
 def on_host(tensor: Tensor) -> bool:

@@ -154,8 +154,8 @@ def end(watch: Watch, votes: Path, rank: int, ranks: int, log: Path, number: int
     append(log, f"rank {rank} hangs: {stood}. The stacks of its threads:\n")
     os.kill(watch.process, number)
     os.kill(watch.process, signal.SIGCONT)
-    deadline = time.monotonic() + TOLD_S
-    # The thread that trains is written last, as it is the oldest; a rank of which no thread does has none.
+    # The newest thread is written first: the one that trains may be the last. Half of the time that others wait.
+    deadline = time.monotonic() + TOLD_S / 2
     while not innermost(since(log, before)) and time.monotonic() < deadline:
         time.sleep(0.002)
     time.sleep(0.05)  # the rest of what is being written

@@ -149,10 +149,11 @@ def test_ctrl_c_saves_trials_of_two_workers_a_second_one_ends_at_once_and_both_g
     with driver("resume", out, ray_home, sweep) as process:
         wait_for(out, process, reports=len(row.fids) + 1)
         before = interruptions(out)
-        os.kill(process.pid, signal.SIGINT)
-        while interruptions(out) == before and process.poll() is None:
+        process.send_signal(signal.SIGINT)
+        deadline = time.monotonic() + 60
+        while interruptions(out) == before and process.poll() is None and time.monotonic() < deadline:
             time.sleep(0.02)
-        os.kill(process.pid, signal.SIGINT)  # sent at once it would be one with the first
+        process.send_signal(signal.SIGINT)  # sent at once it would be one with the first
         assert process.wait(timeout=20) == 130
     summary = tuner.resume(out, num_cpus=2, temp_dir=ray_home)
     kill_all(ray_home)
