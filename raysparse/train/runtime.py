@@ -79,11 +79,11 @@ def _full(model: nn.Module) -> nn.Module:
 
 def _evaluates_other_stages(config: TrialConfig) -> bool:
     """Whether a stage before the last, of whose zeros there are enough, is there at an evaluation."""
-    settings = config.sparse.settings()
-    if (patterns := getattr(settings, "patterns", None)) is None:
+    settings: Any = config.sparse.settings()
+    if not hasattr(settings, "patterns"):
         return False
-    first = settings.stage(min(config.evaluate.every_steps, config.train.steps))  # type: ignore[attr-defined]
-    return any(n <= 0.75 * m for n, m in patterns()[first:-1])  # fewer zeros: sampled as dense
+    first = settings.stage(min(config.evaluate.every_steps, config.train.steps))
+    return any(n <= 0.75 * m for n, m in settings.patterns()[first:-1])  # fewer zeros: sampled as dense
 
 
 def for_sampling(model: nn.Module, config: TrialConfig) -> nn.Module:
