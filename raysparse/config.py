@@ -159,7 +159,7 @@ class TrainConfig(Section):
     ema_decay: float = Field(0.9999, ge=0, lt=1)  # warmed up as min(decay, (1 + n) / (10 + n))
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights stay fp32
     channels_last: bool = False  # memory format of image models; faster convolutions on GPUs, other rounding
-    compile: bool = False  # torch.compile the network, not chirodiff; masks stay outside the graph
+    compile: bool = False  # torch.compile the network (see a model's NOT_COMPILED); masks stay outside the graph
     # Record the network's forward and backward once and replay them, on CUDA (elsewhere nothing changes), one worker:
     # for models so small that starting their kernels takes longer than running them. With `compile` it is the compiled
     # network that is recorded, and a sparse one's beside it; without, the network of `runtime: dense` alone

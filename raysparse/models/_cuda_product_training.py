@@ -113,7 +113,7 @@ def with_mlps(owner: nn.Module) -> None:
             setattr(owner, name, module)
 
 
-def lay_out(masks: Mapping[BlockLayer, Tensor]) -> None:
+def lay_out_all(masks: Mapping[BlockLayer, Tensor]) -> None:
     """Let each layer take over its mask. The host waits for the device once: a wait for each of U-ViT's 52 layers would
     let the device stand still as often.
     """

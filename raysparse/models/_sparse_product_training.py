@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from raysparse.errors import UsageError
 from raysparse.models import _cpu, _cuda_products
 from raysparse.models import _sparse_products as products
-from raysparse.models._cuda_product_training import BlockLayer, lay_out, with_mlps
+from raysparse.models._cuda_product_training import BlockLayer, lay_out_all, with_mlps
 from raysparse.models._sparse_memory import Memory
 
 # As in _sparse_products, of a step's three products, and 1.15 (amd) or 1.25 times what fitted 2,056 tokens: weights are
@@ -75,7 +75,7 @@ class SparseStep(nn.Module):
         changed = {
             layer: masks[name] for name, layer in self._layers.items() if masks[name] is not self._masks.get(name)
         }
-        lay_out({layer: mask for layer, mask in changed.items() if isinstance(layer, BlockLayer)})
+        lay_out_all({layer: mask for layer, mask in changed.items() if isinstance(layer, BlockLayer)})
         for layer, mask in changed.items():
             if isinstance(layer, SparseLayer):
                 layer.lay_out(mask)

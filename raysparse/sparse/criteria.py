@@ -38,10 +38,15 @@ class Layer:
             raise ValueError("a criterion looks at the gradient: METHOD must say needs='gradient' or 'momentum'")
         return self.gradient
 
-    def drawn(self) -> Tensor:
-        """Uniform [0, 1) draws, a function of (seed, layer, step), made by the host, so that every device agrees."""
-        draw = rng.generator(self.seed, f"sparse/{self.name}", step=self.step)
-        return torch.rand(self.pattern.units, generator=draw).to(self.weight.device, non_blocking=True)
+    def drawn(self, by: torch.device) -> Tensor:
+        """Uniform [0, 1) draws, a function of (seed, layer, step), on the weight's device; by: a CPU draws others than
+        all other devices, and takes .15 s for the 44 million of U-ViT small/2, five times as long as a step on an H200.
+        """
+        purpose, units, device = f"sparse/{self.name}", self.pattern.units, self.weight.device
+        if by.type != "cpu":
+            return rng.uniform(self.seed, purpose, units, step=self.step, device=device)
+        draw = rng.generator(self.seed, purpose, step=self.step)
+        return torch.rand(units, generator=draw).to(device, non_blocking=True)
 
 
 def magnitude(layer: Layer) -> Tensor:
@@ -58,20 +63,12 @@ def sign_balanced(layer: Layer) -> Tensor:
     size, positive = layer.pattern.total(weight.abs()), layer.pattern.total(weight) >= 0
     among = torch.ones_like(positive) if layer.candidates is None else layer.candidates
     above, below = positive & among, ~positive & among
-    if layer.count and not masks.on_host(weight):
-        return (~_of_both_signs(size, layer.count, above, below)).float()
-    counts = int(above.count_nonzero()), int(below.count_nonzero())
-    first = min(max(round(layer.count * counts[0] / max(1, sum(counts))), layer.count - counts[1]), counts[0])
-    chosen = masks.lowest(size, first, above) | masks.lowest(size, layer.count - first, below)
+    counts = above.sum(), below.sum()  # tensors: a GPU is not asked for them
+    share = (layer.count * counts[0]).double() / (counts[0] + counts[1]).clamp(min=1)
+    first = torch.minimum(torch.maximum(share.round().long(), layer.count - counts[1]), counts[0])
+    chosen = masks.lowest_up_to(size, first, layer.count, above)
+    chosen |= masks.lowest_up_to(size, layer.count - first, layer.count, below)
     return (~chosen).float()
-
-
-def _of_both_signs(size: Tensor, count: int, above: Tensor, below: Tensor) -> Tensor:
-    """The same choice on a GPU, which is not asked how many there are of each sign."""
-    counts = above.sum(), below.sum()
-    share = (count * counts[0]).double() / (counts[0] + counts[1]).clamp(min=1)
-    first = torch.minimum(torch.maximum(share.round().long(), count - counts[1]), counts[0])
-    return masks.lowest_up_to(size, first, count, above) | masks.lowest_up_to(size, count - first, count, below)
 
 
 def gradient(layer: Layer) -> Tensor:
@@ -80,13 +77,8 @@ def gradient(layer: Layer) -> Tensor:
 
 
 def random(layer: Layer) -> Tensor:
-    """Uniform [0, 1) draws, a function of (seed, layer, step): others on a GPU than on a CPU, which takes .15 s for the
-    44 million of U-ViT small/2, five times as long as a step on an H200.
-    """
-    device = layer.weight.device
-    if device.type == "cpu":
-        return layer.drawn()
-    return rng.uniform(layer.seed, f"sparse/{layer.name}", layer.pattern.units, step=layer.step, device=device)
+    """Uniform [0, 1) draws of the weight's device."""
+    return layer.drawn(by=layer.weight.device)
 
 
 def mixed(layer: Layer) -> Tensor:

@@ -100,11 +100,13 @@ def lowest(scores: Tensor, count: int, candidates: Tensor) -> Tensor:
 
 
 def lowest_up_to(scores: Tensor, count: Tensor, most: int, candidates: Tensor) -> Tensor:
-    """The same for a count that only the device knows: int64 [], in [0, most], most >= 1."""
+    """The same for a count that a GPU is not asked for: int64 [], in [0, most]."""
+    if on_host(scores):
+        return lowest(scores, int(count), candidates)
     allowed = candidates.reshape(-1)
     flat = _comparable(scores.detach().reshape(-1).neg(), allowed)
-    threshold = flat.topk(most).values.gather(0, (count - 1).clamp(min=0)[None])
-    return _from(threshold, flat, count, allowed).view(candidates.shape)  # of 0: nothing is above the highest
+    threshold = flat.topk(max(1, most)).values.gather(0, (count - 1).clamp(min=0)[None])
+    return _best(flat, threshold, count, allowed).view(candidates.shape)  # of 0: nothing is above the highest
 
 
 def on_host(tensor: Tensor) -> bool:
@@ -176,7 +178,7 @@ def _highest_numpy(scores: Tensor, count: int, allowed: Tensor, index: Tensor) -
 def _highest_torch(scores: Tensor, count: int, allowed: Tensor) -> Tensor:
     """The same on any device, without waiting for it, in few kernels: an update is hundreds for each layer."""
     scores = _comparable(scores, allowed)
-    return _from(scores.topk(count, sorted=False).values.amin(), scores, count, allowed)
+    return _best(scores, scores.topk(count, sorted=False).values.amin(), count, allowed)
 
 
 def _comparable(scores: Tensor, allowed: Tensor) -> Tensor:
@@ -184,7 +186,7 @@ def _comparable(scores: Tensor, allowed: Tensor) -> Tensor:
     return scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).where(allowed, -torch.inf)
 
 
-def _from(threshold: Tensor, scores: Tensor, count: int | Tensor, allowed: Tensor) -> Tensor:
+def _best(scores: Tensor, threshold: Tensor, count: int | Tensor, allowed: Tensor) -> Tensor:
     """What is above the threshold, and of what equals it the first ones up to the count."""
     above, ties = scores > threshold, (scores == threshold) & allowed
     return above | (ties & (_running_count(ties) <= count - above.sum()))

@@ -32,7 +32,8 @@ class Topology:
         pattern, active = layout.patterns[name], layout.counts[name]
         if active == weight.numel():
             return torch.ones_like(weight, dtype=torch.bool)
-        scores = Layer(name, weight, None, self.seed, 0, pattern, settings=self.settings).drawn()
+        layer = Layer(name, weight, None, self.seed, 0, pattern, settings=self.settings)
+        scores = layer.drawn(by=torch.device("cpu"))  # every device starts alike
         return _spread(weight, pattern, pattern.first(scores, pattern.count(active)))
 
     def updated(

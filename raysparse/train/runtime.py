@@ -46,7 +46,7 @@ def check(config: TrialConfig, device: torch.device) -> None:
     module = plugins.load("models", config.model.name)
     with torch.device("cpu"):
         small = module.build(module.Config(**module.SMALL), seed=0)
-    for_sampling(_full(small).to(device), config)
+    for_sampling(_without_zeros(small).to(device), config)
 
 
 def check_trial(model: nn.Module, engine: SparseEngine, config: TrialConfig) -> None:
@@ -57,33 +57,31 @@ def check_trial(model: nn.Module, engine: SparseEngine, config: TrialConfig) -> 
     if config.evaluate.runtime != "sparse" or _device(model).type != "cuda":
         return
     stages = config.sparse.setting("stages")
-    if _evaluates_other_stages(config):
-        raise UsageError(
-            "evaluate.runtime is 'sparse', but a GPU leaves out no zeros of the stages before the last (sparse.stages "
-            f"{stages!r}); use 'dense' or 'auto', and --runtime sparse for the trained model"
-        )
-    if stages not in (None, "fixed"):
-        return  # the masks at hand are the first stage's
-    masked = _full(copy.deepcopy(model))
+    if stages not in (None, "fixed"):  # then the masks at hand are not the last ones
+        if _evaluates_earlier_stages(config):
+            raise UsageError(
+                "evaluate.runtime is 'sparse', but a GPU leaves out no zeros of the stages before the last "
+                f"(sparse.stages {stages!r}); use 'dense' or 'auto', and --runtime sparse for the trained model"
+            )
+        return
+    masked = _without_zeros(copy.deepcopy(model))
     engine.apply_to(dict(masked.named_parameters()))
     for_sampling(engine.network(masked), config)
 
 
-def _full(model: nn.Module) -> nn.Module:
-    """The model, without a zero: layers that start at zero would count as sparse ones."""
+def _without_zeros(model: nn.Module) -> nn.Module:
+    """The model, all ones: layers that start at zero would count as sparse ones."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.fill_(1)
     return model
 
 
-def _evaluates_other_stages(config: TrialConfig) -> bool:
-    """Whether a stage before the last, of whose zeros there are enough, is there at an evaluation."""
+def _evaluates_earlier_stages(config: TrialConfig) -> bool:
+    """Whether an evaluation meets a stage before the last that has enough zeros to be no dense one."""
     settings: Any = config.sparse.settings()
-    if not hasattr(settings, "patterns"):
-        return False
     first = settings.stage(min(config.evaluate.every_steps, config.train.steps))
-    return any(n <= 0.75 * m for n, m in settings.patterns()[first:-1])  # fewer zeros: sampled as dense
+    return any(n <= 0.75 * m for n, m in settings.patterns()[first:-1])
 
 
 def for_sampling(model: nn.Module, config: TrialConfig) -> nn.Module:

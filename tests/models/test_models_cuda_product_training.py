@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from raysparse.errors import UsageError
 from raysparse.models import _sparse_product_training, uvit
-from raysparse.models._cuda_product_training import BlockLayer, lay_out
+from raysparse.models._cuda_product_training import BlockLayer, lay_out_all
 from raysparse.models._sparse_product_training import SparseStep
 from raysparse.sparse import SparseEngine
 
@@ -25,7 +25,7 @@ def mask_of(shape: tuple[int, int], edge: int, count: int, seed: int = 0) -> Ten
 
 def layer_of(mask: Tensor) -> BlockLayer:
     found = BlockLayer(nn.Linear(mask.shape[1], mask.shape[0]))
-    lay_out({found: mask})
+    lay_out_all({found: mask})
     return found
 
 
@@ -50,7 +50,7 @@ def test_where_the_blocks_lie_changes_no_size_and_no_tensor(edge: int, count: in
     """Else a compiled step were compiled anew, and a resumed one would compute in another order."""
     found, seen = layer_of(mask_of((512, 512), edge, count)), set()
     for seed in range(20):
-        lay_out({found: (mask := mask_of((512, 512), edge, count, seed))})
+        lay_out_all({found: (mask := mask_of((512, 512), edge, count, seed))})
         seen.add((found.blocked, found.edge, *(buffer.data_ptr() for buffer in found.buffers())))
         used = torch.zeros(512 // edge, 512 // edge, dtype=torch.bool)
         used[found.rows[:count].long(), found.columns[:count].long()] = True

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from raysparse import plugins
 from raysparse.errors import UsageError
 from raysparse.models import _cuda_products, uvit
-from raysparse.models._cuda_product_training import BlockLayer, lay_out
+from raysparse.models._cuda_product_training import BlockLayer, lay_out_all
 from raysparse.models._cuda_products import BlockProduct, product_of
 from raysparse.sparse import SparseEngine
 
@@ -110,7 +110,7 @@ def test_training_by_blocks_is_part_of_compiled_graphs(half: bool, monkeypatch: 
 
     monkeypatch.setattr(_triton, "has_triton", lambda *_: True)  # which looks for a device
     layer = BlockLayer(masked((128, 384), pattern="block", block=64))
-    lay_out({layer: layer.layer.weight != 0})
+    lay_out_all({layer: layer.layer.weight != 0})
     graphs: list[list[str]] = []
 
     def compiler(graph: torch.fx.GraphModule, given: Any) -> Any:

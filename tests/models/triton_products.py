@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from raysparse.models import _cuda_products, _sparse_product_training, uvit
-from raysparse.models._cuda_product_training import BlockLayer, BlockMlp, lay_out
+from raysparse.models._cuda_product_training import BlockLayer, BlockMlp, lay_out_all
 from raysparse.models._cuda_products import EDGES, BlockProduct
 from raysparse.models._sparse_product_training import SparseStep
 
@@ -144,7 +144,7 @@ def test_a_layer_in_training(
     dy, places = drawn((2, tokens, layer.out_features), draw, dtype), set()
     for _ in range(2):
         mask = of_blocks(chosen((sides[0] * 64 // edge, sides[1] * 64 // edge), EDGES[edge], draw), edge).to(DEVICE)
-        lay_out({fast: mask})
+        lay_out_all({fast: mask})
         assert fast.blocked
         places.add(tuple(buffer.data_ptr() for buffer in fast.buffers()))
         with torch.no_grad():
@@ -190,7 +190,7 @@ def test_an_mlp_in_training(
         rows, columns = layer.weight.shape
         mask = of_blocks(chosen((rows // edge, columns // edge), EDGES[edge], draw), edge)
         blocked.append(BlockLayer(filled(layer, mask, draw, dtype)))
-        lay_out({blocked[-1]: mask.to(DEVICE)})
+        lay_out_all({blocked[-1]: mask.to(DEVICE)})
         masks.append(mask.to(DEVICE))
     mlp = BlockMlp(*blocked)
     x = drawn((2, tokens, inputs), draw, dtype).requires_grad_()
@@ -215,7 +215,7 @@ def test_an_mlp_of_which_a_layer_is_not_by_blocks_is_its_layers() -> None:
     blocked = []
     for layer, mask in zip(layers, masks, strict=True):
         blocked.append(BlockLayer(filled(layer, mask, draw, torch.float32)))
-        lay_out({blocked[-1]: mask.to(DEVICE)})
+        lay_out_all({blocked[-1]: mask.to(DEVICE)})
     x = drawn((3, 64), draw, torch.float32)
     assert [layer.blocked for layer in blocked] == [True, False]
     assert near(BlockMlp(*blocked)(x), layers[1](nn.functional.gelu(layers[0](x))))
@@ -226,7 +226,7 @@ def test_gradients_of_weights_are_not_rounded() -> None:
     draw = torch.Generator().manual_seed(0)
     layer, mask = nn.Linear(256, 64), of_blocks(torch.eye(1, 4).bool(), 64)
     fast, x = BlockLayer(filled(layer, mask, draw, torch.float32)), drawn((500, 256), draw, HALF)
-    lay_out({fast: mask.to(DEVICE)})
+    lay_out_all({fast: mask.to(DEVICE)})
     dy = drawn((500, 64), draw, HALF)
     with torch.autocast(DEVICE, dtype=HALF):
         y = fast(x)

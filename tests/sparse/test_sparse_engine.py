@@ -9,7 +9,6 @@ import torch
 from sparse_training import backward, batch, net, state_of, train
 from torch import nn
 
-from raysparse import rng
 from raysparse.errors import UsageError
 from raysparse.sparse import SparseEngine, criteria, masks
 from raysparse.sparse import engine as engine_module
@@ -326,12 +325,8 @@ def test_an_update_on_a_gpu_is_that_on_a_cpu_and_waits_for_nothing(method, patte
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
 
-    def drawn(layer):
-        """As on a GPU."""
-        name, device = f"sparse/{layer.name}", layer.weight.device
-        return rng.uniform(layer.seed, name, layer.pattern.units, step=layer.step, device=device)
-
-    monkeypatch.setattr(criteria.Layer, "drawn", drawn)
+    drawn = criteria.Layer.drawn
+    monkeypatch.setattr(criteria.Layer, "drawn", lambda layer, by: drawn(layer, torch.device("cuda")))
     ends = []
     for device in ("cpu", "cuda"):
         draw = torch.Generator().manual_seed(0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -110,7 +112,9 @@ def test_highest_equals_a_stable_sort_on_both_paths(numbers, data):
     if count:  # what other devices run
         assert torch.equal(masks._highest_torch(scores, count, allowed), expected)
     most = data.draw(st.integers(max(1, count), len(numbers)))
-    assert torch.equal(masks.lowest_up_to(scores.neg(), torch.tensor(count), most, allowed), expected)
+    for on_host in (True, False):
+        with mock.patch.object(masks, "on_host", return_value=on_host):
+            assert torch.equal(masks.lowest_up_to(scores.neg(), torch.tensor(count), most, allowed), expected)
 
 
 @pytest.mark.parametrize("size", [1, 1023, 1024, 1025, 5000])

@@ -140,7 +140,7 @@ def test_a_gpus_kernels_take_over_new_masks_with_one_wait_for_all_layers(monkeyp
     with Waits() as waits:
         step.follow(engines[1].masks)
     assert len(engines[1].masks) > 10
-    assert waits.seen == {("tolist", "lay_out"): 1}
+    assert waits.seen == {("tolist", "lay_out_all"): 1}
 
 
 def test_a_step_of_pictures_waits_for_nothing(pictures: Callable[..., TrialConfig]) -> None:
