@@ -27,7 +27,7 @@ from raysparse.metrics import fidelity
 from raysparse.metrics.reference import Reference
 from raysparse.train import distributed, runtime
 from raysparse.train.conditions import placed
-from raysparse.train.sampling import Sampler
+from raysparse.train.sampling import Sampler, joined
 
 # The trial's own protocol, the cheaper one of the evaluations before the last step, or both.
 Which = Literal["own", "intermediate", "both"]
@@ -122,7 +122,7 @@ class Evaluator:
     ) -> Evaluation | None:
         """Measure `model` (in eval mode, on `device`). The values are rank 0's to use; other ranks only help.
 
-        should_stop: asked before each batch of samples; any rank's yes ends it on all, with None. which: the protocols
+        should_stop: asked before each pass over samples; any rank's yes ends it on all, with None. which: the protocols
         of the FIDs; a trial without an intermediate one has its own alone.
         """
         network = runtime.for_sampling(model, self.config)
@@ -167,7 +167,7 @@ class Evaluator:
         for first in range(0, len(starts), at_a_time):
             groups = [self._noised(start, min(start + size, count)) for start in starts[first : first + at_a_time]]
             xs, noises, times, conds = zip(*groups, strict=True)
-            x, eps, t = (part.to(self.device) for part in (_joined(xs), _joined(noises), torch.cat(times)))
+            x, eps, t = (part.to(self.device) for part in (joined(xs), joined(noises), torch.cat(times)))
             cond = placed({name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}, self.device)
             with runtime.autocast(self.config, self.device):
                 prediction = network(self.noise_schedule.add_noise(x, eps, t), t, **cond)
@@ -212,24 +212,23 @@ class Evaluator:
         features = torch.zeros(settings.generated, self.extractor.feature_dim, device=self.device)
         images = torch.zeros((min(settings.grid, settings.generated), *self.image_shape), dtype=torch.uint8)
         sampling_s = extraction_s = 0.0
-        batches = math.ceil(settings.generated / settings.batch_size)
-        for round_ in range(math.ceil(batches / self.world_size)):
+        size, batches = settings.batch_size, math.ceil(settings.generated / settings.batch_size)
+        for numbers in passes(batches, sampler.at_a_time(), self.rank, self.world_size):
             asked = torch.tensor(float(should_stop()), device=self.device)
             if distributed.all_sum(asked, self.world_size) > 0:
                 return None
-            number = round_ * self.world_size + self.rank
-            first = number * settings.batch_size
-            if number >= batches:
+            if not numbers:
                 continue
             start = self.clock()
-            end = min(first + settings.batch_size, settings.generated)
-            x, cond = sampler.batch(network, number, end - first)
+            starts = [sampler.start(number, min(size, settings.generated - number * size)) for number in numbers]
+            sampled = sampler.denoised(network, starts)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # else the seconds of sampling would be counted as extraction's
             middle = self.clock()
-            drawn = sampler.source.to_images(x, cond)
-            features[first:end] = self.extractor(drawn.to(self.device))
-            images[first:end] = drawn[: max(0, len(images) - first)].cpu()
+            for number, x, of in zip(numbers, sampled, starts, strict=True):
+                drawn, first = sampler.source.to_images(x, of.cond), number * size
+                features[first : first + len(drawn)] = self.extractor(drawn.to(self.device))
+                images[first : first + len(drawn)] = drawn[: max(0, len(images) - first)].cpu()
             sampling_s += middle - start
             extraction_s += self.clock() - middle
         images = distributed.all_sum(images.to(self.device), self.world_size)
@@ -247,11 +246,14 @@ class Evaluator:
         )
 
 
-def _joined(parts: tuple[Tensor, ...]) -> Tensor:
-    """One after the other, zero beyond the end of those whose second dimension is shorter: sketches [B, L, 3]."""
-    longest = max(part.shape[1] for part in parts)
-    empty = [part.new_zeros(len(part), longest - part.shape[1], *part.shape[2:]) for part in parts]
-    return torch.cat([torch.cat(pair, 1) for pair in zip(parts, empty, strict=True)])
+def passes(batches: int, at_a_time: int, rank: int, world_size: int) -> list[range]:
+    """The batches of each of a rank's passes, as many passes on every rank, the last of them perhaps of no batch."""
+    count = math.ceil(batches / (world_size * at_a_time))
+    each = math.ceil(batches / (world_size * count))
+    return [
+        range(batches)[first : first + each]
+        for first in range(rank * each, count * world_size * each, world_size * each)
+    ]
 
 
 def grid_png(images: Tensor) -> bytes:

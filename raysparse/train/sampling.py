@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Protocol
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from raysparse import rng
+from raysparse import plugins, rng
 from raysparse.config import EvaluateConfig, TrialConfig
 from raysparse.diffusion import ddim
 from raysparse.diffusion.guidance import guided
@@ -47,6 +48,15 @@ class ImageSource:
         return self.decode(x)
 
 
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What batch `number` is made from, on the host: noise float32 [B, ...] and its conditions."""
+
+    number: int
+    noise: Tensor
+    cond: dict[str, Tensor]
+
+
 class Sampler:
     """Draws from models of one trial. Batch k's noise, conditions and steps are functions of (seed, k) alone."""
 
@@ -58,35 +68,46 @@ class Sampler:
         self.noise_schedule = noise_schedule
         self.device = device
 
-    @torch.inference_mode()
-    def batch(
-        self, model: nn.Module, number: int, count: int, labels: Sequence[int] | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Batch `number`: x as the model's input, float32 [count, ...], and its conditions.
-
-        labels: instead of drawn ones.
-        """
-        seed, settings = self.config.seed, self.config.evaluate
+    def start(self, number: int, count: int, labels: Sequence[int] | None = None) -> Start:
+        """labels: instead of drawn ones."""
+        seed = self.config.seed
         shape, drawn = self.source.draw_conditions(count, rng.numpy_generator(seed, "conditions", step=number))
-        cond = placed(drawn, self.device)
+        cond = dict(drawn)
         if labels is not None:
-            cond["labels"] = torch.tensor(labels, device=self.device)
-        noise = torch.randn(shape, generator=rng.generator(seed, "sample noise", step=number)).to(self.device)
-        if self.config.train.channels_last and noise.ndim == 4:
-            noise = noise.to(memory_format=torch.channels_last)
-        draw = rng.generator(seed, "sampling noise", step=number, device=str(self.device))  # for eta > 0
-        with runtime.autocast(self.config, self.device):
-            x = ddim.sample(
-                _denoiser(model, settings),
-                self.noise_schedule,
-                noise,
-                steps=settings.ddim_steps,
-                eta=settings.eta,
-                cond=cond,
-                generator=draw,
-                spacing=settings.timestep_spacing,
-            )
-        return x.float(), cond
+            cond["labels"] = torch.tensor(labels)
+        return Start(number, torch.randn(shape, generator=rng.generator(seed, "sample noise", step=number)), cond)
+
+    @torch.inference_mode()
+    def denoised(self, model: nn.Module, starts: Sequence[Start]) -> list[Tensor]:
+        """Of each batch x as the model's input, float32 [B, ...]; of several in one pass what each is alone, to
+        rounding. Several at a time are for eta = 0: `at_a_time`."""
+        noise = joined([start.noise for start in starts])
+        cond = {name: torch.cat([start.cond[name] for start in starts]) for name in starts[0].cond}
+        places = None
+        if len(starts) > 1 and "lengths" in cond:  # neighbours, which a kernel takes through their points together
+            order = cond["lengths"].argsort(descending=True, stable=True)
+            noise, cond = noise[order], {name: value[order] for name, value in cond.items()}
+            places = order.argsort()
+        x = self._denoised(model, noise, placed(cond, self.device), starts[0].number)
+        if places is not None:
+            x = x[places.to(self.device)]
+        parts = zip(torch.split(x, [len(start.noise) for start in starts]), starts, strict=True)
+        return [part[:, : start.noise.shape[1]] for part, start in parts]  # without what `joined` added
+
+    def batch(self, model: nn.Module, number: int, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Batch `number`: x as above, float32 [count, ...], and its conditions."""
+        start = self.start(number, count)
+        return self.denoised(model, [start])[0], start.cond
+
+    def at_a_time(self) -> int:
+        """Batches that one pass is best given: on a GPU as many as the model says that it takes to fill one."""
+        settings, model = self.config.evaluate, self.config.model
+        module = plugins.load("models", model.name)
+        if self.device.type != "cuda" or settings.eta > 0 or not hasattr(module, "sampled_together"):
+            return 1  # with eta > 0 each batch draws noise of its own at each step
+        shape = self.start(0, settings.batch_size).noise.shape
+        together: int = module.sampled_together(module.Config(**model.options), shape)
+        return max(1, together // settings.batch_size)
 
     def images(self, model: nn.Module, count: int, labels: Sequence[int] | None = None) -> Iterator[Tensor]:
         """`count` samples as images uint8 [B, C, H, W], batch by batch, under the trial's `evaluate.runtime`.
@@ -98,10 +119,40 @@ class Sampler:
         if each is not None and len(each) != count:
             raise UsageError(f"{len(each)} labels for {count} samples; give one label, or one for each sample")
         network = runtime.for_sampling(model, self.config)
-        for number, first in enumerate(range(0, count, size)):
-            end = min(first + size, count)
-            x, cond = self.batch(network, number, end - first, None if each is None else each[first:end])
-            yield self.source.to_images(x, cond).cpu()
+        batches, at_a_time = range(math.ceil(count / size)), self.at_a_time()
+        for first in batches[::at_a_time]:
+            starts = [
+                self.start(number, min(size, count - number * size), each and each[number * size :][:size])
+                for number in batches[first:][:at_a_time]
+            ]
+            for start, x in zip(starts, self.denoised(network, starts), strict=True):
+                yield self.source.to_images(x, start.cond).cpu()
+
+    def _denoised(self, model: nn.Module, noise: Tensor, cond: Mapping[str, Tensor], number: int) -> Tensor:
+        settings = self.config.evaluate
+        noise = noise.to(self.device)
+        if self.config.train.channels_last and noise.ndim == 4:
+            noise = noise.to(memory_format=torch.channels_last)
+        draw = rng.generator(self.config.seed, "sampling noise", step=number, device=str(self.device))  # for eta > 0
+        with runtime.autocast(self.config, self.device):
+            x = ddim.sample(
+                _denoiser(model, settings),
+                self.noise_schedule,
+                noise,
+                steps=settings.ddim_steps,
+                eta=settings.eta,
+                cond=cond,
+                generator=draw,
+                spacing=settings.timestep_spacing,
+            )
+        return x.float()
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """One after the other, zero beyond the end of those whose second dimension is shorter: sketches [B, L, 3]."""
+    longest = max(part.shape[1] for part in parts)
+    empty = [part.new_zeros(len(part), longest - part.shape[1], *part.shape[2:]) for part in parts]
+    return torch.cat([torch.cat(pair, 1) for pair in zip(parts, empty, strict=True)])
 
 
 def _denoiser(model: nn.Module, settings: EvaluateConfig) -> Callable[..., Tensor]:
