@@ -115,11 +115,12 @@ def kid(
     subsets: int = KID_SUBSETS,
     subset_size: int = KID_SUBSET_SIZE,
     seed: int = 0,
+    device: torch.device | None = None,
 ) -> tuple[float, float]:
     """Mean and standard deviation of the squared MMD over random subsets of features a [n, D] and b [m, D].
 
-    Subsets are drawn without replacement from (seed, "kid subsets"). UsageError where a side is smaller than
-    `subset_size`: a smaller size is another protocol, so the caller chooses and records it.
+    Subsets are drawn without replacement from (seed, "kid subsets"). device: a GPU to compute on. UsageError where a
+    side is smaller than `subset_size`: a smaller size is another protocol, so the caller chooses and records it.
     """
     x, y = _matrix(a), _matrix(b)
     if subset_size < 2 or subsets < 1:
@@ -131,11 +132,13 @@ def kid(
         )
     draw = rng.numpy_generator(seed, "kid subsets")
     of_a, of_b = (np.stack([draw.permutation(n)[:subset_size] for _ in range(subsets)]) for n in (len(x), len(y)))
-    values = kid_of_subsets(x, y, of_a, of_b)
+    values = kid_of_subsets(x, y, of_a, of_b, device)
     return float(values.mean()), float(values.std())
 
 
-def kid_of_subsets(a: ArrayLike, b: ArrayLike, of_a: NDArray[Any], of_b: NDArray[Any]) -> Matrix:
+def kid_of_subsets(
+    a: ArrayLike, b: ArrayLike, of_a: NDArray[Any], of_b: NDArray[Any], device: torch.device | None = None
+) -> Matrix:
     """Squared MMD of each pair of subsets: float64 [k]. of_a, of_b: row numbers, int [k, size], distinct in a row."""
     x, y = _matrix(a), _matrix(b)
     if x.shape[1] != y.shape[1]:
@@ -144,33 +147,36 @@ def kid_of_subsets(a: ArrayLike, b: ArrayLike, of_a: NDArray[Any], of_b: NDArray
     if whole > 3 * of_a.size * of_a.shape[1]:  # few subsets of large sets: fewer kernel values subset by subset
         every = np.arange(of_a.shape[1])[None]
         pairs = zip(of_a, of_b, strict=True)
-        return np.concatenate([_mmd(x[i], y[j], every, every) for i, j in pairs])
-    return _mmd(x, y, of_a, of_b)
+        return np.concatenate([_mmd(x[i], y[j], every, every, device) for i, j in pairs])
+    return _mmd(x, y, of_a, of_b, device)
 
 
-def _mmd(x: Matrix, y: Matrix, of_x: NDArray[Any], of_y: NDArray[Any]) -> Matrix:
+def _mmd(x: Matrix, y: Matrix, of_x: NDArray[Any], of_y: NDArray[Any], device: torch.device | None) -> Matrix:
     """All subsets from one pass over the kernel matrices: a subset's sum is w'Kw with w its 0/1 indicator."""
     size = of_x.shape[1]
-    in_x, in_y = _indicators(of_x, len(x)), _indicators(of_y, len(y))
-    within = [
-        _kernel_sums(z, z, w, w) - w @ _kernel(np.einsum("nd,nd->n", z, z), z.shape[1])
-        for z, w in ((x, in_x), (y, in_y))
-    ]
-    return np.asarray((within[0] + within[1]) / (size * (size - 1)) - 2 * _kernel_sums(x, y, in_x, in_y) / size**2)
+    given: list[Any] = [x, y, _indicators(of_x, len(x)), _indicators(of_y, len(y))]
+    if device is not None and device.type == "cuda":
+        given = [torch.from_numpy(part).to(device) for part in given]
+    # On a CPU by NumPy: 100 subsets of 10,000 take 3.8 s on a core of an EPYC, by PyTorch (MKL) 12.6.
+    found = _subset_mmd(given[0], given[1], given[2], given[3], size)
+    return np.asarray(found.cpu() if isinstance(found, torch.Tensor) else found)
 
 
-def _kernel_sums(x: Matrix, y: Matrix, in_x: Matrix, in_y: Matrix, block: int = 1024) -> Matrix:
+def _subset_mmd(x: Any, y: Any, in_x: Any, in_y: Any, size: int) -> Any:
+    """float64 [k], all NumPy's or all PyTorch's. in_x, in_y: the subsets' indicators [k, n] and [k, m]."""
+    within = [_kernel_sums(z, z, w, w) - w @ _kernel((z * z).sum(1), z.shape[1]) for z, w in ((x, in_x), (y, in_y))]
+    return (within[0] + within[1]) / (size * (size - 1)) - 2 * _kernel_sums(x, y, in_x, in_y) / size**2
+
+
+def _kernel_sums(x: Any, y: Any, in_x: Any, in_y: Any, block: int = 1024) -> Any:
     """w_x' K(x, y) w_y for each pair of indicator rows: float64 [k]; memory of one block of rows of K."""
-    total = np.zeros(len(in_x))
-    for start in range(0, len(x), block):
-        rows = slice(start, start + block)
-        total += np.einsum("kr,kr->k", in_x[:, rows], in_y @ _kernel(y @ x[rows].T, x.shape[1]))
-    return total
+    rows = [slice(start, start + block) for start in range(0, len(x), block)]
+    return sum((in_x[:, part] * (in_y @ _kernel(y @ x[part].T, x.shape[1]))).sum(1) for part in rows)
 
 
-def _kernel(products: Matrix, width: int) -> Matrix:
+def _kernel(products: Any, width: int) -> Any:
     shifted = products / width + 1.0
-    return np.asarray(shifted * shifted * shifted)  # numpy's ** 3 calls pow: 20 times slower
+    return shifted * shifted * shifted  # numpy's ** 3 calls pow: 20 times slower
 
 
 def _indicators(subsets: NDArray[Any], n: int) -> Matrix:

@@ -243,6 +243,7 @@ class Evaluator:
             subsets=self.protocol.kid_subsets,
             subset_size=self.protocol.kid_subset_size,
             seed=self.config.seed,
+            device=self.device,
         )
 
 

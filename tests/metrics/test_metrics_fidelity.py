@@ -10,6 +10,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_kid import kid_features_to_metric
 
 from raysparse.errors import UsageError
+from raysparse.metrics import fidelity
 from raysparse.metrics.fidelity import Statistics, fid, kid, kid_of_subsets, statistics
 
 
@@ -121,6 +122,24 @@ def test_kid_is_torch_fidelitys_given_the_same_subsets(n, m):
     values = kid_of_subsets(a, b, *(np.stack(side) for side in zip(*pairs, strict=True)))
     assert values.mean() == pytest.approx(want["kernel_inception_distance_mean"], rel=1e-9)
     assert values.std() == pytest.approx(want["kernel_inception_distance_std"], rel=1e-9)
+
+
+def test_kid_by_pytorch_is_the_same():
+    a, b, flags = features(1100, 24, 1), features(900, 24, 2, shift=0.3), np.random.default_rng(0).random((10, 1100))
+    given = [np.asarray(part, np.float64) for part in (a, b, flags < 0.1, flags[:, :900] < 0.1)]
+    want = fidelity._subset_mmd(*given, 100)
+    found = fidelity._subset_mmd(*map(torch.from_numpy, given), 100)
+    np.testing.assert_allclose(found.numpy(), want, rtol=0, atol=1e-12 * float(np.abs(want).max()) + 1e-13)
+
+
+@pytest.mark.gpu
+def test_kid_on_a_gpu_is_the_same():
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    a, b = features(400, 24, 1), features(500, 24, 2, shift=0.3)
+    for size in (100, 10):  # one pass over all pairs; subset by subset
+        want, found = (kid(a, b, subsets=50, subset_size=size, device=torch.device(on)) for on in ("cpu", "cuda"))
+        assert found == pytest.approx(want, rel=1e-9)
 
 
 def test_kid_draws_from_its_seed_and_agrees_with_torch_fidelity_within_the_subsets_spread():
