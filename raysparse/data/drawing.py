@@ -9,7 +9,7 @@ preprocessing radius, so a sample below half of it is not magnified any further 
 stray point comes out small as well.
 
 Own code, not Pillow or cairo: pixel values enter FIDs and must not depend on a library's version, and drawing all
-sketches at once is three to four times faster than Pillow at 4x supersampling (7,000 to 19,000 a second on one core).
+sketches at once is eight times faster than Pillow at 4x supersampling (19,000 to 21,000 of KanjiVG a second on a core).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ COORDINATE_LIMIT = 1e4  # farther points are drawn here: what diverged must not 
 _STAMP_PX = 4  # a disc of 1.83 px with its soft edge reaches 1.41 px, so it lies within 4 x 4 pixels
 _SUBPIXELS = 16  # a disc's centre is rounded to 1/16 px
 _SPACING_PX = 0.5  # discs this close differ from the line by at most .035 px at its edge
-_CHUNK_DISCS = 100_000  # 20 MB at a time, which the caches hold better than more: a fifth faster
+_CHUNK_DISCS = 100_000  # memory of 10 MB at a time; 30,000 to 200,000 take as long
 
 
 def draw(points: NDArray[np.float32], lengths: NDArray[np.int64], *, radius: float) -> NDArray[np.uint8]:
@@ -87,16 +87,23 @@ def _stamp(
     discs: NDArray[np.int64],
 ) -> None:
     """Lines from start (left out, unless it is the end) to end as rows of discs; overlapping ink does not add up."""
-    line = np.repeat(np.arange(len(discs)), discs)
-    nth = np.arange(len(line)) - np.repeat(np.cumsum(discs) - discs, discs) + 1
-    centre = start[line] + (end - start)[line] * (nth / discs[line])[:, None]
-    # In 1/16 px from the corner of the stamp, so that the disc's centre is in the middle pixels of the stamp.
-    corner = np.rint((centre - (_STAMP_PX - 1) / 2) * _SUBPIXELS).astype(np.int64)
-    cell, sub = np.divmod(corner, _SUBPIXELS)
-    cell = np.clip(cell, 0, SIDE_PX - _STAMP_PX)  # the fit leaves a border of 2.7 px, so this clips nothing drawn
-    origin = (image_of[line] * SIDE_PX + cell[:, 1]) * SIDE_PX + cell[:, 0]
-    values = _stamps()[sub[:, 1] * _SUBPIXELS + sub[:, 0]]
-    np.maximum.at(ink, (origin[:, None] + _offsets()).ravel(), values.ravel())
+    nth = np.arange(1, discs.sum() + 1) - np.repeat(np.cumsum(discs) - discs, discs)
+    share = nth / np.repeat(discs, discs)
+    places, subs = [], []  # x, y: the stamp's first pixel and, within it, the disc's centre in 1/16 px
+    for axis in (0, 1):
+        centre = np.repeat(start[:, axis], discs) + np.repeat(end[:, axis] - start[:, axis], discs) * share
+        # From the corner of the stamp, so that the disc's centre is in the middle pixels of the stamp.
+        corner = np.rint((centre - (_STAMP_PX - 1) / 2) * _SUBPIXELS).astype(np.int64)
+        cell, sub = np.divmod(corner, _SUBPIXELS)
+        # The fit leaves a border of 2.7 px, so this clips nothing drawn.
+        places.append(np.clip(cell, 0, SIDE_PX - _STAMP_PX))
+        subs.append(sub)
+    origin = (np.repeat(image_of, discs) * SIDE_PX + places[1]) * SIDE_PX + places[0]
+    stamp = subs[1] * _SUBPIXELS + subs[0]
+    for offset, values in zip(
+        _offsets(), _stamps(), strict=True
+    ):  # 1.2 times faster than all pixels of a stamp at once
+        np.maximum.at(ink, origin + offset, values[stamp])
 
 
 @functools.cache
@@ -107,7 +114,7 @@ def _offsets() -> NDArray[np.int64]:
 
 @functools.cache
 def _stamps() -> NDArray[np.uint8]:
-    """Ink of a disc for each place of its centre within a pixel: uint8 [256, 16].
+    """Ink of a disc, by pixel of the stamp, for each place of its centre within a pixel: uint8 [16, 256].
 
     A pixel's ink is its share inside the line, taken as radius + .5 - distance to its middle, in [0, 1]. A line comes
     out with 98-99 % of the ink of its area; at exactly 45 degrees through the pixels' middles with 92 %.
@@ -115,6 +122,6 @@ def _stamps() -> NDArray[np.uint8]:
     sub_y, sub_x = np.divmod(np.arange(_SUBPIXELS**2), _SUBPIXELS)
     rows, columns = np.divmod(np.arange(_STAMP_PX**2), _STAMP_PX)
     middle = (_STAMP_PX - 1) / 2
-    x = columns - middle - sub_x[:, None] / _SUBPIXELS + 0.5
-    y = rows - middle - sub_y[:, None] / _SUBPIXELS + 0.5
+    x = columns[:, None] - middle - sub_x / _SUBPIXELS + 0.5
+    y = rows[:, None] - middle - sub_y / _SUBPIXELS + 0.5
     return np.rint(255 * np.clip(LINE_PX / 2 + 0.5 - np.hypot(x, y), 0, 1)).astype(np.uint8)
