@@ -29,6 +29,7 @@ TAPS = (2, 3, 4)  # which convolutions' means are features
 WEIGHTS = Path(__file__).with_name("glyph_cnn.safetensors")  # float16, normalisation folded into the convolutions
 SCALE = "scale"
 WHAT = "the weights of glyph_cnn"
+_IN_CACHE = 64  # images at a time on a CPU: 10,000 take 3.5 s, 4.5 by 256; without channels_last 4.0 and 6.8
 
 
 class GlyphCNN:
@@ -51,11 +52,15 @@ class GlyphCNN:
             raise UsageError(f"{weights} does not hold {WHAT}: no `scale` of {self.feature_dim}; get the right file")
         self.scale = scale.to(device)
         self.weights_hash = sha256(weights)
-        self.network.requires_grad_(False).eval().to(device)
+        self.network.requires_grad_(False).eval().to(memory_format=torch.channels_last).to(device)
         self.device = device
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        at_a_time = _IN_CACHE if self.device == "cpu" else len(images)
+        return torch.cat([self._features(part) for part in torch.split(images, max(1, at_a_time))])
+
+    def _features(self, images: torch.Tensor) -> torch.Tensor:
         x = 1 - gray(images.to(self.device))
         if x.shape[-2:] != (SIZE_PX, SIZE_PX):
             x = F.interpolate(x, (SIZE_PX, SIZE_PX), mode="bilinear", antialias=True)
