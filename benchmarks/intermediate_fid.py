@@ -1,6 +1,7 @@
 """How well do fewer samples and DDIM steps rank trials? What `evaluate.intermediate` may be is decided by this.
 
     python benchmarks/intermediate_fid.py --kanjivg kanji.rdp100.npz    # one thread, about a quarter of an hour
+    python benchmarks/intermediate_fid.py --pictures --full 2000        # Latent Diffusion's U-Net on glyphs in colour
 
 Trains the trials of a small study (dense, static, MagRan and RigL at several S, one seed each), and takes FIDs of the
 same weights at the middle and at the end under every protocol: samples x DDIM steps. `at the end`: Spearman's rank
@@ -44,21 +45,43 @@ METHODS: tuple[dict[str, Any], ...] = (
 
 
 def trial(options: argparse.Namespace, sparse: dict[str, Any], **evaluate: Any) -> TrialConfig:
-    """A trial of tune_spaces/kanjivg_small.yaml."""
-    interval = {"update_interval": 100} if "prune_ratio" in sparse else {}
+    """One of the study."""
+    interval = {"update_interval": options.steps // 10} if "prune_ratio" in sparse else {}
+    content = pictures(options) if options.pictures else sketches(options)
+    content["sparse"] = sparse | interval
+    content["train"] = {"steps": options.steps, "runtime": "auto"} | content.get("train", {})
+    content["evaluate"] = content.get("evaluate", {}) | {
+        "every_steps": options.steps // 2, "generated": 4, "ddim_steps": 1, "kid_subsets": 1, "kid_subset_size": 2,
+        "batch_size": BATCH, "runtime": "auto",
+    } | evaluate  # fmt: skip
+    return config.parse(content)
+
+
+def sketches(options: argparse.Namespace) -> dict[str, Any]:
+    """As in tune_spaces/kanjivg_small.yaml."""
     recipe = {"representation": "del", "spacing": 0.1}
-    return config.parse({
+    return {
         "data": {"name": "kanjivg" if options.kanjivg else "hershey", "root": options.root, "options": recipe}
         | ({"source": str(options.kanjivg)} if options.kanjivg else {}),
         "model": {"options": {"hidden": options.hidden, "layers": options.layers}},
-        "sparse": sparse | interval,
         "optimizer": {"lr": 4e-3, "warmup_steps": 50},
-        "train": {"steps": options.steps, "runtime": "auto"},
-        "evaluate": {
-            "every_steps": options.steps // 2, "generated": 4, "ddim_steps": 1, "kid_subsets": 1, "kid_subset_size": 2,
-            "batch_size": BATCH, "runtime": "auto",
-        } | evaluate,
-    })  # fmt: skip
+    }
+
+
+def pictures(options: argparse.Namespace) -> dict[str, Any]:
+    """As in tune_spaces/glyph_pictures.yaml, at 16 x 16 and 177,427 parameters."""
+    network = {
+        "sample_size": 16, "block_out_channels": [16, 32], "attention_levels": [False, True], "layers_per_block": 1,
+        "attention_head_dim": 16, "norm_num_groups": 8,
+    }  # fmt: skip
+    return {
+        "data": {"name": "hershey_pictures", "root": options.root, "options": {"size_px": 16}},
+        "model": {"name": "latent_unet", "options": network},
+        "diffusion": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
+        "optimizer": {"lr": 2e-3, "warmup_steps": 20, "clip_norm": 1.0},
+        "train": {"batch_size": 16},
+        "evaluate": {"extractor": "oriented_energy", "references": 4000, "timestep_spacing": "trailing"},
+    }
 
 
 def stages(of: TrialConfig) -> list[torch.nn.Module]:
@@ -115,6 +138,7 @@ def table(options: argparse.Namespace, measured: list[tuple[dict[Any, float], di
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kanjivg", type=Path, help="kanji.rdp100.npz; without it: the embedded glyphs")
+    parser.add_argument("--pictures", action="store_true", help="pictures and a U-Net")
     parser.add_argument("--hidden", type=int, default=32, help="h (default 32)")
     parser.add_argument("--layers", type=int, default=1, help="layers of the GRU (default 1)")
     parser.add_argument("--steps", type=int, default=1000, help="of each trial (default 1000)")
