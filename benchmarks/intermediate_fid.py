@@ -80,7 +80,7 @@ def pictures(options: argparse.Namespace) -> dict[str, Any]:
         "diffusion": {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
         "optimizer": {"lr": 2e-3, "warmup_steps": 20, "clip_norm": 1.0},
         "train": {"batch_size": 16},
-        "evaluate": {"extractor": "oriented_energy", "references": 4000, "timestep_spacing": "trailing"},
+        "evaluate": {"extractor": "oriented_energy", "timestep_spacing": "trailing"},
     }
 
 
