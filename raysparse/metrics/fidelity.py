@@ -164,14 +164,25 @@ def _mmd(x: Matrix, y: Matrix, of_x: NDArray[Any], of_y: NDArray[Any], device: t
 
 def _subset_mmd(x: Any, y: Any, in_x: Any, in_y: Any, size: int) -> Any:
     """float64 [k], all NumPy's or all PyTorch's. in_x, in_y: the subsets' indicators [k, n] and [k, m]."""
-    within = [_kernel_sums(z, z, w, w) - w @ _kernel((z * z).sum(1), z.shape[1]) for z, w in ((x, in_x), (y, in_y))]
+    within = [
+        _kernel_sums(z, z, w, w, same=True) - w @ _kernel((z * z).sum(1), z.shape[1]) for z, w in ((x, in_x), (y, in_y))
+    ]
     return (within[0] + within[1]) / (size * (size - 1)) - 2 * _kernel_sums(x, y, in_x, in_y) / size**2
 
 
-def _kernel_sums(x: Any, y: Any, in_x: Any, in_y: Any, block: int = 1024) -> Any:
-    """w_x' K(x, y) w_y for each pair of indicator rows: float64 [k]; memory of one block of rows of K."""
-    rows = [slice(start, start + block) for start in range(0, len(x), block)]
-    return sum((in_x[:, part] * (in_y @ _kernel(y @ x[part].T, x.shape[1]))).sum(1) for part in rows)
+def _kernel_sums(x: Any, y: Any, in_x: Any, in_y: Any, same: bool = False, block: int = 1024) -> Any:
+    """w_x' K(x, y) w_y for each pair of indicator rows: float64 [k]; memory of one block of rows of K.
+
+    same: x is y, and of K, which is symmetric, what lies right of the blocks on the diagonal counts twice.
+    """
+
+    def of(rows: slice, columns: slice) -> Any:
+        return (in_x[:, rows] * (in_y[:, columns] @ _kernel(y[columns] @ x[rows].T, x.shape[1]))).sum(1)
+
+    parts = [slice(start, start + block) for start in range(0, len(x), block)]
+    if same:
+        return sum(of(part, part) + 2 * of(part, slice(part.stop, None)) for part in parts)
+    return sum(of(part, slice(None)) for part in parts)
 
 
 def _kernel(products: Any, width: int) -> Any:
