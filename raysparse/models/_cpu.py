@@ -34,9 +34,14 @@ def _bfloat16(described: str) -> float:
 
 
 BFLOAT16 = _bfloat16(_CPU)
+PAIRS = AVX512 and "avx512_bf16" in _CPU  # vdpbf16ps
+
+
+def halved() -> bool:
+    """Whether what is made here computes in bfloat16, by autocast."""
+    return torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
 
 
 def dense_speed() -> float:
-    """How many times as fast as in float32 a dense product is that is made here: in autocast's type, where it is on."""
-    halved = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    return BFLOAT16 if halved else 1.0
+    """How many times as fast as in float32 a dense product is that is made here."""
+    return BFLOAT16 if halved() else 1.0

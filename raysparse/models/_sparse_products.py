@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -18,9 +17,10 @@ from torch.nn import functional as F
 from raysparse import native
 from raysparse.errors import UsageError
 from raysparse.models import _cpu
+from raysparse.models import _sparse_pairs as pairs
 from raysparse.models._sparse_memory import Memory
 
-_SOURCE = Path(__file__).parent / "native" / "products.cpp"
+_SOURCE = pairs.SOURCE
 # The kernel's time in that of a dense product per weight and column: so much for each active weight, and so much for
 # each input and output, which are laid out anew. Fitted to linear layers of 64 to 1,536 features and convolutions of 32
 # to 256 channels. Times faster at density .6, .5, .25, .1: 512 x 1,536 is .93, 1.1, 1.6 to 1.9, 3.5 (intel), 1.28,
@@ -28,6 +28,9 @@ _SOURCE = Path(__file__).parent / "native" / "products.cpp"
 # 1.9, 3.4; .74, .90, 1.6, 3.2; one of 32 at .5 and .1 .82, 1.35; .90, 1.6; .74, 1.4.
 _COSTS = {"intel": (1.75, 12), "amd": (1.35, 18), "narrow": (2.0, 17)}
 _ACTIVE, _LAID_OUT = _COSTS[_cpu.KIND]
+# Of pairs in bfloat16, on the EPYC. Times faster than dense in bfloat16 at density .5, .25, .1, single weights; blocks:
+# 512 x 1,536 is 1.03, 1.6, 3.0; 1.5, 2.5, 3.9; a 3x3 convolution of 256 channels .88, 1.35, 2.4; 1.2, 2.2, 3.5.
+_PAIR, _PAIRS_LAID_OUT = 1.3, 20
 _GROUPS = 16  # of tokens, whose sums of weights' gradients are added in order, whichever thread made them
 _FEW = 24  # columns (tokens, or pixels of all images) that fill too little of the kernel's vectors
 _SMALL = 2_000_000  # columns x weights, which take PyTorch about 50 us: a call of the kernel costs 20 by itself
@@ -83,15 +86,19 @@ def _takes(layer: nn.Module) -> bool:
     """Whether it does so, and faster."""
     if not supported(layer):
         return False
-    active = int(layer.weight.count_nonzero())
-    cost = _ACTIVE * active + _LAID_OUT * sum(layer.weight.flatten(1).shape)
-    return cost * _cpu.dense_speed() < layer.weight.numel()
+    used = layer.weight != 0
+    if pairs.used(used):
+        rows, active, laid_out = pairs.of_weight(used).any(2), _PAIR, _PAIRS_LAID_OUT
+    else:
+        rows, active, laid_out = used.flatten(1), _ACTIVE, _LAID_OUT
+    cost = active * int(rows.count_nonzero()) + laid_out * sum(rows.shape)
+    return cost * _cpu.dense_speed() < used.numel()
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("starts", "offsets", "values", "bias")),
-        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "block")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "block", "pairs")),
     ]
 
 
@@ -108,66 +115,82 @@ class _Sums(ctypes.Structure):
 
 
 class Kernel:
-    """The compiled products with a weight [outputs, inputs] under a mask. Not thread-safe. memory: shared by layers."""
+    """The compiled products with a weight [outputs, inputs] under a mask. Not thread-safe. memory: shared by layers.
 
-    def __init__(self, inputs: int, outputs: int, memory: Memory) -> None:
+    in_pairs: in bfloat16; the weight, its mask and so on are then [outputs, inputs / 2, 2] (`pairs.of_weight`). Its
+    gradients are for a kernel of single weights.
+    """
+
+    def __init__(self, inputs: int, outputs: int, memory: Memory, *, in_pairs: bool = False) -> None:
         self._library = native.load(_SOURCE)
         self._width = int(self._library.raysparse_width())
         self._deep = int(self._library.raysparse_deep())
         self._block = int(self._library.raysparse_features_in_cache())  # inputs that are walked before the next ones
-        self._inputs, self._outputs, self._memory = inputs, outputs, memory
-        self._starts = self._offsets = self._places = self._weights = torch.empty(0)
+        self._in_pairs = in_pairs
+        self._dtype = torch.bfloat16 if in_pairs else torch.float32
+        self._inputs, self._outputs, self._memory = inputs // 2 if in_pairs else inputs, outputs, memory
+        self._starts = self._offsets = self._places = self._weights = self._active = torch.empty(0)
 
     def lay_out(self, mask: Tensor, places: Tensor) -> None:
-        """mask: bool [outputs, inputs]; places: int64, of the same shape, where `values` finds each weight."""
+        """mask: bool, of the weight's shape; places: int64, likewise, where `values` finds each weight."""
         padded, blocks = -self._inputs % self._block, -(-self._inputs // self._block)
-        used = F.pad(mask, (0, padded)).view(self._outputs, blocks, self._block).transpose(0, 1)
+
+        def by_block(numbers: Tensor) -> Tensor:
+            rows = F.pad(numbers, (0, 0) * (numbers.dim() - 2) + (0, padded))
+            return rows.view(self._outputs, blocks, self._block, *rows.shape[2:]).transpose(0, 1)
+
+        used = by_block(mask.any(2) if self._in_pairs else mask)
         self._starts = torch.zeros(blocks * self._outputs + 1, dtype=torch.int32)
         self._starts[1:] = used.sum(2).flatten().cumsum(0)
         self._offsets = (used.nonzero()[:, 2] * (4 * self._width)).int()
-        self._places, self._weights = (
-            F.pad(numbers, (0, padded)).view(self._outputs, blocks, self._block).transpose(0, 1)[used]
-            for numbers in (places, torch.arange(mask.numel()).view(mask.shape))
-        )
+        self._places = by_block(places)[used]
+        if self._in_pairs:
+            self._active = by_block(mask)[used]
+        else:
+            self._weights = by_block(torch.arange(mask.numel()).view(mask.shape))[used]
 
     def values(self, weight: Tensor) -> Tensor:
         """The active weights in the kernel's order."""
-        return weight.flatten().index_select(0, self._places)
+        found = weight.flatten().index_select(0, self._places.flatten())
+        return pairs.of_features(found.view(-1, 2) * self._active).squeeze(1) if self._in_pairs else found
 
     def linear(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
-        """x: float32 [..., inputs] -> [..., outputs]"""
-        x = x.contiguous()
-        y = x.new_empty(*x.shape[:-1], self._outputs)
+        """x: float32 or bfloat16 [..., inputs] -> float32, in pairs bfloat16 [..., outputs]"""
+        x = pairs.of_features(x) if self._in_pairs else x.float().contiguous()
+        y = x.new_empty(*x.shape[:-1], self._outputs, dtype=self._dtype)
         tokens = ctypes.c_int64(y.numel() // self._outputs)
         self._run("linear", values, bias, ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), tokens)
         return y
 
     def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None, window: Window) -> Tensor:
-        """x: float32 [B, C, H, W] -> [B, outputs, ...]"""
-        padded, out = window.of(x)
-        y = x.new_empty(len(x), self._outputs, *out)
+        """x: float32 or bfloat16 [B, C, H, W] -> float32, in pairs bfloat16 [B, outputs, ...]"""
+        padded, out = window.of(pairs.of_channels(x) if self._in_pairs else x.float())
+        y = padded.new_empty(len(x), self._outputs, *out, dtype=self._dtype)
         self._run("convolve", values, bias, ctypes.byref(window.images(padded, y)))
         return y
 
     def linear_gradients(self, x: Tensor, dy: Tensor) -> Tensor:
-        """Of the weights, [outputs, inputs], 0 where they are not active. x, dy: float32, contiguous."""
+        """Of the weights, float32 [outputs, inputs], 0 where they are not active. x, dy: contiguous, both float32 or
+        both bfloat16, of even numbers of inputs and outputs then."""
         tokens = x.numel() // self._inputs
         pointers = (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(dy.data_ptr()), ctypes.c_int64(tokens))
-        return self._gradients("linear", tokens, *pointers)
+        return self._gradients("linear", tokens, dy.dtype, *pointers)
 
     def convolve_gradients(self, x: Tensor, dy: Tensor, window: Window) -> Tensor:
         """The same of a convolution's, [outputs, inputs]. dy: contiguous."""
         padded, _ = window.of(x)
         columns = dy.numel() // self._outputs
-        return self._gradients("convolve", columns, ctypes.byref(window.images(padded, dy)))
+        return self._gradients("convolve", columns, dy.dtype, ctypes.byref(window.images(padded, dy)))
 
-    def _gradients(self, name: str, columns: int, *arguments: object) -> Tensor:
-        groups = min(_GROUPS, -(-columns // self._deep))
+    def _gradients(self, name: str, columns: int, dtype: torch.dtype, *arguments: object) -> Tensor:
+        halves = dtype == torch.bfloat16
+        groups = min(_GROUPS, -(-columns // (2 * self._deep if halves else self._deep)))
         sums = torch.zeros(groups, len(self._places))
         handed = _Sums(sums.data_ptr(), len(self._places), groups)
         threads = ctypes.c_int32(torch.get_num_threads())
         getattr(self._library, f"raysparse_{name}_gradients")(
-            ctypes.byref(self._packed(sums, None)), *arguments, ctypes.byref(handed), self._scratch(self._deep), threads
+            *(ctypes.byref(self._packed(sums, None, halves)), *arguments, ctypes.byref(handed)),
+            *(self._scratch(self._deep), threads),
         )
         found = torch.zeros(self._outputs * self._inputs)
         found[self._weights] = sums.sum(0)
@@ -175,14 +198,15 @@ class Kernel:
 
     def _run(self, name: str, values: Tensor, bias: Tensor | None, *arguments: object) -> None:
         bias = values.new_zeros(self._outputs) if bias is None else bias.detach()
-        packed, threads = self._packed(values, bias), ctypes.c_int32(torch.get_num_threads())
+        packed, threads = self._packed(values, bias, self._in_pairs), ctypes.c_int32(torch.get_num_threads())
         getattr(self._library, f"raysparse_{name}")(
             ctypes.byref(packed), *arguments, self._scratch(self._width), threads
         )
 
-    def _packed(self, values: Tensor, bias: Tensor | None) -> _Layer:
+    def _packed(self, values: Tensor, bias: Tensor | None, halves: bool) -> _Layer:
         pointers = (self._starts.data_ptr(), self._offsets.data_ptr(), values.data_ptr())
-        return _Layer(*pointers, None if bias is None else bias.data_ptr(), self._inputs, self._outputs, self._block)
+        sizes = (self._inputs, self._outputs, self._block, halves)
+        return _Layer(*pointers, None if bias is None else bias.data_ptr(), *sizes)
 
     def _scratch(self, columns: int) -> ctypes.c_void_p:
         size = 4 * torch.get_num_threads() * (self._inputs + self._outputs) * columns
@@ -220,18 +244,21 @@ class Window(NamedTuple):
 class SparseProduct(nn.Module):
     """forward(x) as the nn.Linear or nn.Conv2d that it stands for, in float32, no gradients.
 
-    A weight that is 0 takes no part: an input that is not finite is not multiplied with it. Runs on
-    torch.get_num_threads() threads; what comes out does not depend on how many.
+    Made under autocast to bfloat16 it is in that, where the CPU can, but sums. A weight that is 0 takes no part: an
+    input that is not finite is not multiplied with it (in bfloat16 only where the pair that it lies in is left out).
+    Runs on torch.get_num_threads() threads; what comes out does not depend on how many.
     """
 
     def __init__(self, layer: nn.Module, memory: Memory) -> None:
         super().__init__()
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         self.layer = layer
-        weight = layer.weight.detach().flatten(1)
-        outputs, inputs = weight.shape
-        self._kernel = Kernel(inputs, outputs, memory)
-        self._kernel.lay_out(weight != 0, torch.arange(weight.numel()).view(weight.shape))
+        weight = layer.weight.detach()
+        places = torch.arange(weight.numel()).view(weight.shape)
+        in_pairs = pairs.used(weight)
+        rows = [pairs.of_weight(part) if in_pairs else part.flatten(1) for part in (weight != 0, places)]
+        self._kernel = Kernel(weight[0].numel(), len(weight), memory, in_pairs=in_pairs)
+        self._kernel.lay_out(*rows)
         self._values = self._kernel.values(weight)
 
     @property
@@ -245,10 +272,10 @@ class SparseProduct(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        layer, x = self.layer, x.float()
+        layer = self.layer
         with torch.autocast("cpu", enabled=False):
             if not worth_it(x.numel() // x.shape[1 if isinstance(layer, nn.Conv2d) else -1], layer.weight):
-                found: Tensor = layer(x)
+                found: Tensor = layer(x.float())
                 return found
             if isinstance(layer, nn.Conv2d):
                 return self._kernel.convolve(x, self._values, layer.bias, Window.of_layer(layer))

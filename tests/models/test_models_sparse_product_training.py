@@ -186,6 +186,7 @@ def test_layers_that_are_not_worth_it_stay_dense(monkeypatch: pytest.MonkeyPatch
 
 
 def test_against_products_in_bfloat16_fewer_weights_must_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpu, "PAIRS", False)
     monkeypatch.setattr(_sparse_product_training, "_ACTIVE", 1.5)
     monkeypatch.setattr(_cpu, "BFLOAT16", 2.0)
     for density, pays in ((0.5, False), (0.1, True)):

@@ -136,6 +136,7 @@ def test_layers_that_are_not_worth_it_are_left_to_pytorch(
 
 
 def test_against_products_in_bfloat16_fewer_weights_must_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpu, "PAIRS", False)
     monkeypatch.setattr(_sparse_products, "_ACTIVE", 1.5)
     monkeypatch.setattr(_cpu, "BFLOAT16", 2.0)
     model = nn.Sequential(thinned(nn.Linear(512, 512), 0.5), thinned(nn.Linear(512, 512), 0.1))
@@ -178,7 +179,8 @@ def test_a_copy_is_made_of_the_weights_as_they_are() -> None:
     assert products(fast)[0].weight is not layer.weight
 
 
-def test_under_autocast_it_stays_float32() -> None:
+def test_under_autocast_it_stays_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_cpu, "PAIRS", False)  # a CPU without products of bfloat16
     layer = thinned(nn.Linear(32, 32), 0.2)
     fast, x = with_sparse_products(nn.Sequential(layer)), torch.randn(40, 32)
     with torch.autocast("cpu", dtype=torch.bfloat16):

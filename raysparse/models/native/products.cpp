@@ -20,12 +20,14 @@
 
 namespace {
 
+// In bfloat16 an input and a weight are two each, side by side in the 32 bits of a float, whose products are summed.
 struct Layer {
   const int32_t* starts;   // [blocks * outputs + 1] where each row's weights of a block begin
   const int32_t* offsets;  // [weights] bytes from the block's first input to the one that the weight takes
   const float* values;     // [weights]
   const float* bias;       // [outputs]
   int64_t inputs, outputs, block;
+  int64_t pairs;           // whether it is in bfloat16
 };
 
 // A convolution's images are padded already.
@@ -35,10 +37,35 @@ struct Images {
   int64_t count, channels, height, width, out_height, out_width, kernel_height, kernel_width, down, across;
 };
 
-constexpr int DEEP = 8 * LANES;  // columns of a chunk of which weights' gradients are summed: a row of dy is 8 vectors
+struct Floats {
+  static constexpr int IN_ONE = 1;  // columns side by side in the 32 bits of a float, where gradients are summed
+  static vec weight(const float* value) { return splat(*value); }
+  static void add(vec& sum, const vec& x, vec y) { sum += x * y; }
+};
+
+// RHEL 8's GCC 8 comes with an assembler that does not know the instruction.
+#if defined(__AVX512F__) && (defined(__clang__) || __GNUC__ >= 10)
+#define RAYSPARSE_PAIRS 1
+struct Pairs {
+  static constexpr int IN_ONE = 2;
+  static vec weight(const float* value) {
+    int32_t bits;
+    memcpy(&bits, value, sizeof bits);
+    return (vec)(bits - ivec{});
+  }
+  // No intrinsic: that would need a flag of the compiler for a CPU that may not have the instruction.
+  static void add(vec& sum, const vec& x, vec y) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(y), "m"(x)); }
+};
+#else
+#define RAYSPARSE_PAIRS 0
+typedef Floats Pairs;  // never used
+#endif
+
+constexpr int DEEP = 8 * LANES;  // floats of a chunk of which weights' gradients are summed: a row of dy is 8 vectors
 
 // sums [weights] += for each weight, dy of its output times x of its input, over a chunk: in [inputs, DEEP], dy
 // [outputs, DEEP]
+template <class Product>
 void add_gradients(const Layer& layer, const float* in, const float* dy, float* sums) {
   const int32_t* start = layer.starts;
   for (int64_t first = 0; first < layer.inputs; first += layer.block) {
@@ -48,8 +75,8 @@ void add_gradients(const Layer& layer, const float* in, const float* dy, float* 
       memcpy(of_output, dy + o * DEEP, sizeof of_output);
       for (int32_t i = start[0]; i < start[1]; ++i) {
         const vec* x = (const vec*)(base + layer.offsets[i] * (DEEP / WIDTH));
-        vec even = x[0] * of_output[0], odd = x[1] * of_output[1];
-        for (int v = 2; v < 8; v += 2) even += x[v] * of_output[v], odd += x[v + 1] * of_output[v + 1];
+        vec even = {}, odd = {};
+        for (int v = 0; v < 8; v += 2) Product::add(even, x[v], of_output[v]), Product::add(odd, x[v + 1], of_output[v + 1]);
         sums[i] += sum_of(even + odd);
       }
     }
@@ -57,7 +84,7 @@ void add_gradients(const Layer& layer, const float* in, const float* dy, float* 
 }
 
 // out [outputs, WIDTH] = weights times in [inputs, WIDTH], plus the bias, of the first NV vectors
-template <int NV>
+template <class Product, int NV>
 void multiply_by(const Layer& layer, const float* in, float* out) {
   for (int64_t o = 0; o < layer.outputs; ++o)
     for (int v = 0; v < NV; ++v) ((vec*)out)[o * VECTORS + v] = splat(layer.bias[o]);
@@ -72,23 +99,30 @@ void multiply_by(const Layer& layer, const float* in, float* out) {
       for (; i + 2 <= start[1]; i += 2) {
         const vec* x = at(base + layer.offsets[i]);
         const vec* z = at(base + layer.offsets[i + 1]);
-        for (int v = 0; v < NV; ++v) even[v] += x[v] * layer.values[i], odd[v] += z[v] * layer.values[i + 1];
+        const auto of_x = Product::weight(layer.values + i), of_z = Product::weight(layer.values + i + 1);
+        for (int v = 0; v < NV; ++v) Product::add(even[v], x[v], of_x), Product::add(odd[v], z[v], of_z);
       }
       if (i < start[1])
-        for (int v = 0; v < NV; ++v) even[v] += at(base + layer.offsets[i])[v] * layer.values[i];
+        for (int v = 0; v < NV; ++v)
+          Product::add(even[v], at(base + layer.offsets[i])[v], Product::weight(layer.values + i));
       for (int v = 0; v < NV; ++v) y[v] = even[v] + odd[v];
     }
   }
 }
 
 // count: columns in use
-void multiply(const Layer& layer, const float* in, float* out, int64_t count) {
+template <class Product>
+void multiply_with(const Layer& layer, const float* in, float* out, int64_t count) {
   switch ((count + LANES - 1) / LANES) {
-    case 1: return multiply_by<1>(layer, in, out);
-    case 2: return multiply_by<2>(layer, in, out);
-    case 3: return multiply_by<VECTORS < 3 ? VECTORS : 3>(layer, in, out);
-    default: return multiply_by<VECTORS>(layer, in, out);
+    case 1: return multiply_by<Product, 1>(layer, in, out);
+    case 2: return multiply_by<Product, 2>(layer, in, out);
+    case 3: return multiply_by<Product, VECTORS < 3 ? VECTORS : 3>(layer, in, out);
+    default: return multiply_by<Product, VECTORS>(layer, in, out);
   }
+}
+
+void multiply(const Layer& layer, const float* in, float* out, int64_t count) {
+  return layer.pairs ? multiply_with<Pairs>(layer, in, out, count) : multiply_with<Floats>(layer, in, out, count);
 }
 
 // Of a square of LANES x LANES: swaps the upper right and the lower left corner of each square of 2 STEP.
@@ -124,6 +158,46 @@ void transpose(const float* from, int64_t from_row, float* to, int64_t to_row, i
     for (int64_t c = 0; c < columns; ++c) to[c * to_row + r] = from[r * from_row + c];
 }
 
+// Rows of pairs [rows, 2 DEEP], the two numbers of a pair on top of each other: [2 rows, DEEP], columns t and t + LANES of
+// every 2 LANES side by side.
+void take_apart(float* pairs, int64_t rows) {
+  for (int64_t r = 0; r < rows; ++r, pairs += 2 * DEEP) {
+    ivec of_row[16], apart[16];
+    memcpy(of_row, pairs, sizeof of_row);
+    for (int v = 0; v < 8; ++v) {
+      const ivec left = of_row[2 * v], right = of_row[2 * v + 1];
+      apart[v] = (left & 0xffff) | (right << 16);
+      apart[v + 8] = ((left >> 16) & 0xffff) | (right & ~0xffff);
+    }
+    memcpy(pairs, apart, sizeof apart);
+  }
+}
+
+// To bfloat16, the upper half of each number.
+inline ivec rounded(vec x) {
+  const ivec bits = (ivec)x, up = bits + 0x7fff + ((bits >> 16) & 1), odd = x != x;
+  return (up & ~odd) | (0x7fc00000 & odd);
+}
+
+// rows [count, WIDTH] in pairs: [count / 2, WIDTH]
+void put_beside(float* rows, int64_t count) {
+  vec* from = (vec*)rows;
+  ivec* to = (ivec*)rows;
+  for (int64_t r = 0; r < count; r += 2, from += 2 * VECTORS, to += VECTORS)
+    for (int v = 0; v < VECTORS; ++v)
+      to[v] = ((rounded(from[v]) >> 16) & 0xffff) | (rounded(from[v + VECTORS]) & ~0xffff);
+}
+
+// A row of WIDTH numbers, one by one.
+void halve(const float* row, uint16_t* halves) {
+  uint32_t bits[WIDTH];
+  for (int v = 0; v < VECTORS; ++v) {
+    const ivec found = rounded(((const vec*)row)[v]);
+    memcpy(bits + v * LANES, &found, sizeof found);
+  }
+  for (int k = 0; k < WIDTH; ++k) halves[k] = (uint16_t)(bits[k] >> 16);
+}
+
 struct Run {
   int64_t from, to, length;  // pixels side by side in a row of an image: the first one's place in x, and its column
   int64_t out;               // its place in y
@@ -144,28 +218,32 @@ std::vector<Run> runs_of(const Images& images, int64_t outputs, int64_t first, i
 }
 
 // Lengths that the compiler knows take a tenth of a call.
-inline void copy(const float* from, int64_t step, float* to, int64_t length) {
+template <class T>
+inline void copy(const T* from, int64_t step, T* to, int64_t length) {
   if (step != 1)
     for (int64_t k = 0; k < length; ++k) to[k] = from[k * step];
   else if (length == WIDTH)
-    memcpy(to, from, WIDTH * sizeof(float));
+    memcpy(to, from, WIDTH * sizeof(T));
   else if (length == 16)
-    memcpy(to, from, 64);
+    memcpy(to, from, 16 * sizeof(T));
   else if (length == 8)
-    memcpy(to, from, 32);
+    memcpy(to, from, 8 * sizeof(T));
   else if (length == 4)
-    memcpy(to, from, 16);
+    memcpy(to, from, 4 * sizeof(T));
   else
     for (int64_t k = 0; k < length; ++k) to[k] = from[k];
 }
 
 // in [inputs, columns]: what the kernel's window sees at each pixel of the chunk
-void gather(const Images& images, const std::vector<Run>& runs, int columns, float* in) {
+template <class T>
+void gather(const Images& images, const std::vector<Run>& runs, int columns, T* in) {
   for (int64_t c = 0; c < images.channels; ++c)
     for (int64_t i = 0; i < images.kernel_height; ++i)
       for (int64_t j = 0; j < images.kernel_width; ++j, in += columns)
-        for (const Run& run : runs)
-          copy(images.x + (c * images.height + i) * images.width + j + run.from, images.across, in + run.to, run.length);
+        for (const Run& run : runs) {
+          const T* row = (const T*)images.x + (c * images.height + i) * images.width + j;
+          copy(row + run.from, images.across, in + run.to, run.length);
+        }
 }
 
 // work(number of the chunk, in, out) for all chunks, on this thread and others
@@ -186,21 +264,37 @@ struct Sums {
 };
 
 // fill(first column, how many, in, dy) for each chunk of each group, then its gradients
-template <class Fill>
+template <class Product, class Fill>
 void in_groups(const Layer& layer, int64_t columns, const Sums& sums, char* memory, int threads, const Fill& fill) {
-  const int64_t rows = layer.inputs + layer.outputs, chunks = (columns + DEEP - 1) / DEEP;
+  constexpr int64_t SIZE = DEEP * Product::IN_ONE;
+  const int64_t rows = layer.inputs + layer.outputs, chunks = (columns + SIZE - 1) / SIZE;
   std::atomic<int64_t> next{0};
   on_threads(threads, sums.groups, [&](int thread) {
     float* in = (float*)memory + thread * rows * DEEP;
     float* dy = in + layer.inputs * DEEP;
     for (int64_t group; (group = next++) < sums.groups;)
       for (int64_t chunk = group * chunks / sums.groups; chunk < (group + 1) * chunks / sums.groups; ++chunk) {
-        const int64_t first = chunk * DEEP, count = std::min<int64_t>(DEEP, columns - first);
-        if (count < DEEP) memset(in, 0, rows * DEEP * sizeof(float));
+        const int64_t first = chunk * SIZE, count = std::min<int64_t>(SIZE, columns - first);
+        if (count < SIZE) memset(in, 0, rows * DEEP * sizeof(float));
         fill(first, count, in, dy);
-        add_gradients(layer, in, dy, sums.values + group * sums.weights);
+        add_gradients<Product>(layer, in, dy, sums.values + group * sums.weights);
       }
   });
+}
+
+// T: a number of x and dy
+template <class Product, class T>
+void convolve_gradients(const Layer& layer, const Images& images, const Sums& sums, char* memory, int threads) {
+  const int64_t pixels = images.out_height * images.out_width;
+  const auto fill = [&](int64_t first, int64_t count, float* in, float* out) {
+    constexpr int SIZE = DEEP * Product::IN_ONE;
+    const std::vector<Run> runs = runs_of(images, layer.outputs, first, count);
+    gather(images, runs, SIZE, (T*)in);
+    for (int64_t o = 0; o < layer.outputs; ++o)
+      for (const Run& run : runs)
+        copy((const T*)images.y + run.out + o * pixels, 1, (T*)out + o * SIZE + run.to, run.length);
+  };
+  in_groups<Product>(layer, images.count * pixels, sums, memory, threads, fill);
 }
 
 }  // namespace
@@ -209,42 +303,48 @@ extern "C" {
 
 int32_t raysparse_width() { return WIDTH; }
 int32_t raysparse_deep() { return DEEP; }
+int32_t raysparse_pairs() { return RAYSPARSE_PAIRS; }
 int32_t raysparse_features_in_cache() { return features_in_cache(); }
 
-// x [tokens, inputs], y [tokens, outputs]; memory: threads x (inputs + outputs) x WIDTH floats
+// x [tokens, inputs], y [tokens, outputs], an even number if in bfloat16; memory: threads x (inputs + outputs) x WIDTH
+// floats
 void raysparse_linear(const Layer* layer, const float* x, float* y, int64_t tokens, char* memory, int32_t threads) {
-  const int64_t inputs = layer->inputs, outputs = layer->outputs;
+  const int64_t inputs = layer->inputs, outputs = layer->outputs, wide = layer->pairs ? outputs / 2 : outputs;
   in_chunks(*layer, (tokens + WIDTH - 1) / WIDTH, memory, threads, [&](int64_t chunk, float* in, float* out) {
     const int64_t first = chunk * WIDTH, count = std::min<int64_t>(WIDTH, tokens - first);
     transpose(x + first * inputs, inputs, in, WIDTH, count, inputs);
     multiply(*layer, in, out, count);
-    for (int64_t o = 0; o < outputs; o += 64)  // narrow: a token's piece of y stays in the cache until it is whole
-      transpose(out + o * WIDTH, WIDTH, y + first * outputs + o, outputs, std::min<int64_t>(64, outputs - o), count);
+    if (layer->pairs) put_beside(out, outputs);
+    for (int64_t o = 0; o < wide; o += 64)  // narrow: a token's piece of y stays in the cache until it is whole
+      transpose(out + o * WIDTH, WIDTH, y + first * wide + o, wide, std::min<int64_t>(64, wide - o), count);
   });
 }
 
 // Gradients of the weights: sums [groups, weights], zeros at first, of each group of tokens or pixels; memory: threads x
-// (inputs + outputs) x DEEP floats. x [tokens, inputs], dy [tokens, outputs]:
+// (inputs + outputs) x DEEP floats. x and dy are floats, or bfloat16 (layer->pairs): then single ones, not in pairs.
+// x [tokens, inputs], dy [tokens, outputs], of both an even number if in bfloat16:
 void raysparse_linear_gradients(const Layer* layer, const float* x, const float* dy, int64_t tokens, const Sums* sums,
                                 char* memory, int32_t threads) {
   const int64_t inputs = layer->inputs, outputs = layer->outputs;
-  in_groups(*layer, tokens, *sums, memory, threads, [&](int64_t first, int64_t count, float* in, float* out) {
-    transpose(x + first * inputs, inputs, in, DEEP, count, inputs);
-    transpose(dy + first * outputs, outputs, out, DEEP, count, outputs);
-  });
+  if (layer->pairs)
+    in_groups<Pairs>(*layer, tokens, *sums, memory, threads, [&](int64_t first, int64_t count, float* in, float* out) {
+      transpose(x + first * inputs / 2, inputs / 2, in, 2 * DEEP, count, inputs / 2);
+      transpose(dy + first * outputs / 2, outputs / 2, out, 2 * DEEP, count, outputs / 2);
+      take_apart(in, inputs / 2);
+      take_apart(out, outputs / 2);
+    });
+  else
+    in_groups<Floats>(*layer, tokens, *sums, memory, threads, [&](int64_t first, int64_t count, float* in, float* out) {
+      transpose(x + first * inputs, inputs, in, DEEP, count, inputs);
+      transpose(dy + first * outputs, outputs, out, DEEP, count, outputs);
+    });
 }
 
 // images: y is dy
 void raysparse_convolve_gradients(const Layer* layer, const Images* images, const Sums* sums, char* memory,
                                   int32_t threads) {
-  const int64_t pixels = images->out_height * images->out_width;
-  in_groups(*layer, images->count * pixels, *sums, memory, threads,
-            [&](int64_t first, int64_t count, float* in, float* out) {
-              const std::vector<Run> runs = runs_of(*images, layer->outputs, first, count);
-              gather(*images, runs, DEEP, in);
-              for (int64_t o = 0; o < layer->outputs; ++o)
-                for (const Run& run : runs) copy(images->y + run.out + o * pixels, 1, out + o * DEEP + run.to, run.length);
-            });
+  if (layer->pairs) convolve_gradients<Pairs, uint16_t>(*layer, *images, *sums, memory, threads);
+  else convolve_gradients<Floats, float>(*layer, *images, *sums, memory, threads);
 }
 
 void raysparse_convolve(const Layer* layer, const Images* images, char* memory, int32_t threads) {
@@ -254,8 +354,16 @@ void raysparse_convolve(const Layer* layer, const Images* images, char* memory, 
     const std::vector<Run> runs = runs_of(*images, layer->outputs, first, count);
     gather(*images, runs, WIDTH, in);
     multiply(*layer, in, out, count);
-    for (int64_t o = 0; o < layer->outputs; ++o)
-      for (const Run& run : runs) copy(out + o * WIDTH + run.to, 1, images->y + run.out + o * pixels, run.length);
+    for (int64_t o = 0; o < layer->outputs; ++o) {
+      const float* row = out + o * WIDTH;
+      uint16_t halves[WIDTH];
+      if (layer->pairs) halve(row, halves);
+      for (const Run& run : runs) {
+        const int64_t to = run.out + o * pixels;
+        if (layer->pairs) copy<uint16_t>(halves + run.to, 1, (uint16_t*)images->y + to, run.length);
+        else copy(row + run.to, 1, images->y + to, run.length);
+      }
+    }
   });
 }
 }
