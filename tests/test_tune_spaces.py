@@ -98,11 +98,19 @@ def test_the_cost_of_a_run_is_the_one_that_the_paper_prints(name: str, printed: 
     assert row["flops_inference_paper"] == pytest.approx(1.92036e13, rel=1e-5)
 
 
-def test_the_evaluations_of_celeba_hq_cost_what_its_comment_says() -> None:
-    trial = base("celeba_hq")
-    row = plan.cost_row(trial)
-    share = trial.evaluate.generated * row["flops_inference_true"] / row["flops_train_true"]
-    assert round(share, 2) == 0.18
+def test_the_evaluations_of_pictures_cost_what_comments_say() -> None:
+    for name in ("celeba_hq", "lsun_bedrooms", "imagenette"):
+        trial = base(name)
+        row, evaluate, cheap = plan.cost_row(trial), trial.evaluate, trial.evaluate.intermediate
+        assert cheap is not None
+        full = evaluate.generated * row["flops_inference_true"] / row["flops_train_true"]
+        early = full * cheap.generated / evaluate.generated * cheap.ddim_steps / evaluate.ddim_steps
+        times = trial.train.steps // evaluate.every_steps
+        of_all, of_these = (100 * cost / (1 + cost) for cost in (times * full, times * early + full))
+        text = (SPACES / f"{name}.yaml").read_text()
+        assert f"Evaluations are {of_these:.0f} % of a dense trial's FLOPs, {of_all:.0f} if all were full." in text
+        if name == "celeba_hq":
+            assert round(full, 2) == 0.18
 
 
 def test_a_trial_of_two_workers_shares_a_batch() -> None:
