@@ -76,7 +76,8 @@ void add_gradients(const Layer& layer, const float* in, const float* dy, float* 
       for (int32_t i = start[0]; i < start[1]; ++i) {
         const vec* x = (const vec*)(base + layer.offsets[i] * (DEEP / WIDTH));
         vec even = {}, odd = {};
-        for (int v = 0; v < 8; v += 2) Product::add(even, x[v], of_output[v]), Product::add(odd, x[v + 1], of_output[v + 1]);
+        for (int v = 0; v < 8; v += 2)
+          Product::add(even, x[v], of_output[v]), Product::add(odd, x[v + 1], of_output[v + 1]);
         sums[i] += sum_of(even + odd);
       }
     }
@@ -158,8 +159,8 @@ void transpose(const float* from, int64_t from_row, float* to, int64_t to_row, i
     for (int64_t c = 0; c < columns; ++c) to[c * to_row + r] = from[r * from_row + c];
 }
 
-// Rows of pairs [rows, 2 DEEP], the two numbers of a pair on top of each other: [2 rows, DEEP], columns t and t + LANES of
-// every 2 LANES side by side.
+// Rows of pairs [rows, 2 DEEP], the two numbers of a pair on top of each other: [2 rows, DEEP], columns t and t + LANES
+// of every 2 LANES side by side.
 void take_apart(float* pairs, int64_t rows) {
   for (int64_t r = 0; r < rows; ++r, pairs += 2 * DEEP) {
     ivec of_row[16], apart[16];
@@ -181,11 +182,15 @@ inline ivec rounded(vec x) {
 
 // rows [count, WIDTH] in pairs: [count / 2, WIDTH]
 void put_beside(float* rows, int64_t count) {
-  vec* from = (vec*)rows;
-  ivec* to = (ivec*)rows;
-  for (int64_t r = 0; r < count; r += 2, from += 2 * VECTORS, to += VECTORS)
-    for (int v = 0; v < VECTORS; ++v)
-      to[v] = ((rounded(from[v]) >> 16) & 0xffff) | (rounded(from[v + VECTORS]) & ~0xffff);
+  float* to = rows;
+  for (int64_t r = 0; r < count; r += 2, rows += 2 * WIDTH, to += WIDTH) {
+    vec both[2 * VECTORS];
+    memcpy(both, rows, sizeof both);
+    for (int v = 0; v < VECTORS; ++v) {
+      const ivec found = ((rounded(both[v]) >> 16) & 0xffff) | (rounded(both[v + VECTORS]) & ~0xffff);
+      memcpy(to + v * LANES, &found, sizeof found);
+    }
+  }
 }
 
 // A row of WIDTH numbers, one by one.
@@ -277,6 +282,7 @@ void in_groups(const Layer& layer, int64_t columns, const Sums& sums, char* memo
         const int64_t first = chunk * SIZE, count = std::min<int64_t>(SIZE, columns - first);
         if (count < SIZE) memset(in, 0, rows * DEEP * sizeof(float));
         fill(first, count, in, dy);
+        asm volatile("" ::: "memory");  // what may have been written by halves is read by vectors
         add_gradients<Product>(layer, in, dy, sums.values + group * sums.weights);
       }
   });
@@ -326,18 +332,18 @@ void raysparse_linear(const Layer* layer, const float* x, float* y, int64_t toke
 void raysparse_linear_gradients(const Layer* layer, const float* x, const float* dy, int64_t tokens, const Sums* sums,
                                 char* memory, int32_t threads) {
   const int64_t inputs = layer->inputs, outputs = layer->outputs;
-  if (layer->pairs)
-    in_groups<Pairs>(*layer, tokens, *sums, memory, threads, [&](int64_t first, int64_t count, float* in, float* out) {
-      transpose(x + first * inputs / 2, inputs / 2, in, 2 * DEEP, count, inputs / 2);
-      transpose(dy + first * outputs / 2, outputs / 2, out, 2 * DEEP, count, outputs / 2);
-      take_apart(in, inputs / 2);
-      take_apart(out, outputs / 2);
-    });
-  else
-    in_groups<Floats>(*layer, tokens, *sums, memory, threads, [&](int64_t first, int64_t count, float* in, float* out) {
-      transpose(x + first * inputs, inputs, in, DEEP, count, inputs);
-      transpose(dy + first * outputs, outputs, out, DEEP, count, outputs);
-    });
+  const auto floats = [&](int64_t first, int64_t count, float* in, float* out) {
+    transpose(x + first * inputs, inputs, in, DEEP, count, inputs);
+    transpose(dy + first * outputs, outputs, out, DEEP, count, outputs);
+  };
+  const auto pairs = [&](int64_t first, int64_t count, float* in, float* out) {
+    transpose(x + first * inputs / 2, inputs / 2, in, 2 * DEEP, count, inputs / 2);
+    transpose(dy + first * outputs / 2, outputs / 2, out, 2 * DEEP, count, outputs / 2);
+    take_apart(in, inputs / 2);
+    take_apart(out, outputs / 2);
+  };
+  if (layer->pairs) in_groups<Pairs>(*layer, tokens, *sums, memory, threads, pairs);
+  else in_groups<Floats>(*layer, tokens, *sums, memory, threads, floats);
 }
 
 // images: y is dy
