@@ -201,7 +201,7 @@ class EvaluateConfig(Section):
     # leading: ChiroDiff; original: Latent Diffusion's own, where 150 asked for are 167 done (PAPER: Latent Diffusion)
     timestep_spacing: Literal["leading", "trailing", "original"] = "leading"
     guidance: float | None = Field(None, ge=0)  # classifier-free guidance scale; None: the conditional model alone
-    batch_size: int = Field(256, ge=1)  # samples drawn and extracted at a time
+    batch_size: int = Field(256, ge=1)  # samples drawn and extracted at a time; a GPU denoises several such at once
     # What evaluates: PyTorch, or kernels that skip zero weights (equal to rounding); auto: those where they can run
     runtime: Literal["dense", "sparse", "auto"] = "dense"
     validation_examples: int = Field(1_024, ge=1)  # at most so many: the first ones of the split

@@ -39,6 +39,5 @@ def of_features(x: Tensor) -> Tensor:
 
 def of_channels(x: Tensor) -> Tensor:
     """[B, C, H, W] of floats -> [B, C / 2, H, W]."""
-    batch, channels, *size = x.shape
-    beside = x.bfloat16().view(batch, channels // 2, 2, *size).movedim(2, -1).contiguous()
-    return beside.view(torch.float32).squeeze(-1)
+    x = x.bfloat16()
+    return torch.stack((x[:, 0::2], x[:, 1::2]), -1).view(torch.float32).squeeze(-1)
