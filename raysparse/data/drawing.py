@@ -100,9 +100,7 @@ def _stamp(
         subs.append(sub)
     origin = (np.repeat(image_of, discs) * SIDE_PX + places[1]) * SIDE_PX + places[0]
     stamp = subs[1] * _SUBPIXELS + subs[0]
-    for offset, values in zip(
-        _offsets(), _stamps(), strict=True
-    ):  # 1.2 times faster than all pixels of a stamp at once
+    for offset, values in zip(_offsets(), _stamps(), strict=True):  # all pixels at once take 1.2 times as long
         np.maximum.at(ink, origin + offset, values[stamp])
 
 

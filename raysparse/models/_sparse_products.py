@@ -244,8 +244,8 @@ class Window(NamedTuple):
 class SparseProduct(nn.Module):
     """forward(x) as the nn.Linear or nn.Conv2d that it stands for, in float32, no gradients.
 
-    Made under autocast to bfloat16 it is in that, where the CPU can, but sums. A weight that is 0 takes no part: an
-    input that is not finite is not multiplied with it (in bfloat16 only where the pair that it lies in is left out).
+    Made under autocast to bfloat16 it computes in that where the CPU can; sums stay float32. A weight that is 0 takes
+    no part: an input that is not finite is not multiplied with it (in bfloat16 only where a pair's weights are both 0).
     Runs on torch.get_num_threads() threads; what comes out does not depend on how many.
     """
 

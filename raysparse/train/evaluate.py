@@ -225,8 +225,8 @@ class Evaluator:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # else the seconds of sampling would be counted as extraction's
             middle = self.clock()
-            for number, x, of in zip(numbers, sampled, starts, strict=True):
-                drawn, first = sampler.source.to_images(x, of.cond), number * size
+            for number, x, begun in zip(numbers, sampled, starts, strict=True):
+                drawn, first = sampler.source.to_images(x, begun.cond), number * size
                 features[first : first + len(drawn)] = self.extractor(drawn.to(self.device))
                 images[first : first + len(drawn)] = drawn[: max(0, len(images) - first)].cpu()
             sampling_s += middle - start
