@@ -20,7 +20,6 @@ from raysparse.models import _cpu
 from raysparse.models import _sparse_pairs as pairs
 from raysparse.models._sparse_memory import Memory
 
-_SOURCE = pairs.SOURCE
 # The kernel's time in that of a dense product per weight and column: so much for each active weight, and so much for
 # each input and output, which are laid out anew. Fitted to linear layers of 64 to 1,536 features and convolutions of 32
 # to 256 channels. Times faster at density .6, .5, .25, .1: 512 x 1,536 is .93, 1.1, 1.6 to 1.9, 3.5 (intel), 1.28,
@@ -64,7 +63,7 @@ def check(model: nn.Module) -> None:
     if parameter.device.type != "cpu" or parameter.dtype != torch.float32:
         kind = f"{str(parameter.dtype).removeprefix('torch.')} on {parameter.device}"
         raise UsageError(f"it computes float32 on the CPU (--device cpu), the model is {kind}")
-    native.load(_SOURCE)
+    native.load(pairs.SOURCE)
 
 
 def worth_it(columns: int, weight: Tensor) -> bool:
@@ -122,7 +121,7 @@ class Kernel:
     """
 
     def __init__(self, inputs: int, outputs: int, memory: Memory, *, in_pairs: bool = False) -> None:
-        self._library = native.load(_SOURCE)
+        self._library = native.load(pairs.SOURCE)
         self._width = int(self._library.raysparse_width())
         self._deep = int(self._library.raysparse_deep())
         self._block = int(self._library.raysparse_features_in_cache())  # inputs that are walked before the next ones

@@ -53,7 +53,8 @@ def thinned(shape: tuple[int, ...], density: float, seed: int, padding: int = 0)
     mask = torch.rand(shape, generator=draw) < density
     with torch.no_grad():
         layer.weight.copy_((torch.randn(shape, generator=draw) * mask).bfloat16())
-        layer.bias.normal_(generator=draw)  # type: ignore[union-attr]
+        assert isinstance(layer.bias, Tensor)
+        layer.bias.normal_(generator=draw)
     return layer, mask
 
 
@@ -149,10 +150,11 @@ def test_threads_change_nothing(shape: tuple[int, ...]) -> None:
             y = step(x)
             y.backward(torch.ones_like(y))
             assert isinstance(layer.weight.grad, Tensor)
+            assert x.grad is not None
             found.append((y.detach(), x.grad, layer.weight.grad.clone()))
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))  # type: ignore[arg-type]
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
 
 
 @kernel
