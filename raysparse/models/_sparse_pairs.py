@@ -6,10 +6,12 @@ half as many. What comes out is in bfloat16 too, as under autocast: PyTorch's GE
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from raysparse import native
 from raysparse.models import _cpu
@@ -37,7 +39,24 @@ def of_features(x: Tensor) -> Tensor:
     return x.bfloat16().contiguous().view(torch.float32)
 
 
-def of_channels(x: Tensor) -> Tensor:
-    """[B, C, H, W] of floats -> [B, C / 2, H, W]."""
-    x = x.bfloat16()
-    return torch.stack((x[:, 0::2], x[:, 1::2]), -1).view(torch.float32).squeeze(-1)
+class _Images(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int64) for name in ("planes", "height", "width", "up", "side")]
+
+
+def of_channels(library: ctypes.CDLL, x: Tensor, padding: tuple[int, ...]) -> Tensor:
+    """[B, C, H, W] of floats or bfloat16 -> [B, C / 2, H, W] of pairs, padded: above and below, to each side.
+
+    library: that of SOURCE, which takes a quarter of PyTorch's time for it, a tenth of a 3x3 convolution at S = .9.
+    """
+    up, side = (max(by, 0) for by in padding)
+    if min(padding) < 0:  # what a wide padding added is left out of dx
+        x = F.pad(x, (padding[1] - side,) * 2 + (padding[0] - up,) * 2)
+    x = (x if x.dtype == torch.bfloat16 else x.float()).contiguous()
+    count, channels, height, width = x.shape
+    found = x.new_empty(count, channels // 2, height + 2 * up, width + 2 * side, dtype=torch.float32)
+    library.raysparse_pair_images(
+        *(ctypes.c_void_p(x.data_ptr()), ctypes.c_int64(x.dtype == torch.bfloat16)),
+        *(ctypes.c_void_p(found.data_ptr()), ctypes.byref(_Images(count * channels // 2, height, width, up, side))),
+        ctypes.c_int32(torch.get_num_threads()),
+    )
+    return found

@@ -30,7 +30,7 @@ from raysparse.models._sparse_memory import Memory
 _ACTIVE, _LAID_OUT = {"intel": (3.0, 50), "amd": (1.9, 14), "narrow": (2.7, 17)}[_cpu.KIND]
 # In bfloat16, on the EPYC: of a pair in two of the products, of a weight in that for gradients. Times faster than dense
 # in bfloat16 at density .5, .35, .25, .1, single weights; blocks: 512 x 1,536 .73, .97, 1.2, 2.2; .88, 1.2, 1.5, 2.8; a
-# 3x3 convolution of 256 channels .75, .97, 1.2, 2.1; .81, 1.45, 1.7, 2.8.
+# 3x3 convolution of 256 channels .75, .97, 1.25, 2.3; .81, 1.45, 1.8, 3.1.
 _PAIR, _OF_PAIRS, _PAIRS_LAID_OUT = 0.95, 0.5, 28
 
 

@@ -28,7 +28,7 @@ from raysparse.models._sparse_memory import Memory
 _COSTS = {"intel": (1.75, 12), "amd": (1.35, 18), "narrow": (2.0, 17)}
 _ACTIVE, _LAID_OUT = _COSTS[_cpu.KIND]
 # Of pairs in bfloat16, on the EPYC. Times faster than dense in bfloat16 at density .5, .25, .1, single weights; blocks:
-# 512 x 1,536 is 1.03, 1.6, 3.0; 1.5, 2.5, 3.9; a 3x3 convolution of 256 channels .88, 1.35, 2.4; 1.2, 2.2, 3.5.
+# 512 x 1,536 is 1.03, 1.6, 3.0; 1.5, 2.5, 3.9; a 3x3 convolution of 256 channels .93, 1.4, 2.7; 1.3, 2.4, 4.1.
 _PAIR, _PAIRS_LAID_OUT = 1.3, 20
 _GROUPS = 16  # of tokens, whose sums of weights' gradients are added in order, whichever thread made them
 _FEW = 24  # columns (tokens, or pixels of all images) that fill too little of the kernel's vectors
@@ -105,7 +105,7 @@ class _Images(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("x", "y")),
         *((name, ctypes.c_int64) for name in ("count", "channels", "height", "width", "out_height", "out_width")),
-        *((name, ctypes.c_int64) for name in ("kernel_height", "kernel_width", "down", "across")),
+        *((name, ctypes.c_int64) for name in ("kernel_height", "kernel_width", "down", "across", "by_token")),
     ]
 
 
@@ -155,18 +155,28 @@ class Kernel:
 
     def linear(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """x: float32 or bfloat16 [..., inputs] -> float32, in pairs bfloat16 [..., outputs]"""
-        x = pairs.of_features(x) if self._in_pairs else x.float().contiguous()
         y = x.new_empty(*x.shape[:-1], self._outputs, dtype=self._dtype)
+        if x.dim() == 3 and x.mT.is_contiguous() and not x.is_contiguous():  # as attention gets an image's pixels
+            self._convolve(x.mT.unsqueeze(2), values, bias, Window((1, 1), (1, 1), (0, 0)), y, by_token=True)
+            return y
+        x = pairs.of_features(x) if self._in_pairs else x.float().contiguous()
         tokens = ctypes.c_int64(y.numel() // self._outputs)
         self._run("linear", values, bias, ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(y.data_ptr()), tokens)
         return y
 
     def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None, window: Window) -> Tensor:
         """x: float32 or bfloat16 [B, C, H, W] -> float32, in pairs bfloat16 [B, outputs, ...]"""
-        padded, out = window.of(pairs.of_channels(x) if self._in_pairs else x.float())
-        y = padded.new_empty(len(x), self._outputs, *out, dtype=self._dtype)
-        self._run("convolve", values, bias, ctypes.byref(window.images(padded, y)))
+        height, width = (size + 2 * by for size, by in zip(x.shape[2:], window.padding, strict=True))
+        y = x.new_empty(len(x), self._outputs, *window.out(height, width), dtype=self._dtype)
+        self._convolve(x, values, bias, window, y)
         return y
+
+    def _convolve(
+        self, x: Tensor, values: Tensor, bias: Tensor | None, window: Window, y: Tensor, *, by_token: bool = False
+    ) -> None:
+        """by_token: y is [B, H W, outputs]"""
+        padded = pairs.of_channels(self._library, x, window.padding) if self._in_pairs else window.padded(x.float())
+        self._run("convolve", values, bias, ctypes.byref(window.images(padded, y, by_token=by_token)))
 
     def linear_gradients(self, x: Tensor, dy: Tensor) -> Tensor:
         """Of the weights, float32 [outputs, inputs], 0 where they are not active. x, dy: contiguous, both float32 or
@@ -177,7 +187,7 @@ class Kernel:
 
     def convolve_gradients(self, x: Tensor, dy: Tensor, window: Window) -> Tensor:
         """The same of a convolution's, [outputs, inputs]. dy: contiguous."""
-        padded, _ = window.of(x)
+        padded = window.padded(x)
         columns = dy.numel() // self._outputs
         return self._gradients("convolve", columns, dy.dtype, ctypes.byref(window.images(padded, dy)))
 
@@ -224,20 +234,22 @@ class Window(NamedTuple):
         assert not isinstance(layer.padding, str)  # see supported
         return cls(layer.kernel_size, layer.stride, layer.padding)
 
-    def of(self, x: Tensor) -> tuple[Tensor, tuple[int, int]]:
-        """x [B, C, H, W] padded and contiguous, and height and width of what comes out."""
+    def padded(self, x: Tensor) -> Tensor:
+        """x [B, C, H, W] -> [B, C, H and W padded], contiguous"""
         up, side = self.padding
-        x = F.pad(x, (side, side, up, up)).contiguous()
-        height, width = ((x.shape[2 + i] - self.kernel[i]) // self.stride[i] + 1 for i in (0, 1))
-        return x, (height, width)
+        return F.pad(x, (side, side, up, up)).contiguous()
 
-    def images(self, padded: Tensor, y: Tensor) -> _Images:
-        """y: contiguous."""
-        pointers, (height, width) = (padded.data_ptr(), y.data_ptr()), y.shape[2:]
-        count, channels, *size = padded.shape
+    def out(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of what comes out of a padded image."""
+        found = ((size - self.kernel[i]) // self.stride[i] + 1 for i, size in enumerate((height, width)))
+        return next(found), next(found)
+
+    def images(self, padded: Tensor, y: Tensor, *, by_token: bool = False) -> _Images:
+        """y: contiguous, by_token [B, H W, outputs]."""
+        pointers, (count, channels, *size) = (padded.data_ptr(), y.data_ptr()), padded.shape
         if self.kernel == self.stride == (1, 1):  # rows end to end: no run of pixels ends early
-            size, height, width = [1, size[0] * size[1]], 1, height * width
-        return _Images(*pointers, count, channels, *size, height, width, *self.kernel, *self.stride)
+            size = [1, size[0] * size[1]]
+        return _Images(*pointers, count, channels, *size, *self.out(*size), *self.kernel, *self.stride, by_token)
 
 
 class SparseProduct(nn.Module):

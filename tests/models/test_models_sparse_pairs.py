@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from raysparse import config
+from raysparse import config, native
 from raysparse.models import _cpu, _sparse_product_training, _sparse_products, uvit
 from raysparse.models import _sparse_pairs as pairs
 from raysparse.models._sparse_memory import Memory
@@ -68,11 +68,12 @@ def near(got: Tensor, want: Tensor, bits: int = 8) -> bool:
     return torch.allclose(got.float(), want.float(), rtol=2.0**-bits, atol=2.0**-bits * 1e-2 * float(want.abs().max()))
 
 
+@pytest.mark.usefixtures("compiler")
 def test_numbers_that_are_multiplied_with_each_other_lie_at_one_place() -> None:
     draw = torch.Generator().manual_seed(0)
     weight, x = (torch.randn(size, generator=draw).bfloat16() for size in ((6, 4, 3, 2), (2, 4, 7, 8)))
     want = F.conv2d(x.double(), weight.double())
-    beside = pairs.of_channels(x)
+    beside = pairs.of_channels(native.load(pairs.SOURCE), x, (0, 0))
     assert beside.shape == (2, 2, 7, 8)
     two = torch.stack(
         [F.unfold(part.float(), (3, 2)) for part in beside.view(torch.bfloat16).unflatten(3, (-1, 2)).unbind(4)], 2
@@ -82,6 +83,30 @@ def test_numbers_that_are_multiplied_with_each_other_lie_at_one_place() -> None:
     tokens = torch.randn(5, 4, generator=draw)
     assert torch.equal(pairs.of_features(tokens).view(torch.bfloat16), tokens.bfloat16())
     assert torch.equal(pairs.of_weight(weight[..., 0, 0]), weight[..., 0, 0].view(6, 2, 2))
+
+
+@pytest.mark.usefixtures("compiler")
+@given(
+    size=st.tuples(st.integers(1, 3), st.integers(1, 3).map(lambda n: 2 * n), st.integers(4, 40), st.integers(4, 40)),
+    padding=st.tuples(st.integers(-1, 2), st.integers(-1, 2)),
+    turned=st.booleans(),
+    seed=seeds,
+)
+def test_channels_are_rounded_as_pytorch_does_and_padded(
+    size: tuple[int, int, int, int], padding: tuple[int, int], turned: bool, seed: int
+) -> None:
+    x = torch.randn(size, generator=torch.Generator().manual_seed(seed)) * 1e3
+    x.view(-1)[:6] = torch.tensor([torch.nan, torch.inf, -torch.inf, 3.4e38, 1e-40, -0.0])
+    if turned:
+        x = x.to(memory_format=torch.channels_last)
+    up, side = padding
+    want = F.pad(x.bfloat16(), (side, side, up, up)).unflatten(1, (-1, 2)).movedim(2, -1)
+    library = native.load(pairs.SOURCE)
+    for of in (x, x.bfloat16()):
+        found = pairs.of_channels(library, of, padding)
+        got = found.view(torch.bfloat16).view(want.shape)
+        assert torch.equal(got.isnan(), want.isnan())
+        assert torch.equal(got.nan_to_num(), want.nan_to_num())
 
 
 @kernel
@@ -96,8 +121,9 @@ def test_a_layer_in_sampling(shape: tuple[int, ...], density: float, padding: in
         assert isinstance(fast, SparseProduct)
         got = fast(x)
         assert torch.equal(got, fast(x.float()))
-        if len(shape) == 4:
-            assert torch.equal(got, fast(x.to(memory_format=torch.channels_last)))
+        assert torch.equal(
+            got, fast(x.to(memory_format=torch.channels_last) if len(shape) == 4 else x.mT.contiguous().mT)
+        )
     assert got.dtype == torch.bfloat16
     assert near(got, layer(x.float()).detach())
 

@@ -30,11 +30,12 @@ struct Layer {
   int64_t pairs;           // whether it is in bfloat16
 };
 
-// A convolution's images are padded already.
+// A convolution's images are padded already. A linear layer's tokens are pixels, if they lie as those do.
 struct Images {
   const float* x;  // [count, channels, height, width]
   float* y;        // [count, outputs, out_height * out_width]
   int64_t count, channels, height, width, out_height, out_width, kernel_height, kernel_width, down, across;
+  int64_t by_token;  // whether y is [count, out_height * out_width, outputs]
 };
 
 struct Floats {
@@ -203,6 +204,32 @@ void halve(const float* row, uint16_t* halves) {
   for (int k = 0; k < WIDTH; ++k) halves[k] = (uint16_t)(bits[k] >> 16);
 }
 
+struct Padded {
+  int64_t planes, height, width, up, side;
+};
+
+inline uint32_t half(uint16_t bits) { return bits; }
+inline uint32_t half(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, sizeof bits);
+  return x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+template <class T>
+void pair_images(const T* x, uint32_t* to, const Padded& images, int threads) {
+  const int64_t wide = images.width + 2 * images.side, size = (images.height + 2 * images.up) * wide;
+  over_threads(images.planes, threads, [&](int64_t plane, int) {
+    uint32_t* out = to + plane * size;
+    memset(out, 0, size * sizeof(uint32_t));
+    out += images.up * wide + images.side;
+    const T* even = x + 2 * plane * images.height * images.width;
+    for (int64_t row = 0; row < images.height; ++row, even += images.width, out += wide) {
+      const T* odd = even + images.height * images.width;
+      for (int64_t k = 0; k < images.width; ++k) out[k] = half(even[k]) | half(odd[k]) << 16;
+    }
+  });
+}
+
 struct Run {
   int64_t from, to, length;  // pixels side by side in a row of an image: the first one's place in x, and its column
   int64_t out;               // its place in y
@@ -229,6 +256,8 @@ inline void copy(const T* from, int64_t step, T* to, int64_t length) {
     for (int64_t k = 0; k < length; ++k) to[k] = from[k * step];
   else if (length == WIDTH)
     memcpy(to, from, WIDTH * sizeof(T));
+  else if (length == 32)
+    memcpy(to, from, 32 * sizeof(T));
   else if (length == 16)
     memcpy(to, from, 16 * sizeof(T));
   else if (length == 8)
@@ -261,6 +290,14 @@ void in_chunks(const Layer& layer, int64_t chunks, char* memory, int threads, co
     for (int64_t chunk; (chunk = next++) < chunks;) work(chunk, in, in + layer.inputs * WIDTH);
   };
   on_threads(threads, chunks, all);
+}
+
+// y [tokens, outputs]: `count` tokens from the first one on are out's columns
+void put_tokens(const Layer& layer, float* out, float* y, int64_t first, int64_t count) {
+  const int64_t wide = layer.pairs ? layer.outputs / 2 : layer.outputs;
+  if (layer.pairs) put_beside(out, layer.outputs);
+  for (int64_t o = 0; o < wide; o += 64)  // narrow: a token's piece of y stays in the cache until it is whole
+    transpose(out + o * WIDTH, WIDTH, y + first * wide + o, wide, std::min<int64_t>(64, wide - o), count);
 }
 
 struct Sums {
@@ -315,14 +352,12 @@ int32_t raysparse_features_in_cache() { return features_in_cache(); }
 // x [tokens, inputs], y [tokens, outputs], an even number if in bfloat16; memory: threads x (inputs + outputs) x WIDTH
 // floats
 void raysparse_linear(const Layer* layer, const float* x, float* y, int64_t tokens, char* memory, int32_t threads) {
-  const int64_t inputs = layer->inputs, outputs = layer->outputs, wide = layer->pairs ? outputs / 2 : outputs;
+  const int64_t inputs = layer->inputs;
   in_chunks(*layer, (tokens + WIDTH - 1) / WIDTH, memory, threads, [&](int64_t chunk, float* in, float* out) {
     const int64_t first = chunk * WIDTH, count = std::min<int64_t>(WIDTH, tokens - first);
     transpose(x + first * inputs, inputs, in, WIDTH, count, inputs);
     multiply(*layer, in, out, count);
-    if (layer->pairs) put_beside(out, outputs);
-    for (int64_t o = 0; o < wide; o += 64)  // narrow: a token's piece of y stays in the cache until it is whole
-      transpose(out + o * WIDTH, WIDTH, y + first * wide + o, wide, std::min<int64_t>(64, wide - o), count);
+    put_tokens(*layer, out, y, first, count);
   });
 }
 
@@ -353,6 +388,13 @@ void raysparse_convolve_gradients(const Layer* layer, const Images* images, cons
   else convolve_gradients<Floats, float>(*layer, *images, *sums, memory, threads);
 }
 
+// Padded images of pairs of channels for raysparse_convolve: to [planes, height + 2 up, width + 2 side], of which each is
+// made from two planes of x [2 planes, height, width], floats or bfloat16 (halves).
+void raysparse_pair_images(const char* x, int64_t halves, uint32_t* to, const Padded* images, int32_t threads) {
+  if (halves) pair_images((const uint16_t*)x, to, *images, threads);
+  else pair_images((const float*)x, to, *images, threads);
+}
+
 void raysparse_convolve(const Layer* layer, const Images* images, char* memory, int32_t threads) {
   const int64_t pixels = images->out_height * images->out_width, all = images->count * pixels;
   in_chunks(*layer, (all + WIDTH - 1) / WIDTH, memory, threads, [&](int64_t chunk, float* in, float* out) {
@@ -360,6 +402,7 @@ void raysparse_convolve(const Layer* layer, const Images* images, char* memory, 
     const std::vector<Run> runs = runs_of(*images, layer->outputs, first, count);
     gather(*images, runs, WIDTH, in);
     multiply(*layer, in, out, count);
+    if (images->by_token) return put_tokens(*layer, out, images->y, first, count);
     for (int64_t o = 0; o < layer->outputs; ++o) {
       const float* row = out + o * WIDTH;
       uint16_t halves[WIDTH];
