@@ -388,8 +388,8 @@ void raysparse_convolve_gradients(const Layer* layer, const Images* images, cons
   else convolve_gradients<Floats, float>(*layer, *images, *sums, memory, threads);
 }
 
-// Padded images of pairs of channels for raysparse_convolve: to [planes, height + 2 up, width + 2 side], of which each is
-// made from two planes of x [2 planes, height, width], floats or bfloat16 (halves).
+// Padded images of pairs of channels for raysparse_convolve: to [planes, height + 2 up, width + 2 side], of which each
+// is made from two planes of x [2 planes, height, width], floats or bfloat16 (halves).
 void raysparse_pair_images(const char* x, int64_t halves, uint32_t* to, const Padded* images, int32_t threads) {
   if (halves) pair_images((const uint16_t*)x, to, *images, threads);
   else pair_images((const float*)x, to, *images, threads);
