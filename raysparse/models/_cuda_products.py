@@ -47,6 +47,8 @@ def with_sparse_products(model: nn.Module) -> nn.Module:
     found = copy.deepcopy(model)
     if remove := getattr(found, "remove_dead_units", None):
         remove()
+    # Then zeros are left out, though the layers that remain may be too full of blocks: RigL gathers them in few units.
+    removed = _size(found) < _size(model)
     made, reasons = 0, collections.Counter[str]()
     for owner in list(found.modules()):
         for name, layer in owner.named_children():
@@ -57,12 +59,16 @@ def with_sparse_products(model: nn.Module) -> nn.Module:
                 setattr(owner, name, product)
                 made += 1
         _with_activations(owner)
-    if reasons and not made:
+    if reasons and not (made or removed):
         why = "; ".join(f"{count} layers: {reason}" for reason, count in reasons.most_common())
         raise UsageError(
             f"a GPU leaves out zeros as 2:4 or in blocks of 64 or 32; it can do so in no layer here: {why}"
         )
     return found
+
+
+def _size(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _with_activations(owner: nn.Module) -> None:

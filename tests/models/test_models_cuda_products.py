@@ -256,6 +256,20 @@ def test_dead_units_go() -> None:
     assert len(first.bias) < 1024
 
 
+def test_units_that_go_are_enough() -> None:
+    """RigL gathers the blocks that are left in few units, whose layers are then too full to skip any."""
+    model = uvit.build(uvit.Config(sample_size=8, embed_dim=128, depth=2, num_heads=2), seed=0)
+    with torch.no_grad():
+        for block in (*model.early, model.middle, *model.late):
+            block.fc1.weight[128:] = 0
+            block.fc1.weight[:64, 64:] = block.fc1.weight[64:128, :64] = 0  # half of what stays
+        model.decoder.weight[:, ::2] = 0  # zeros in no blocks
+    fast = _cuda_products.with_sparse_products(model)
+    assert isinstance(fast, uvit.UViT)
+    assert not any(isinstance(module, BlockProduct) for module in fast.modules())
+    assert fast.middle.fc1.weight.shape == (128, 128)
+
+
 @pytest.mark.parametrize("name", ["uvit", "ddpm_unet", "latent_unet"])
 def test_models_of_pictures_take_these_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cuda_products, "with_sparse_products", lambda model: ["taken", model])
