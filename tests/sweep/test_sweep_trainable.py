@@ -84,7 +84,7 @@ def test_a_trial_starts_without_what_the_one_before_it_held_on_the_gpu(monkeypat
     try:
         give_memory_back("cpu")
         assert found == []
-        give_memory_back("cuda")
+        give_memory_back("cuda:0")
     finally:
         gc.enable()
     assert found == [None]
