@@ -117,8 +117,8 @@ class Trainer:
                 self._sparse_network = compiled(self._sparse_step)
         self._graphed = Graphed(self._network) if recorded and not config.train.compile else None
         if world_size > 1:
-            device_ids = [device] if device.type == "cuda" else None
-            self._network = DistributedDataParallel(self._network, device_ids=device_ids)
+            # device_ids would move to the GPU what is for the host (`conditions.ON_HOST`), and a GRU wait for it.
+            self._network = DistributedDataParallel(self._network)
         self._look_steps = 1 if device.type == "cpu" and world_size == 1 else LOOK_STEPS
         self._recent: list[Tensor] = []  # losses not looked at yet
         # Noise is drawn for the longest sketch of the set, so that a row's draw depends on no other row of the batch.
