@@ -222,17 +222,22 @@ class Evaluator:
             start = self.clock()
             starts = [sampler.start(number, min(size, settings.generated - number * size)) for number in numbers]
             sampled = sampler.denoised(network, starts)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # else the seconds of sampling would be counted as extraction's
+            self._wait()  # else the seconds of sampling would be counted as extraction's
             middle = self.clock()
             for number, x, begun in zip(numbers, sampled, starts, strict=True):
                 drawn, first = sampler.source.to_images(x, begun.cond), number * size
                 features[first : first + len(drawn)] = self.extractor(drawn.to(self.device))
                 images[first : first + len(drawn)] = drawn[: max(0, len(images) - first)].cpu()
+            self._wait()
             sampling_s += middle - start
             extraction_s += self.clock() - middle
         images = distributed.all_sum(images.to(self.device), self.world_size)
         return distributed.all_sum(features, self.world_size).cpu(), images.cpu(), sampling_s, extraction_s
+
+    def _wait(self) -> None:
+        """For what the device has been asked to do."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
 
     def _kid(self, features: np.ndarray[Any, Any]) -> tuple[float, float]:
         assert self.protocol.kid_subsets is not None
