@@ -31,11 +31,13 @@ _SOURCE = Path(__file__).parent / "native" / "chirodiff.cpp"
 _DENSE = {"intel": 0.88, "amd": 0.97, "narrow": 0.97}[_cpu.KIND]
 _DENSE_FEW = 0.87 if _cpu.AVX512 else 0.78
 _DENSE_ONE = 0.78  # of sketches that fill one vector
-# Up to so many sketches, of the lanes of a vector, are predicted one at a time. On an AMD EPYC (one thread, h = 32 to
-# 256, S = 0 to .97; 16 lanes) one takes 2.9 to 11 times as long with a sketch in each lane, eight 1.3 to 2.5, twelve
-# .94 to 1.7, sixteen .8 to 1.5; with 8 lanes one takes 2.7 to 11 times as long, eight .51 to 2.2. PyTorch takes 2.8 to
-# 30 times as long for one, 1.5 to 15 for eight and 1.3 to 12 for sixteen (8 lanes: 2.3 to 16, 1.1 to 5.6, 1.03 to 4.7).
-_FEW = 0.75
+# Up to so many sketches, of the lanes of a vector, are predicted one at a time: a, and b times the density of the GRU.
+# Times as long with a sketch in each lane on an AMD EPYC, h = 48 to 192, one thread, 16 lanes: 14 sketches .95 to 1.15
+# at density 1, 12 .97 to 1.15 at .5, 10 1.0 to 1.25 at .25 and .1, .87 to .95 at .05, where 9 are the most; 8 lanes: 8
+# sketches 1.54 to 1.6 at 1 and 1.17 to 1.4 at .5, 6 1.08 to 1.43 at .25, 5 .98 to 1.19 at .1, 4 .97 to 1.28 at .05; 4
+# lanes: 5 1.42 to 1.5 at 1, 4 1.29 at .5, 3 1.26 to 1.3 at .25, 2 1.2 to 1.4 at .1 and .05. PyTorch takes 2.8 to 30
+# times as long for one, 1.5 to 15 for eight and 1.3 to 12 for sixteen (8 lanes: 2.3 to 16, 1.1 to 5.6, 1.03 to 4.7).
+_FEW = {16: (0.6, 0.3), 8: (0.55, 0.9), 4: (0.55, 0.9)}
 
 
 class _Layer(ctypes.Structure):
@@ -71,6 +73,7 @@ class SparseChiroDiff(nn.Module):
         self._dense_from = dense_from
         self._memory = Memory()
         self._by_sketch = _scaled(layout.by_sketch(self._model[0]))
+        self._few = _most_at_a_time(self._model[0], self._library.raysparse_lanes())
         self._kernels: dict[str, _ManySketches | FewSketches] = {}  # made when first used: 20 ms at h = 96
 
     @torch.no_grad()
@@ -89,7 +92,7 @@ class SparseChiroDiff(nn.Module):
 
     def _kernel(self, sketches: int) -> _ManySketches | FewSketches:
         lanes = self._library.raysparse_lanes()
-        size = "few" if sketches <= _FEW * lanes else "one vector" if sketches <= lanes else "many"
+        size = "few" if sketches <= self._few else "one vector" if sketches <= lanes else "many"
         if size not in self._kernels:
             rule = {"few": _DENSE_FEW, "one vector": _DENSE_ONE, "many": _DENSE}[size]
             packed = Packed(self._library, rule if self._dense_from is None else self._dense_from)
@@ -126,6 +129,14 @@ class _ManySketches:
         each = self._library.raysparse_scratch(ctypes.byref(self._net), ctypes.c_int64(sketches.points))
         place = ctypes.c_void_p(memory.at_least(threads * each))  # 16 MB each at h = 96 and 165 points
         self._library.raysparse_predict(ctypes.byref(self._net), ctypes.byref(sketches), place, ctypes.c_int32(threads))
+
+
+def _most_at_a_time(model: ChiroDiff, lanes: int) -> float:
+    """Sketches that are predicted one at a time."""
+    weights = [weight for weight in model.gru.parameters() if weight.dim() == 2]
+    density = sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
+    least, more = _FEW[lanes]
+    return lanes * (least + more * density)
 
 
 def _scaled(weights: layout.BySketch) -> layout.BySketch:

@@ -51,7 +51,7 @@ def batch_of(lengths: list[int], classes: int | None = None) -> dict[str, Tensor
 def predicted(model: ChiroDiff, given: dict[str, Tensor], few: bool, dense_from: float | None = None) -> Tensor:
     """By the kernel for few sketches or by the one for many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_sparse_chirodiff, "_FEW", math.inf if few else 0)
+        patch.setattr(_sparse_chirodiff, "_most_at_a_time", lambda *_: math.inf if few else 0)
         found: Tensor = SparseChiroDiff(model, dense_from)(**given)
     return found
 
