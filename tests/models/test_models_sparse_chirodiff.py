@@ -267,11 +267,17 @@ def test_the_rule_for_dense_sides_changes_rounding_only(hidden: int, dense_from:
 def test_few_sketches_have_a_kernel_of_their_own() -> None:
     model = model_of(0.8, hidden=24, layers=2)
     network = sparse_runtime(model)
-    for sketches, few in ((1, True), (3, True), (13, False)):
+    for sketches, few in ((1, True), (2, True), (13, False)):
         given = batch_of([1 + 13 * place % 50 for place in range(sketches)])
         found = network(**given)
         assert torch.equal(found, predicted(model, given, few))
         assert not torch.equal(found, predicted(model, given, not few))  # rounding
+
+
+@pytest.mark.parametrize(("lanes", "dense", "sparse"), [(16, 14, 10), (8, 11, 5), (4, 5, 2)])
+def test_the_fewer_weights_the_sooner_a_sketch_in_each_lane_is_faster(lanes: int, dense: int, sparse: int) -> None:
+    most = [int(_sparse_chirodiff._most_at_a_time(model_of(s, hidden=24, layers=2), lanes)) for s in (0, 0.9)]
+    assert most == [dense, sparse]
 
 
 @given(st.integers(1, 40), st.floats(0, 1), st.sampled_from([(4, 64), (8, 8), (16, 32)]), st.integers(0, 2**16))
