@@ -27,11 +27,13 @@ from raysparse.models._sparse_memory import Memory
 # gathered and their gradients spread at each step, however few tokens. Times faster at density .5, .35, .25, .1: 512 x
 # 1,536 is .74, 1.02, 1.35, 2.55 (intel), 1.31, 1.8, 2.35, 4.3 (amd; with 514 tokens .99, 1.43, 1.85, 3.4), .94, 1.31,
 # 1.8, 3.6 (narrow); a 3x3 convolution of 256 channels at .35, .25, .1 .9, 1.16, 2.0; 1.57, 2.0, 3.0; 1.1, 1.5, 2.9.
-_ACTIVE, _LAID_OUT = {"intel": (3.0, 50), "amd": (1.9, 14), "narrow": (2.7, 17)}[_cpu.KIND]
+# By blocks of 16 512 x 1,536 is 1.3, 1.87, 2.5, 4.6 (amd), 1.15, 1.6, 2.2, 4.5 (narrow).
+_COSTS = {"intel": (3.0, 3.0, 50), "amd": (1.9, 1.65, 14), "narrow": (2.7, 2.05, 17)}
+_ACTIVE, _TILED, _LAID_OUT = _COSTS[_cpu.KIND]
 # In bfloat16, on the EPYC: of a pair in two of the products, of a weight in that for gradients. Times faster than dense
-# in bfloat16 at density .5, .35, .25, .1, single weights; blocks: 512 x 1,536 .73, .97, 1.2, 2.2; .88, 1.2, 1.5, 2.8; a
-# 3x3 convolution of 256 channels .75, .97, 1.25, 2.3; .81, 1.45, 1.8, 3.1.
-_PAIR, _OF_PAIRS, _PAIRS_LAID_OUT = 0.95, 0.5, 28
+# in bfloat16 at density .5, .35, .25, .1, single weights; blocks: 512 x 1,536 .73, .97, 1.2, 2.2; 1.0, 1.5, 1.9, 3.4; a
+# 3x3 convolution of 256 channels .75, .97, 1.25, 2.3.
+_PAIR, _PAIR_TILED, _OF_PAIRS, _PAIRS_LAID_OUT = 0.95, 0.66, 0.5, 28
 
 
 class SparseStep(nn.Module):
@@ -145,9 +147,11 @@ class SparseLayer(nn.Module):
     def _cost(self, mask: Tensor) -> float:
         active = int(mask.count_nonzero())
         if not self.in_pairs:
-            return _ACTIVE * active + _LAID_OUT * sum(mask.flatten(1).shape)
+            rows = mask.flatten(1)
+            return (_TILED if products.tiled(rows) else _ACTIVE) * active + _LAID_OUT * sum(rows.shape)
         rows = pairs.of_weight(mask).any(2)
-        return _PAIR * int(rows.count_nonzero()) + _OF_PAIRS * active + _PAIRS_LAID_OUT * sum(rows.shape)
+        used = (_PAIR_TILED if products.tiled(rows) else _PAIR) * int(rows.count_nonzero())
+        return used + _OF_PAIRS * active + _PAIRS_LAID_OUT * sum(rows.shape)
 
     def forward(self, x: Tensor) -> Tensor:
         columns = x.numel() // x.shape[1 if self.window else -1]

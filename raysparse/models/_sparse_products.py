@@ -20,16 +20,19 @@ from raysparse.models import _cpu
 from raysparse.models import _sparse_pairs as pairs
 from raysparse.models._sparse_memory import Memory
 
-# The kernel's time in that of a dense product per weight and column: so much for each active weight, and so much for
-# each input and output, which are laid out anew. Fitted to linear layers of 64 to 1,536 features and convolutions of 32
-# to 256 channels. Times faster at density .6, .5, .25, .1: 512 x 1,536 is .93, 1.1, 1.6 to 1.9, 3.5 (intel), 1.28,
-# 1.52, 3.1, 5.2 (amd), .91, .99, 2.0, 4.1 (narrow); a 3x3 convolution of 256 channels .88, 1.02, 1.7, 2.7; 1.01, 1.23,
-# 1.9, 3.4; .74, .90, 1.6, 3.2; one of 32 at .5 and .1 .82, 1.35; .90, 1.6; .74, 1.4.
-_COSTS = {"intel": (1.75, 12), "amd": (1.35, 18), "narrow": (2.0, 17)}
-_ACTIVE, _LAID_OUT = _COSTS[_cpu.KIND]
+# The kernel's time in that of a dense product per weight and column: so much for each active weight, by itself or in
+# tiles (`tiled`; not measured on Intel), and so much for each input and output, which are laid out anew. Fitted to
+# linear layers of 64 to 1,536 features and convolutions of 32 to 256 channels. Times faster at density .6, .5, .25, .1:
+# 512 x 1,536 is .93, 1.1, 1.6 to 1.9, 3.5 (intel), 1.28, 1.52, 3.1, 5.2 (amd), .91, .99, 2.0, 4.1 (narrow); a 3x3
+# convolution of 256 channels .88, 1.02, 1.7, 2.7; 1.01, 1.23, 1.9, 3.4; .74, .90, 1.6, 3.2; one of 32 at .5 and .1 .82,
+# 1.35; .90, 1.6; .74, 1.4. By blocks of 16 512 x 1,536 is at .7, .5, .25, .1 1.48, 2.0, 3.7, 6.5 (amd; without tiles
+# 1.26, 1.6, 2.9, 5.1), 1.34, 1.8, 3.3, 5.9 (narrow; .79, 1.13, 2.2, 4.1).
+_COSTS = {"intel": (1.75, 1.75, 12), "amd": (1.35, 0.95, 18), "narrow": (2.0, 1.1, 17)}
+_ACTIVE, _TILED, _LAID_OUT = _COSTS[_cpu.KIND]
 # Of pairs in bfloat16, on the EPYC. Times faster than dense in bfloat16 at density .5, .25, .1, single weights; blocks:
-# 512 x 1,536 is 1.03, 1.6, 3.0; 1.5, 2.5, 3.9; a 3x3 convolution of 256 channels .93, 1.4, 2.7; 1.3, 2.4, 4.1.
-_PAIR, _PAIRS_LAID_OUT = 1.3, 20
+# 512 x 1,536 is 1.03, 1.6, 3.0; 1.9, 3.2, 5.1; a 3x3 convolution of 256 channels .93, 1.4, 2.7.
+_PAIR, _PAIR_TILED, _PAIRS_LAID_OUT = 1.3, 0.95, 20
+_TILE = 4  # see products.cpp
 _GROUPS = 16  # of tokens, whose sums of weights' gradients are added in order, whichever thread made them
 _FEW = 24  # columns (tokens, or pixels of all images) that fill too little of the kernel's vectors
 _SMALL = 2_000_000  # columns x weights, which take PyTorch about 50 us: a call of the kernel costs 20 by itself
@@ -86,18 +89,24 @@ def _takes(layer: nn.Module) -> bool:
     if not supported(layer):
         return False
     used = layer.weight != 0
-    if pairs.used(used):
-        rows, active, laid_out = pairs.of_weight(used).any(2), _PAIR, _PAIRS_LAID_OUT
-    else:
-        rows, active, laid_out = used.flatten(1), _ACTIVE, _LAID_OUT
-    cost = active * int(rows.count_nonzero()) + laid_out * sum(rows.shape)
+    if used.all():
+        return False
+    in_pairs = pairs.used(used)
+    rows = pairs.of_weight(used).any(2) if in_pairs else used.flatten(1)
+    single, in_tiles, laid_out = (_PAIR, _PAIR_TILED, _PAIRS_LAID_OUT) if in_pairs else (_ACTIVE, _TILED, _LAID_OUT)
+    cost = (in_tiles if tiled(rows) else single) * int(rows.count_nonzero()) + laid_out * sum(rows.shape)
     return cost * _cpu.dense_speed() < used.numel()
+
+
+def tiled(used: Tensor) -> bool:
+    """bool [O, I]: whether each four outputs take the same inputs, as in blocks; the kernel loads those once then."""
+    return len(used) % _TILE == 0 and bool((used.view(-1, _TILE, used.shape[1]) == used[::_TILE, None]).all())
 
 
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("starts", "offsets", "values", "bias")),
-        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "block", "pairs")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "block", "pairs", "tiled")),
     ]
 
 
@@ -128,6 +137,7 @@ class Kernel:
         self._in_pairs = in_pairs
         self._dtype = torch.bfloat16 if in_pairs else torch.float32
         self._inputs, self._outputs, self._memory = inputs // 2 if in_pairs else inputs, outputs, memory
+        self._tile = 1  # outputs whose inputs are the same
         self._starts = self._offsets = self._places = self._weights = self._active = torch.empty(0)
 
     def lay_out(self, mask: Tensor, places: Tensor) -> None:
@@ -136,17 +146,26 @@ class Kernel:
 
         def by_block(numbers: Tensor) -> Tensor:
             rows = F.pad(numbers, (0, 0) * (numbers.dim() - 2) + (0, padded))
-            return rows.view(self._outputs, blocks, self._block, *rows.shape[2:]).transpose(0, 1)
+            return rows.view(len(rows), blocks, self._block, *rows.shape[2:]).transpose(0, 1)
 
-        used = by_block(mask.any(2) if self._in_pairs else mask)
-        self._starts = torch.zeros(blocks * self._outputs + 1, dtype=torch.int32)
+        rows = mask.any(2) if self._in_pairs else mask
+        self._tile = _TILE if tiled(rows) else 1
+        used = by_block(rows[:: self._tile])
+
+        def in_order(numbers: Tensor) -> Tensor:
+            """Those of the weights, or pairs, that are used, as the kernel walks them."""
+            found = by_block(numbers)
+            by_tile = found.reshape(blocks, -1, self._tile, *found.shape[2:])
+            return by_tile.transpose(2, 3)[used].flatten(0, 1)
+
+        self._starts = torch.zeros(used[:, :, 0].numel() + 1, dtype=torch.int32)
         self._starts[1:] = used.sum(2).flatten().cumsum(0)
         self._offsets = (used.nonzero()[:, 2] * (4 * self._width)).int()
-        self._places = by_block(places)[used]
+        self._places = in_order(places)
         if self._in_pairs:
-            self._active = by_block(mask)[used]
+            self._active = in_order(mask)
         else:
-            self._weights = by_block(torch.arange(mask.numel()).view(mask.shape))[used]
+            self._weights = in_order(torch.arange(mask.numel()).view(mask.shape))
 
     def values(self, weight: Tensor) -> Tensor:
         """The active weights in the kernel's order."""
@@ -214,7 +233,7 @@ class Kernel:
 
     def _packed(self, values: Tensor, bias: Tensor | None, halves: bool) -> _Layer:
         pointers = (self._starts.data_ptr(), self._offsets.data_ptr(), values.data_ptr())
-        sizes = (self._inputs, self._outputs, self._block, halves)
+        sizes = (self._inputs, self._outputs, self._block, halves, self._tile > 1)
         return _Layer(*pointers, None if bias is None else bias.data_ptr(), *sizes)
 
     def _scratch(self, columns: int) -> ctypes.c_void_p:

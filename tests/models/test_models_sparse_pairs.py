@@ -36,21 +36,24 @@ def small_layers_too() -> Iterator[None]:
     """Layers of tests are so small that PyTorch would be faster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_sparse_products, "_SMALL", 0)
-        for name in ("_PAIR", "_PAIRS_LAID_OUT"):
+        for name in ("_PAIR", "_PAIR_TILED", "_PAIRS_LAID_OUT"):
             patch.setattr(_sparse_products, name, 0)
             patch.setattr(_sparse_product_training, name, 0)
         patch.setattr(_sparse_product_training, "_OF_PAIRS", 0)
         yield
 
 
-def thinned(shape: tuple[int, ...], density: float, seed: int, padding: int = 0) -> tuple[nn.Module, Tensor]:
-    """A linear layer, or a convolution, of rounded numbers, and its mask."""
+def thinned(
+    shape: tuple[int, ...], density: float, seed: int, padding: int = 0, same: int = 1
+) -> tuple[nn.Module, Tensor]:
+    """A linear layer, or a convolution, of rounded numbers, and its mask; same: outputs under the same mask."""
     draw = torch.Generator().manual_seed(seed)
     outputs, inputs, *window = shape
     layer = (
         nn.Conv2d(inputs, outputs, (window[0], window[1]), padding=padding) if window else nn.Linear(inputs, outputs)
     )
     mask = torch.rand(shape, generator=draw) < density
+    mask = mask[::same].repeat_interleave(same, 0)[:outputs]
     with torch.no_grad():
         layer.weight.copy_((torch.randn(shape, generator=draw) * mask).bfloat16())
         assert isinstance(layer.bias, Tensor)
@@ -112,13 +115,12 @@ def test_channels_are_rounded_as_pytorch_does_and_padded(
 @kernel
 @pytest.mark.usefixtures("compiler")
 @settings(max_examples=60)
-@given(shape=shapes, density=st.floats(0, 0.5), padding=st.integers(0, 2), seed=seeds)
-def test_a_layer_in_sampling(shape: tuple[int, ...], density: float, padding: int, seed: int) -> None:
-    layer, _ = thinned(shape, density, seed, padding)
+@given(shape=shapes, density=st.floats(0, 0.5), padding=st.integers(0, 2), same=st.sampled_from([1, 4]), seed=seeds)
+def test_a_layer_in_sampling(shape: tuple[int, ...], density: float, padding: int, same: int, seed: int) -> None:
+    layer, _ = thinned(shape, density, seed, padding, same)
     x = inputs_of(shape, seed)
     with HALF, torch.no_grad():
-        (fast,) = with_sparse_products(nn.Sequential(layer))
-        assert isinstance(fast, SparseProduct)
+        fast = SparseProduct(layer, Memory())
         got = fast(x)
         assert torch.equal(got, fast(x.float()))
         assert torch.equal(
@@ -131,9 +133,9 @@ def test_a_layer_in_sampling(shape: tuple[int, ...], density: float, padding: in
 @kernel
 @pytest.mark.usefixtures("compiler")
 @settings(max_examples=60)
-@given(shape=shapes, density=st.floats(0, 1), padding=st.integers(0, 2), seed=seeds)
-def test_a_layer_in_training(shape: tuple[int, ...], density: float, padding: int, seed: int) -> None:
-    layer, mask = thinned(shape, density, seed, padding)
+@given(shape=shapes, density=st.floats(0, 1), padding=st.integers(0, 2), same=st.sampled_from([1, 4]), seed=seeds)
+def test_a_layer_in_training(shape: tuple[int, ...], density: float, padding: int, same: int, seed: int) -> None:
+    layer, mask = thinned(shape, density, seed, padding, same)
     x, dy = inputs_of(shape, seed), torch.empty(0)
     with HALF:
         step = SparseLayer(layer, Memory())

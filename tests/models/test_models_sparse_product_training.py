@@ -16,7 +16,7 @@ from raysparse.models import _cpu, _sparse_product_training, _sparse_products, u
 from raysparse.models._sparse_product_training import SparseStep
 
 pytestmark = pytest.mark.usefixtures("compiler")
-ACTIVE = _sparse_product_training._ACTIVE  # as it is outside of these tests
+COSTS = {name: getattr(_sparse_product_training, name) for name in ("_ACTIVE", "_TILED")}  # outside of these tests
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -25,6 +25,7 @@ def small_layers_too() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_sparse_products, "_SMALL", 0)
         patch.setattr(_sparse_product_training, "_ACTIVE", 0)
+        patch.setattr(_sparse_product_training, "_TILED", 0)
         patch.setattr(_sparse_product_training, "_LAID_OUT", 0)
         yield
 
@@ -62,16 +63,21 @@ def gradients(network: nn.Module, model: nn.Module, x: Tensor, dy: Tensor) -> li
     return [tensor for tensor in found if tensor is not None]
 
 
-@settings(max_examples=40)
+@settings(max_examples=60)
 @given(
     sizes=st.tuples(st.integers(1, 600), st.integers(1, 70), st.integers(24, 500)),
     density=st.floats(0, 1),
+    edges=st.sampled_from([(1, 1), (4, 1), (1, 4), (8, 8)]),
     bias=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_gradients_are_those_of_the_layer(sizes: tuple[int, int, int], density: float, bias: bool, seed: int) -> None:
-    inputs, outputs, tokens = sizes
-    mask = torch.rand(outputs, inputs, generator=torch.Generator().manual_seed(seed)) < density
+def test_gradients_are_those_of_the_layer(
+    sizes: tuple[int, int, int], density: float, edges: tuple[int, int], bias: bool, seed: int
+) -> None:
+    """edges: of blocks of weights."""
+    inputs, outputs, tokens = -(-sizes[0] // edges[1]) * edges[1], -(-sizes[1] // edges[0]) * edges[0], sizes[2]
+    units = torch.rand(outputs // edges[0], inputs // edges[1], generator=torch.Generator().manual_seed(seed)) < density
+    mask = units.repeat_interleave(edges[0], 0).repeat_interleave(edges[1], 1)
     model = OneLayer(mask, bias)
     step = SparseStep(model, {"layer.weight": mask})
     x, dy = drawn(2, tokens, inputs, seed=seed), drawn(2, tokens, outputs, seed=seed + 1)
@@ -90,6 +96,7 @@ def test_gradients_are_those_of_the_layer(sizes: tuple[int, int, int], density: 
     padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
     density=st.floats(0, 1),
     images=st.integers(1, 3),
+    same=st.sampled_from([1, 4]),
     seed=st.integers(0, 2**31),
 )
 def test_gradients_are_those_of_the_convolution(
@@ -99,10 +106,13 @@ def test_gradients_are_those_of_the_convolution(
     padding: tuple[int, int],
     density: float,
     images: int,
+    same: int,
     seed: int,
 ) -> None:
+    """same: outputs under the same mask."""
     inputs, outputs = channels
     mask = torch.rand(outputs, inputs, *kernel, generator=torch.Generator().manual_seed(seed)) < density
+    mask = mask.repeat_interleave(same, 0)
     model = OneLayer(mask, padding=padding)
     step = SparseStep(model, {"layer.weight": mask})
     x = drawn(images, inputs, *size, seed=seed)
@@ -180,9 +190,12 @@ def check_step(model: nn.Module, masks: dict[str, Tensor], given: dict[str, Tens
 
 
 def test_layers_that_are_not_worth_it_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sparse_product_training, "_ACTIVE", ACTIVE)
+    for name, cost in COSTS.items():
+        monkeypatch.setattr(_sparse_product_training, name, cost)
     full = torch.ones(64, 64, dtype=torch.bool)
-    assert not SparseStep(OneLayer(full), {"layer.weight": full}).pays_for(1)
+    full[0, 0] = False
+    for mask in (full, torch.ones_like(full)):  # single weights, and tiles
+        assert not SparseStep(OneLayer(mask), {"layer.weight": mask}).pays_for(1)
 
 
 def test_against_products_in_bfloat16_fewer_weights_must_be_left(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -29,14 +29,15 @@ def small_layers_too() -> Iterator[None]:
         yield
 
 
-def thinned(model: nn.Module, density: float, seed: int = 0) -> nn.Module:
-    """The model with that share of its layers' weights left, and biases drawn."""
+def thinned(model: nn.Module, density: float, seed: int = 0, alike: int = 1) -> nn.Module:
+    """The model with that share of its layers' weights left, of so many outputs the same ones, and biases drawn."""
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, nn.Linear | nn.Conv2d):
                 module.weight.normal_(generator=draw).div_(module.weight[0].numel() ** 0.5)
-                module.weight.mul_(torch.rand(module.weight.shape, generator=draw) < density)
+                kept = torch.rand(module.weight.shape, generator=draw) < density
+                module.weight.mul_(kept[::alike].repeat_interleave(alike, 0)[: len(kept)])
                 if module.bias is not None:
                     module.bias.normal_(generator=draw)
     return model.eval()
@@ -58,12 +59,13 @@ def same(layer: nn.Module, x: Tensor) -> bool:
 @given(
     sizes=st.tuples(st.integers(1, 600), st.integers(1, 70), st.integers(24, 100)),
     density=st.floats(0, 0.5),
+    alike=st.sampled_from([1, 4]),
     bias=st.booleans(),
     seed=seeds,
 )
-def test_a_linear_layer(sizes: tuple[int, int, int], density: float, bias: bool, seed: int) -> None:
+def test_a_linear_layer(sizes: tuple[int, int, int], density: float, alike: int, bias: bool, seed: int) -> None:
     inputs, outputs, tokens = sizes
-    layer = thinned(nn.Linear(inputs, outputs, bias=bias), density, seed)
+    layer = thinned(nn.Linear(inputs, outputs * alike, bias=bias), density, seed, alike)
     if not _sparse_products._takes(layer):
         return  # a small one of which more stayed than was asked for
     x = torch.randn(2, tokens, inputs, generator=torch.Generator().manual_seed(seed))
@@ -79,6 +81,7 @@ def test_a_linear_layer(sizes: tuple[int, int, int], density: float, bias: bool,
     stride=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     padding=st.tuples(st.integers(0, 2), st.integers(0, 2)),
     images=st.integers(1, 3),
+    alike=st.sampled_from([1, 4]),
     seed=seeds,
 )
 def test_a_convolution(
@@ -88,9 +91,12 @@ def test_a_convolution(
     stride: tuple[int, int],
     padding: tuple[int, int],
     images: int,
+    alike: int,
     seed: int,
 ) -> None:
-    layer = thinned(nn.Conv2d(*channels, kernel, stride=stride, padding=padding), 0.3, seed)
+    inputs, outputs = channels
+    layer = nn.Conv2d(inputs, outputs * alike, kernel, stride=stride, padding=padding)
+    layer = thinned(layer, 0.3, seed, alike)
     if not _sparse_products._takes(layer):
         return
     x = torch.randn(images, channels[0], *size, generator=torch.Generator().manual_seed(seed))
@@ -98,9 +104,10 @@ def test_a_convolution(
     assert same(layer, x.to(memory_format=torch.channels_last))
 
 
+@pytest.mark.parametrize("alike", [1, 4])
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_change_nothing(threads: int) -> None:
-    layer = thinned(nn.Conv2d(8, 8, 3, padding=1), 0.2)
+def test_threads_change_nothing(threads: int, alike: int) -> None:
+    layer = thinned(nn.Conv2d(8, 8, 3, padding=1), 0.2, alike=alike)
     fast, x = with_sparse_products(nn.Sequential(layer)), torch.randn(3, 8, 17, 9)
     before, want = torch.get_num_threads(), fast(x)
     torch.set_num_threads(threads)
@@ -108,6 +115,22 @@ def test_threads_change_nothing(threads: int) -> None:
         assert torch.equal(fast(x), want)
     finally:
         torch.set_num_threads(before)
+
+
+def test_outputs_that_take_the_same_inputs_are_told() -> None:
+    rows = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)) < 0.5
+    assert _sparse_products.tiled(rows.repeat_interleave(4, 0))
+    assert not _sparse_products.tiled(rows.repeat_interleave(2, 0))
+    assert not _sparse_products.tiled(rows)
+    other = rows.repeat_interleave(4, 0)
+    other[7, 8] ^= True
+    assert not _sparse_products.tiled(other)
+
+
+def test_a_layer_without_zeros_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_sparse_products, "_TILED", 0.5)
+    layers = [type(layer) for layer in with_sparse_products(nn.Sequential(thinned(nn.Linear(64, 64), 1)))]
+    assert layers == [nn.Linear]
 
 
 def test_few_columns_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,17 +142,19 @@ def test_few_columns_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> Non
     assert torch.equal(fast(torch.ones(400, 8)), layer(torch.ones(400, 8)))
 
 
-@pytest.mark.parametrize(("cpu", "most"), [("intel", 0.5), ("amd", 0.6), ("narrow", 0.4)])
+@pytest.mark.parametrize(
+    ("cpu", "alike", "most"),
+    [("intel", 1, 0.5), ("amd", 1, 0.6), ("narrow", 1, 0.4), ("amd", 4, 0.85), ("narrow", 4, 0.7)],
+)
 def test_layers_that_are_not_worth_it_are_left_to_pytorch(
-    cpu: str, most: float, monkeypatch: pytest.MonkeyPatch
+    cpu: str, alike: int, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    active, laid_out = _sparse_products._COSTS[cpu]
-    monkeypatch.setattr(_sparse_products, "_ACTIVE", active)
-    monkeypatch.setattr(_sparse_products, "_LAID_OUT", laid_out)
+    for name, cost in zip(("_ACTIVE", "_TILED", "_LAID_OUT"), _sparse_products._COSTS[cpu], strict=True):
+        monkeypatch.setattr(_sparse_products, name, cost)
     layers = (
-        thinned(nn.Linear(256, 256), most),
-        thinned(nn.Linear(256, 256), most + 0.1),
-        thinned(nn.Linear(16, 16), 0.1),
+        thinned(nn.Linear(256, 256), most, alike=alike),
+        thinned(nn.Linear(256, 256), most + 0.1, alike=alike),
+        thinned(nn.Linear(16, 16), 0.1, alike=alike),
     )
     found = [type(layer) for layer in with_sparse_products(nn.Sequential(*layers))]
     assert found == [SparseProduct, nn.Linear, nn.Linear]

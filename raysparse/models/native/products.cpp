@@ -27,7 +27,9 @@ struct Layer {
   const float* values;     // [weights]
   const float* bias;       // [outputs]
   int64_t inputs, outputs, block;
-  int64_t pairs;           // whether it is in bfloat16
+  int64_t pairs;  // whether it is in bfloat16
+  int64_t tiled;  // whether each TILE outputs take the same inputs: then starts and offsets are of all TILE, and an
+                  // input's values lie side by side
 };
 
 // A convolution's images are padded already. A linear layer's tokens are pixels, if they lie as those do.
@@ -42,6 +44,7 @@ struct Floats {
   static constexpr int IN_ONE = 1;  // columns side by side in the 32 bits of a float, where gradients are summed
   static vec weight(const float* value) { return splat(*value); }
   static void add(vec& sum, const vec& x, vec y) { sum += x * y; }
+  static void add_loaded(vec& sum, vec x, vec y) { sum += x * y; }
 };
 
 // RHEL 8's GCC 8 comes with an assembler that does not know the instruction.
@@ -56,31 +59,36 @@ struct Pairs {
   }
   // No intrinsic: that would need a flag of the compiler for a CPU that may not have the instruction.
   static void add(vec& sum, const vec& x, vec y) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(y), "m"(x)); }
+  static void add_loaded(vec& sum, vec x, vec y) { asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(y), "v"(x)); }
 };
 #else
 #define RAYSPARSE_PAIRS 0
 typedef Floats Pairs;  // never used
 #endif
 
+constexpr int TILE = 4;
 constexpr int DEEP = 8 * LANES;  // floats of a chunk of which weights' gradients are summed: a row of dy is 8 vectors
 
 // sums [weights] += for each weight, dy of its output times x of its input, over a chunk: in [inputs, DEEP], dy
 // [outputs, DEEP]
 template <class Product>
 void add_gradients(const Layer& layer, const float* in, const float* dy, float* sums) {
+  const int stride = layer.tiled ? TILE : 1;
   const int32_t* start = layer.starts;
   for (int64_t first = 0; first < layer.inputs; first += layer.block) {
     const char* base = (const char*)(in + first * DEEP);
-    for (int64_t o = 0; o < layer.outputs; ++o, ++start) {
+    for (int64_t o = 0; o < layer.outputs; ++o) {
       vec of_output[8];
       memcpy(of_output, dy + o * DEEP, sizeof of_output);
+      float* to = sums + o % stride;
       for (int32_t i = start[0]; i < start[1]; ++i) {
         const vec* x = (const vec*)(base + layer.offsets[i] * (DEEP / WIDTH));
         vec even = {}, odd = {};
         for (int v = 0; v < 8; v += 2)
           Product::add(even, x[v], of_output[v]), Product::add(odd, x[v + 1], of_output[v + 1]);
-        sums[i] += sum_of(even + odd);
+        to[stride * i] += sum_of(even + odd);
       }
+      if (o % stride == stride - 1) ++start;
     }
   }
 }
@@ -112,14 +120,50 @@ void multiply_by(const Layer& layer, const float* in, float* out) {
   }
 }
 
+// The same of a layer that is tiled: an input is loaded once for TILE outputs, whose sums are as many as can wait for
+// nothing. On an AMD EPYC, which loads one vector at a time, the products take 1.37 times less.
+template <class Product, int NV>
+void multiply_tiles(const Layer& layer, const float* in, float* out) {
+  for (int64_t o = 0; o < layer.outputs; ++o)
+    for (int v = 0; v < NV; ++v) ((vec*)out)[o * VECTORS + v] = splat(layer.bias[o]);
+  const int32_t* start = layer.starts;
+  for (int64_t first = 0; first < layer.inputs; first += layer.block) {
+    const char* base = (const char*)(in + first * WIDTH);
+    for (int64_t o = 0; o < layer.outputs; o += TILE, ++start) {
+      vec* y = (vec*)out + o * VECTORS;
+      for (int32_t i = start[0]; i < start[1];) {
+        const int32_t end = std::min(i + 128, start[1]);  // one sum of all inputs would round three times as much
+        vec sums[TILE][NV] = {};
+        for (; i < end; ++i) {
+          const vec* x = at(base + layer.offsets[i]);
+          vec weights[TILE];
+          for (int k = 0; k < TILE; ++k) weights[k] = Product::weight(layer.values + TILE * i + k);
+          for (int v = 0; v < NV; ++v) {
+            vec loaded = x[v];
+            in_register(loaded);
+            for (int k = 0; k < TILE; ++k) Product::add_loaded(sums[k][v], loaded, weights[k]);
+          }
+        }
+        for (int k = 0; k < TILE; ++k)
+          for (int v = 0; v < NV; ++v) y[k * VECTORS + v] += sums[k][v];
+      }
+    }
+  }
+}
+
+template <class Product, int NV>
+void multiply_vectors(const Layer& layer, const float* in, float* out) {
+  return layer.tiled ? multiply_tiles<Product, NV>(layer, in, out) : multiply_by<Product, NV>(layer, in, out);
+}
+
 // count: columns in use
 template <class Product>
 void multiply_with(const Layer& layer, const float* in, float* out, int64_t count) {
   switch ((count + LANES - 1) / LANES) {
-    case 1: return multiply_by<Product, 1>(layer, in, out);
-    case 2: return multiply_by<Product, 2>(layer, in, out);
-    case 3: return multiply_by<Product, VECTORS < 3 ? VECTORS : 3>(layer, in, out);
-    default: return multiply_by<Product, VECTORS>(layer, in, out);
+    case 1: return multiply_vectors<Product, 1>(layer, in, out);
+    case 2: return multiply_vectors<Product, 2>(layer, in, out);
+    case 3: return multiply_vectors<Product, VECTORS < 3 ? VECTORS : 3>(layer, in, out);
+    default: return multiply_vectors<Product, VECTORS>(layer, in, out);
   }
 }
 
