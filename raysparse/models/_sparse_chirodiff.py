@@ -72,7 +72,8 @@ class SparseChiroDiff(nn.Module):
         self._library = native.load(_SOURCE)
         self._dense_from = dense_from
         self._memory = Memory()
-        self._by_sketch = _scaled(layout.by_sketch(self._model[0]))
+        with torch.autocast("cpu", enabled=False):  # a bf16 trial makes this under autocast; the kernels read float32
+            self._by_sketch = _scaled(layout.by_sketch(self._model[0]))
         self._few = _most_at_a_time(self._model[0], self._library.raysparse_lanes())
         self._kernels: dict[str, _ManySketches | FewSketches] = {}  # made when first used: 20 ms at h = 96
 
@@ -84,10 +85,11 @@ class SparseChiroDiff(nn.Module):
         lengths = layout.checked_points(lengths, x)
         with torch.autocast("cpu", enabled=False):
             start, tail = layout.sums(self._model[0], self._by_sketch, timesteps, labels)
+            kernel = self._kernel(len(x))
         y = torch.zeros(x.shape)
         kept = (x.float().contiguous(), start, tail, y, lengths.argsort(descending=True, stable=True), lengths)
         sketches = layout.Sketches(*(tensor.data_ptr() for tensor in kept), *x.shape[:2])
-        self._kernel(len(x)).predict(sketches, self._memory, torch.get_num_threads())
+        kernel.predict(sketches, self._memory, torch.get_num_threads())
         return y
 
     def _kernel(self, sketches: int) -> _ManySketches | FewSketches:

@@ -32,6 +32,7 @@ class Packed:
 
     def keep(self, tensor: Tensor) -> int:
         """Its address, for as long as this object lives."""
+        assert tensor.dtype == torch.float32 or not tensor.is_floating_point()  # what the kernels take it for
         self._kept.append(tensor.contiguous())
         return self._kept[-1].data_ptr()
 

@@ -215,12 +215,15 @@ def test_weights_are_those_of_the_moment_it_was_made() -> None:
     assert torch.equal(network(**given), before)
 
 
-def test_autocast_changes_nothing() -> None:
-    model = model_of(0.5, hidden=6, layers=1)
-    given, network = batch_of([5, 4]), sparse_runtime(model)
-    want = network(**given)
+@pytest.mark.parametrize("sketches", [1, 16, 40])
+def test_autocast_changes_nothing(sketches: int) -> None:
+    """A bf16 trial makes it under autocast, too."""
+    model, given = model_of(0.5, hidden=6, layers=1), batch_of([1 + place % 7 for place in range(sketches)])
+    want = sparse_runtime(model)(**given)
     with torch.autocast("cpu", dtype=torch.bfloat16):
+        network = sparse_runtime(model)
         assert torch.equal(network(**given), want)
+    assert torch.equal(network(**given), want)
 
 
 def test_what_it_cannot_run_is_refused() -> None:
