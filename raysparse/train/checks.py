@@ -15,6 +15,7 @@ from raysparse.data.sketch import Examples
 from raysparse.errors import UsageError, usage_error_from
 from raysparse.sparse import masks
 from raysparse.sparse.layout import layout
+from raysparse.train import runtime
 
 
 def check_settings(config: TrialConfig) -> None:
@@ -35,6 +36,7 @@ def check_settings(config: TrialConfig) -> None:
     _check_pattern(config)
     _check_stages(config)
     _check_ranges(config)
+    runtime.check_method(config)
     if config.data.source is not None and not Path(config.data.source).exists():
         raise UsageError(f"data.source {config.data.source} does not exist; give the path of the raw data")
 

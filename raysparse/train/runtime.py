@@ -39,6 +39,27 @@ class Step(Protocol):
         """Take over the masks; it costs nothing where they have not changed."""
 
 
+def check_method(config: TrialConfig) -> None:
+    """UsageError where a runtime is 'sparse' that the trial's method never has, whatever the machine."""
+    for setting, section in (("train.runtime", config.train), ("evaluate.runtime", config.evaluate)):
+        if section.runtime == "sparse" and (why := _why_dense(config, training=section is config.train)):
+            raise _cannot(setting, why)
+
+
+def _why_dense(config: TrialConfig, *, training: bool) -> str | None:
+    """Why the trial's method has no kernels, if so."""
+    method = plugins.load("methods", config.sparse.method).METHOD
+    if method.by_timestep:
+        return f"method {config.sparse.method!r} has masks by timestep; the kernels take one set"
+    if method.straight_through and training:
+        return f"method {config.sparse.method!r} trains the weights that the kernels would leave out"
+    return None
+
+
+def _cannot(setting: str, why: object) -> UsageError:
+    return UsageError(f"{setting} 'sparse' cannot run here; use 'dense' or 'auto', or mend this: {why}")
+
+
 def check(config: TrialConfig, device: torch.device) -> None:
     """That the trial's sampling runtime can run here, tried on the model's smallest size. UsageError where it can't."""
     if config.evaluate.runtime != "sparse":
@@ -134,8 +155,6 @@ def for_training(model: nn.Module, config: TrialConfig, engine: SparseEngine, ex
     """
 
     def made() -> Step:
-        if engine.keeps_dense_weights:
-            raise UsageError(f"method {engine.method!r} trains the weights that the kernels would leave out")
         with autocast(config, device):  # a dense product may be faster in its type
             step: Step = _kernels(config, "sparse_step")(model, engine.masks)
         return step
@@ -152,8 +171,8 @@ def for_training(model: nn.Module, config: TrialConfig, engine: SparseEngine, ex
 
 def _kernels(config: TrialConfig, function: str) -> Callable[..., Any]:
     """The function of the model's file. UsageError where it has none, or does not compute what the method does."""
-    if plugins.load("methods", config.sparse.method).METHOD.by_timestep:
-        raise UsageError(f"method {config.sparse.method!r} has masks by timestep; the kernels take one set")
+    if why := _why_dense(config, training=function == "sparse_step"):
+        raise UsageError(why)
     found: Callable[..., Any] | None = getattr(plugins.load("models", config.model.name), function, None)
     if found is None:
         raise UsageError(f"there are no kernels for model {config.model.name!r}")
@@ -169,4 +188,4 @@ def _chosen(setting: str, runtime: str, make: Callable[[], T]) -> T | None:
     except UsageError as error:
         if runtime == "auto":
             return None
-        raise UsageError(f"{setting} 'sparse' cannot run here; use 'dense' or 'auto', or mend this: {error}") from error
+        raise _cannot(setting, error) from error

@@ -48,15 +48,19 @@ def test_it_is_no_part_of_what_a_trial_is(tiny, rigl):
 
 
 @pytest.mark.usefixtures("compiler")
-def test_samples_are_the_same_to_rounding(trained):
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_samples_are_the_same_to_rounding(trained, precision):
+    """These kernels compute in float32 under bf16, too."""
     trial, out = trained
-    model = restored.load(out).model
-    sampler = setup.evaluator(trial).sampler
-    fast = runtime.for_sampling(model, reevaluate.changed(trial, SPARSE))
+    model, changes = restored.load(out).model, SPARSE | {"train.precision": precision}
+    trial, asked = reevaluate.changed(trial, {}), reevaluate.changed(trial, changes)
+    fast = runtime.for_sampling(model, asked)
     assert type(fast).__name__ == "SparseChiroDiff"
-    (want, cond), (got, _) = (sampler.batch(network, 0, 16) for network in (model, fast))
+    want, cond = setup.evaluator(trial).sampler.batch(model, 0, 16)
+    sampler = setup.evaluator(asked).sampler
+    got, _ = sampler.batch(fast, 0, 16)
     assert float((want - got).abs().max()) < 1e-4
-    assert torch.equal(next(draw.draw(out, 16, changes=SPARSE)), sampler.source.to_images(got, cond))
+    assert torch.equal(next(draw.draw(out, 16, changes=changes)), sampler.source.to_images(got, cond))
 
 
 @pytest.mark.usefixtures("compiler")
@@ -183,14 +187,16 @@ def test_dense_gradients_are_made_where_growth_looks_at_them(tiny, rigl):
     ],
 )
 def test_methods_whose_step_is_not_that_of_the_active_weights(tiny, sparse, reason):
-    with pytest.raises(UsageError, match=f"train.runtime 'sparse' cannot run here.*{reason}"):
-        setup.build(tiny({"sparse": sparse, "train.runtime": "sparse"}))
+    for refused in (setup.check, setup.build):
+        with pytest.raises(UsageError, match=f"train.runtime 'sparse' cannot run here.*{reason}"):
+            refused(tiny({"sparse": sparse, "train.runtime": "sparse"}))
     assert setup.build(tiny({"sparse": sparse, "train.runtime": "auto"}))._sparse_step is None
 
 
 def test_masks_by_timestep_are_not_sampled_with(tiny):
-    with pytest.raises(UsageError, match=r"evaluate\.runtime 'sparse' cannot run here.*masks by timestep"):
-        setup.build(tiny({"sparse": {"method": "timesteps", "sparsity": 0.5}}, SPARSE))
+    for refused in (setup.check, setup.build):
+        with pytest.raises(UsageError, match=r"evaluate\.runtime 'sparse' cannot run here.*masks by timestep"):
+            refused(tiny({"sparse": {"method": "timesteps", "sparsity": 0.5}}, SPARSE))
 
 
 @pytest.mark.usefixtures("no_compiler")
