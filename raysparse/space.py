@@ -337,6 +337,11 @@ def _check_axes(sweep: Sweep, method: str, axes: Mapping[str, Axis]) -> None:
             _check_path(name)
         if name in NOT_AN_AXIS:
             raise ValueError(f"{name} is not an axis: seeds are replicates (confirm.seeds), train.steps is the budget")
+        if tuple(name.split(".")) in config.PLACES:
+            raise ValueError(
+                f"{name} is not an axis: it says where or how fast a trial runs, not what it is; set it for all in the "
+                "base trial"
+            )
         if isinstance(axis, tuple) and not axis:
             raise ValueError(f"{method}.{name} has no values")
         if sweep.grid is not None and isinstance(axis, Range):

@@ -83,6 +83,8 @@ def test_the_digest_is_of_what_is_computed() -> None:
         ({"grid": {"static": {"sparsity": {"low": 0.1, "high": 0.9}}}}, ["a grid takes a list", "search"]),
         ({"grid": {"dense": {"seed": [1, 2]}}}, ["seed"]),
         ({"grid": {"dense": {"train.steps": [1, 2]}}}, ["train.steps is not an axis"]),
+        ({"grid": {"dense": {"train.runtime": ["auto", "dense"]}}}, ["train.runtime is not an axis: it says where or"]),
+        ({"grid": {"dense": {"train.threads": [1, 2]}}}, ["train.threads is not an axis"]),
         ({"grid": {"dense": {"optimizer.learning": [1]}}}, ["unknown key 'learning'"]),
         ({"base": {"train": {"stepz": 1}}}, ["did you mean 'steps'"]),
         ({"base": BASE | {"sparse": {"method": "rigl"}}}, ["base.sparse", "unknown key 'method'"]),
