@@ -167,9 +167,10 @@ def _results_of(checkpoint: Path) -> Path | None:
     return out if has else None
 
 
-def _path(out: Path, trial_id: str, protocol: str) -> Path:
-    digest = hashlib.sha256(protocol.encode()).hexdigest()[:10]
-    return out / FOLDER / f"{trial_id}-{digest}.parquet"
+def _path(out: Path, trial: TrialConfig, trial_id: str, protocol: str) -> Path:
+    """One file for each protocol and precision."""
+    measured = protocol if trial.train.precision == "fp32" else f"{protocol} {trial.train.precision}"
+    return out / FOLDER / f"{trial_id}-{hashlib.sha256(measured.encode()).hexdigest()[:10]}.parquet"
 
 
 def _reports(path: Path) -> list[Report]:
@@ -177,8 +178,8 @@ def _reports(path: Path) -> list[Report]:
 
 
 def _known(out: Path, model: restored.Restored, trial: TrialConfig, protocol: str) -> Row | None:
-    """What an earlier evaluation of this step under this protocol found; None where there was none."""
-    for report in _reports(_path(out, model.trial_id, protocol)):
+    """What an earlier evaluation of this step under this protocol and precision found; None where there was none."""
+    for report in _reports(_path(out, trial, model.trial_id, protocol)):
         loss, fid, kid, kid_std = report.validation_loss, report.fid, report.kid, report.kid_std
         if report.step == model.step and loss is not None and fid is not None:
             assert kid is not None
@@ -199,5 +200,5 @@ def _record(out: Path, row: Row, trial: TrialConfig, workers: int, command: str)
     facts: Facts = dataclasses.replace(
         setup.facts(trial, sweep=out.name, stage="single", world_size=workers, command=command), trial_id=row.trial_id
     )
-    path = _path(out, row.trial_id, row.protocol)
+    path = _path(out, trial, row.trial_id, row.protocol)
     results.write_table(path, facts, Outcome("COMPLETED"), [*_reports(path), report])

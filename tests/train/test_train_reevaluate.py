@@ -59,6 +59,9 @@ def test_a_study_of_steps_is_kept_and_not_measured_twice(trained):
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert reevaluate.evaluate(out, STEPS, device="cpu", again=True) == first  # the same noise, so the same values
     assert [path.stat().st_mtime_ns for path in kept] != before
+    (half,) = reevaluate.evaluate(out, [{**STEPS[0], "train.precision": "bf16"}], device="cpu")
+    assert half.fid != first[0].fid  # measured
+    assert len(list((out / "evaluations").glob("*.parquet"))) == 3
 
 
 @pytest.mark.slow
