@@ -34,8 +34,9 @@ _ERROR_LINES = 5  # of the compiler's complaint
 def default_root() -> Path:
     """Where compiled kernels lie: $RAYSPARSE_NATIVE, or raysparse/native in the user's cache folder."""
     chosen = os.environ.get("RAYSPARSE_NATIVE")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(chosen) if chosen else cache / "raysparse" / "native"
+    if chosen:  # a user of a container may have no home
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raysparse" / "native"
 
 
 def load(source: Path) -> ctypes.CDLL:
@@ -56,7 +57,7 @@ def _loaded(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], roo
     made_from = (compiler, _version(compiler), flags, platform.system(), platform.machine())
     path = root / f"{source.stem}-{_digest(source, made_from)}.so"
     _check_folder(root)
-    if path.is_file():
+    if _is_ours(path):
         try:
             return ctypes.CDLL(str(path))
         except OSError:
@@ -112,7 +113,9 @@ def _digest(source: Path, made_from: tuple[object, ...]) -> str:
 def _version(compiler: tuple[str, ...]) -> str:
     """Its first line says it; empty where it says nothing, which compiling will tell."""
     try:
-        said = subprocess.run([*compiler, "--version"], capture_output=True, text=True, timeout=COMPILE_S, check=False)
+        said = subprocess.run(
+            [*compiler, "--version"], capture_output=True, text=True, errors="replace", timeout=COMPILE_S, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return said.stdout.partition("\n")[0]
@@ -128,8 +131,18 @@ def _check_folder(root: Path) -> None:
     if found.st_uid not in (os.geteuid(), 0) or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise UsageError(
             f"{root} holds compiled code, but other users may write to it (mode {stat.filemode(found.st_mode)}, owner "
-            f"{found.st_uid}); chmod 700 it, or set RAYSPARSE_NATIVE to a folder of yours"
+            f"{found.st_uid}); empty it and chmod 700 it, or set RAYSPARSE_NATIVE to a folder of yours"
         )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether the library is there, and nobody else can have written it: its folder may have been open to others."""
+    try:
+        found = path.lstat()
+    except OSError:
+        return False
+    mine = found.st_uid in (os.geteuid(), 0) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return stat.S_ISREG(found.st_mode) and mine
 
 
 def _compile(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], path: Path) -> None:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import shutil
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 
 import raysparse.models
 from raysparse import native
+from raysparse.data import prepared
 from raysparse.errors import UsageError
 
 SOURCE = '#include "two.h"\nextern "C" int answer() { return 20 * TWO + 2; }\n'
@@ -62,6 +64,34 @@ def test_a_damaged_library_is_made_anew(source: Path) -> None:
     path.write_bytes(b"\x7fELF half a file")
     native._loaded.cache_clear()
     assert native.load(source).answer() == 42
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("how", ["writable", "link"])
+def test_a_library_that_others_may_have_written_is_made_anew(source: Path, how: str) -> None:
+    """Its folder may have been open to all until now."""
+    native.load(source)
+    (path,) = kept(source)
+    if how == "link":
+        path.rename(source.parent / "elsewhere.so")
+        path.symlink_to(source.parent / "elsewhere.so")
+    else:
+        path.chmod(0o666)
+    native._loaded.cache_clear()
+    assert native.load(source).answer() == 42
+    assert path.lstat().st_mode & 0o777 == 0o644
+    assert not path.is_symlink()
+
+
+@pytest.mark.parametrize("of", [native.default_root, prepared.default_root])
+def test_a_folder_that_is_named_needs_no_home(of: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    for name in ("RAYSPARSE_NATIVE", "RAYSPARSE_DATA"):
+        monkeypatch.setenv(name, "/there")
+    assert of() == Path("/there")
 
 
 @pytest.mark.usefixtures("compiler")
