@@ -43,7 +43,7 @@ class Settings(Sparse):
         ranges = data.get("ranges", cls.model_fields["ranges"].default)
         try:
             least = min(sparsity for _, _, sparsity in parsed(ranges))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, AttributeError):  # the last: no text
             return data  # `ranges` complains itself
         if data.get("sparsity") not in (None, least):
             raise ValueError(f"sparsity is {data['sparsity']}, but the densest of the ranges has {least}; leave it out")
