@@ -106,7 +106,7 @@ def gate_scales() -> Tensor:
 
 def check(model: nn.Module) -> ChiroDiff:
     """UsageError where the kernels do not compute what the model does."""
-    if type(model) is not ChiroDiff or model._forward_pre_hooks or model._forward_hooks:
+    if type(model) is not ChiroDiff or any(part._forward_pre_hooks or part._forward_hooks for part in model.modules()):
         raise UsageError(f"it takes a plain ChiroDiff, got {type(model).__name__} or one with hooks")
     weight = model.mix.weight
     if weight.device.type != "cpu" or weight.dtype != torch.float32:

@@ -230,10 +230,11 @@ def test_what_it_cannot_run_is_refused() -> None:
     model = model_of(0.5, hidden=6, layers=1)
     with pytest.raises(UsageError, match="float64 on cpu"):
         sparse_runtime(model.double())
-    hooked = model_of(0.5, hidden=6, layers=1)
-    hooked.register_forward_pre_hook(lambda *_: None)
-    with pytest.raises(UsageError, match="with hooks"):
-        sparse_runtime(hooked)
+    for part in ("", "mix"):
+        hooked = model_of(0.5, hidden=6, layers=1)
+        hooked.get_submodule(part).register_forward_pre_hook(lambda *_: None)
+        with pytest.raises(UsageError, match="with hooks"):
+            sparse_runtime(hooked)
     with pytest.raises(UsageError, match="plain ChiroDiff, got Linear"):
         sparse_runtime(torch.nn.Linear(2, 2))
 
