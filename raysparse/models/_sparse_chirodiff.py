@@ -74,7 +74,7 @@ class SparseChiroDiff(nn.Module):
         self._memory = Memory()
         with torch.autocast("cpu", enabled=False):  # a bf16 trial makes this under autocast; the kernels read float32
             self._by_sketch = _scaled(layout.by_sketch(self._model[0]))
-        self._few = _most_at_a_time(self._model[0], self._library.raysparse_lanes())
+        self._most_one_by_one = _most_one_by_one(self._model[0], self._library.raysparse_lanes())
         self._kernels: dict[str, _ManySketches | FewSketches] = {}  # made when first used: 20 ms at h = 96
 
     @torch.no_grad()
@@ -94,7 +94,7 @@ class SparseChiroDiff(nn.Module):
 
     def _kernel(self, sketches: int) -> _ManySketches | FewSketches:
         lanes = self._library.raysparse_lanes()
-        size = "few" if sketches <= self._few else "one vector" if sketches <= lanes else "many"
+        size = "few" if sketches <= self._most_one_by_one else "one vector" if sketches <= lanes else "many"
         if size not in self._kernels:
             rule = {"few": _DENSE_FEW, "one vector": _DENSE_ONE, "many": _DENSE}[size]
             packed = Packed(self._library, rule if self._dense_from is None else self._dense_from)
@@ -133,8 +133,8 @@ class _ManySketches:
         self._library.raysparse_predict(ctypes.byref(self._net), ctypes.byref(sketches), place, ctypes.c_int32(threads))
 
 
-def _most_at_a_time(model: ChiroDiff, lanes: int) -> float:
-    """Sketches that are predicted one at a time."""
+def _most_one_by_one(model: ChiroDiff, lanes: int) -> float:
+    """Up to so many sketches are predicted one at a time."""
     weights = [weight for weight in model.gru.parameters() if weight.dim() == 2]
     density = sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
     least, more = _FEW[lanes]

@@ -88,7 +88,7 @@ def check_trial(model: nn.Module, engine: SparseEngine, config: TrialConfig) -> 
         return
     masked = _without_zeros(copy.deepcopy(model))
     engine.apply_to(dict(masked.named_parameters()))
-    setattr(masked, "remove_dead_units", None)  # noqa: B010 -- mypy takes no assignment to a method
+    vars(masked)["remove_dead_units"] = None  # in the method's place: units that are empty now need not be later
     for_sampling(engine.network(masked), config)
 
 

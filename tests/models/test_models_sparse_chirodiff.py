@@ -51,7 +51,7 @@ def batch_of(lengths: list[int], classes: int | None = None) -> dict[str, Tensor
 def predicted(model: ChiroDiff, given: dict[str, Tensor], few: bool, dense_from: float | None = None) -> Tensor:
     """By the kernel for few sketches or by the one for many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_sparse_chirodiff, "_most_at_a_time", lambda *_: math.inf if few else 0)
+        patch.setattr(_sparse_chirodiff, "_most_one_by_one", lambda *_: math.inf if few else 0)
         found: Tensor = SparseChiroDiff(model, dense_from)(**given)
     return found
 
@@ -280,7 +280,7 @@ def test_few_sketches_have_a_kernel_of_their_own() -> None:
 
 @pytest.mark.parametrize(("lanes", "dense", "sparse"), [(16, 14, 10), (8, 11, 5), (4, 5, 2)])
 def test_the_fewer_weights_the_sooner_a_sketch_in_each_lane_is_faster(lanes: int, dense: int, sparse: int) -> None:
-    most = [int(_sparse_chirodiff._most_at_a_time(model_of(s, hidden=24, layers=2), lanes)) for s in (0, 0.9)]
+    most = [int(_sparse_chirodiff._most_one_by_one(model_of(s, hidden=24, layers=2), lanes)) for s in (0, 0.9)]
     assert most == [dense, sparse]
 
 
