@@ -12,7 +12,8 @@ import pytest
 from recorded_trials import record
 
 from raysparse import cli, space
-from raysparse.sweep import price
+from raysparse.errors import UsageError
+from raysparse.sweep import price, tuner
 from raysparse.train import plan as plans
 
 SPACES = Path(__file__).resolve().parents[1] / "tune_spaces"
@@ -124,3 +125,22 @@ def test_mistakes_are_said(run: Callable[..., tuple[int, str, str]], tmp_path: P
     assert (code, "is not a results folder" in err) == (2, True)
     code, _, err = run(*SMALL, "--step-seconds", "1", "--curves", "kanji")
     assert (code, "did you mean" in err or "kanjivg" in err) == (2, True)
+
+
+@pytest.mark.parametrize("entry", [plans.plan, tuner.prepare])
+@pytest.mark.parametrize(
+    ("axes", "section", "setting"),
+    [
+        ({"nm_ste": {}, "static": {"sparsity": [0.5]}}, "train", "train.runtime 'sparse' cannot run here"),
+        ({"static": {"sparsity": [0.5]}, "timesteps": {}}, "evaluate", "evaluate.runtime 'sparse' cannot run here"),
+    ],
+)
+def test_kernels_that_one_of_the_methods_never_has_are_refused_first(
+    entry: Callable[..., Any], axes: dict[str, Any], section: str, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans.setup, "check", lambda _: pytest.fail("later"))
+    base = {"data": {"name": "hershey"}, "train": {"steps": 20}, "evaluate": {"every_steps": 10}}
+    base[section] = {**base[section], "runtime": "sparse"}
+    sweep = space.Sweep(name="x", base=base, grid=axes)
+    with pytest.raises(UsageError, match=setting):
+        entry(sweep)

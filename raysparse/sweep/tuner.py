@@ -127,8 +127,9 @@ def prepare(sweep: Sweep, *, progress: Progress | None = None, **ray: Any) -> No
     """
     from raysparse.sweep import encode
     from raysparse.sweep.axes import first_points
-    from raysparse.train import setup
+    from raysparse.train import plan, setup
 
+    plan.check_methods(sweep)
     points = first_points(sweep.search) if sweep.search else space.grid_points(sweep)
     trials = [space.trial(sweep, point) for point in points]
     # Sparsity and optimizer have been checked with the file.

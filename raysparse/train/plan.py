@@ -13,7 +13,7 @@ from raysparse import plugins, rng, space
 from raysparse.config import TrialConfig
 from raysparse.metrics import flops
 from raysparse.space import Sweep
-from raysparse.train import checks, setup
+from raysparse.train import checks, runtime, setup
 from raysparse.train.costs import Costs, evaluations
 
 _TIMED = 3  # steps and forward passes timed, after one that is not; the median counts
@@ -45,6 +45,7 @@ def plan(sweep: Sweep, *, cpus: int | None = None, seconds: Seconds | None = Non
     """
     base = space.parsed_base(sweep)
     checks.check_settings(base)
+    check_methods(sweep)
     points = list(sweep.search.seed_points) or [{"method": "dense"}] if sweep.search else space.grid_points(sweep)
     trials = [space.trial(sweep, point) for point in points]
     rows = [_row(setup.estimate(trial)) | _settings(trial) for trial in trials]
@@ -70,6 +71,12 @@ def plan(sweep: Sweep, *, cpus: int | None = None, seconds: Seconds | None = Non
         "hours_full": (count + confirmed) * trial_s / concurrent / 3600,
         "hours_asha": (count * _expected_share(sweep, base.train.steps) + confirmed) * trial_s / concurrent / 3600,
     }
+
+
+def check_methods(sweep: Sweep) -> None:
+    """UsageError where the base asks for kernels that one of the methods never has: all its trials would fail."""
+    for method in sweep.axes:
+        runtime.check_method(space.trial(sweep, {"method": method}))
 
 
 def _confirmed(sweep: Sweep) -> int:
