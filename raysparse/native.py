@@ -3,12 +3,14 @@
 A kernel is one source file without PyTorch's headers, called through ctypes: it compiles in 3 s where a PyTorch
 extension takes 30, needs no ninja, and serves any version of PyTorch. A library lies in the user's cache folder under a
 name that says what it was made from: the sources, the compiler and the instructions that PyTorch finds in this CPU. So
-a home folder shared by different machines holds one for each, and none runs where it cannot.
+a home folder shared by different machines holds one for each, and none runs where it cannot. The name says what is in
+the library, too: one that a disk cut short would end the process, with a bus error, where it is loaded or later.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import functools
 import hashlib
 import os
@@ -17,10 +19,11 @@ import shlex
 import shutil
 import stat
 import subprocess
+import tempfile
 from pathlib import Path
 
 from raysparse.errors import UsageError
-from raysparse.files import atomic_path
+from raysparse.files import atomic_path, sha256
 
 COMPILE_S = 300  # a compiler that takes longer hangs
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
@@ -29,6 +32,7 @@ _INSTRUCTIONS = {  # by PyTorch's word for what the CPU has; any other: what the
     "AVX2": ("-mavx2", "-mfma"),
 }
 _ERROR_LINES = 5  # of the compiler's complaint
+_DIGITS = 16  # of a digest, in a name
 
 
 def default_root() -> Path:
@@ -55,14 +59,14 @@ def load(source: Path) -> ctypes.CDLL:
 @functools.cache
 def _loaded(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], root: Path) -> ctypes.CDLL:
     made_from = (compiler, _version(compiler), flags, platform.system(), platform.machine())
-    path = root / f"{source.stem}-{_digest(source, made_from)}.so"
     _check_folder(root)
-    if _is_ours(path):
+    name = f"{source.stem}-{_digest(source, made_from)}"
+    for path in filter(_is_whole_and_ours, root.glob(f"{name}-*.so")):
         try:
             return ctypes.CDLL(str(path))
         except OSError:
-            pass  # damaged, or made on a machine with other system libraries: made anew
-    _compile(source, compiler, flags, path)
+            pass  # made on a machine with other system libraries: made anew
+    path = _compile(source, compiler, flags, root, name)
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -106,7 +110,7 @@ def _digest(source: Path, made_from: tuple[object, ...]) -> str:
     digest = hashlib.sha256(repr(made_from).encode())
     for part in (source, *sorted(source.parent.glob("*.h"))):
         digest.update(part.name.encode() + b"\0" + part.read_bytes())
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()[:_DIGITS]
 
 
 @functools.cache
@@ -135,21 +139,23 @@ def _check_folder(root: Path) -> None:
         )
 
 
-def _is_ours(path: Path) -> bool:
-    """Whether the library is there, and nobody else can have written it: its folder may have been open to others."""
+def _is_whole_and_ours(path: Path) -> bool:
+    """Whether it holds what its name says, and nobody else can have written it: its folder may have been open."""
     try:
         found = path.lstat()
+        mine = found.st_uid in (os.geteuid(), 0) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+        return stat.S_ISREG(found.st_mode) and mine and path.stem.endswith(f"-{sha256(path)[:_DIGITS]}")
     except OSError:
         return False
-    mine = found.st_uid in (os.geteuid(), 0) and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return stat.S_ISREG(found.st_mode) and mine
 
 
-def _compile(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], path: Path) -> None:
+def _compile(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], root: Path, name: str) -> Path:
+    """The library of a source, whole in the folder `root`. UsageError: it cannot be compiled or written."""
     try:
-        with atomic_path(path) as temporary:
+        with tempfile.TemporaryDirectory(prefix="raysparse-") as place:  # not beside: a killed process leaves it there
+            made = Path(place) / "made.so"
             done = subprocess.run(
-                [*compiler, *flags, str(source), "-o", str(temporary)],
+                [*compiler, *flags, str(source), "-o", str(made)],
                 capture_output=True,
                 text=True,
                 errors="replace",
@@ -157,14 +163,25 @@ def _compile(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], pa
                 check=False,
             )
             if done.returncode:
-                said = "\n".join((done.stderr or done.stdout).strip().splitlines()[:_ERROR_LINES])
-                raise UsageError(
-                    f"{shlex.join(compiler)} cannot compile {source.name} (exit {done.returncode}); set CXX to another "
-                    f"compiler, GCC or clang. It said: {said or 'nothing'}"
-                )
+                raise UsageError(_complaint(source, compiler, done))
+            path = root / f"{name}-{sha256(made)[:_DIGITS]}.so"
+            with atomic_path(path) as temporary:
+                shutil.copyfile(made, temporary)
     except OSError as error:
         raise UsageError(
-            f"cannot write {path}: {error.strerror}; free space or set RAYSPARSE_NATIVE to a folder of yours"
+            f"cannot write {error.filename or root}: {error.strerror}; free space, or set RAYSPARSE_NATIVE (where "
+            "libraries are kept) or TMPDIR (where they are made) to a folder of yours"
         ) from error
     except subprocess.TimeoutExpired as error:
         raise UsageError(f"{compiler[0]} did not compile {source.name} in {COMPILE_S} s; set CXX to another") from error
+    return path
+
+
+def _complaint(source: Path, compiler: tuple[str, ...], done: subprocess.CompletedProcess[str]) -> str:
+    said = "\n".join((done.stderr or done.stdout).strip().splitlines()[:_ERROR_LINES])
+    full = os.strerror(errno.ENOSPC) in said
+    return (
+        f"{shlex.join(compiler)} cannot compile {source.name} (exit {done.returncode}); "
+        + (f"free space in {tempfile.gettempdir()}" if full else "set CXX to another compiler, GCC or clang")
+        + f". It said: {said or 'nothing'}"
+    )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ import raysparse.models
 from raysparse import native
 from raysparse.data import prepared
 from raysparse.errors import UsageError
+from raysparse.files import sha256
 
 SOURCE = '#include "two.h"\nextern "C" int answer() { return 20 * TWO + 2; }\n'
 
@@ -57,13 +59,30 @@ def test_a_library_of_other_instructions_is_not_used(source: Path, monkeypatch: 
 
 
 @pytest.mark.usefixtures("compiler")
-def test_a_damaged_library_is_made_anew(source: Path) -> None:
+@pytest.mark.parametrize("keep", [0, 17, 0.3, 0.7, 0.999])
+def test_a_library_that_was_cut_short_is_made_anew(source: Path, keep: float) -> None:
+    """Loading one ended the process with a bus error."""
     native.load(source)
     (path,) = kept(source)
+    whole = path.read_bytes()
     path.unlink()  # not in place: this process has it mapped
-    path.write_bytes(b"\x7fELF half a file")
+    path.write_bytes(whole[: keep if isinstance(keep, int) else int(keep * len(whole))])
     native._loaded.cache_clear()
     assert native.load(source).answer() == 42
+    assert path.read_bytes() == whole
+    assert kept(source) == [path]
+
+
+@pytest.mark.usefixtures("compiler")
+def test_a_library_that_this_system_cannot_load_is_made_anew(source: Path) -> None:
+    native.load(source)
+    (path,) = kept(source)
+    other = path.with_name(path.name[: -len(path.suffix) - 16] + sha256(source)[:16] + ".so")
+    shutil.copy(source, other)  # its name is right, it is no library
+    path.unlink()
+    native._loaded.cache_clear()
+    assert native.load(source).answer() == 42
+    assert kept(source) == sorted([path, other])
 
 
 @pytest.mark.usefixtures("compiler")
@@ -118,6 +137,38 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(source: Path) -> Non
     source.write_text("this is no C++\n")
     with pytest.raises(UsageError, match=r"(?s)cannot compile answer\.cpp .*It said: .*answer\.cpp:1"):
         native.load(source)
+    assert kept(source) == []
+
+
+@pytest.mark.parametrize(
+    ("said", "advice"), [("x.cpp:1: error", "set CXX to another"), ("No space left on device", "free space in ")]
+)
+def test_a_full_disk_is_no_fault_of_the_compiler(
+    source: Path, monkeypatch: pytest.MonkeyPatch, said: str, advice: str
+) -> None:
+    compiler = source.parent / "compiler"
+    compiler.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(UsageError, match=rf"cannot compile answer\.cpp \(exit 1\); {advice}.*It said: {said}"):
+        native.load(source)
+
+
+def test_a_process_that_is_killed_while_it_compiles_leaves_nothing_in_the_cache(source: Path) -> None:
+    compiler, cache = source.parent / "compiler", source.parent / "native"
+    compiler.write_text("#!/bin/sh\nkill -9 $PPID\n")
+    compiler.chmod(0o755)
+    cache.mkdir()
+    code = "import sys; from pathlib import Path; from raysparse import native\n"
+    code += (
+        "source, compiler, cache = sys.argv[1:]; native._compile(Path(source), (compiler,), (), Path(cache), 'answer')"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, source, compiler, cache],
+        env=os.environ | {"TMPDIR": str(source.parent)},
+        check=False,
+    )
+    assert done.returncode == -9
     assert kept(source) == []
 
 
