@@ -105,10 +105,11 @@ def test_a_convolution(
 
 
 @pytest.mark.parametrize("alike", [1, 4])
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads_change_nothing(threads: int, alike: int) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+@pytest.mark.parametrize("size", [(3, 17, 9), (1, 8, 8), (1, 5, 7)])  # many chunks of columns; fewer than threads
+def test_threads_change_nothing(size: tuple[int, int, int], threads: int, alike: int) -> None:
     layer = thinned(nn.Conv2d(8, 8, 3, padding=1), 0.2, alike=alike)
-    fast, x = with_sparse_products(nn.Sequential(layer)), torch.randn(3, 8, 17, 9)
+    fast, x = with_sparse_products(nn.Sequential(layer)), torch.randn(size[0], 8, *size[1:])
     before, want = torch.get_num_threads(), fast(x)
     torch.set_num_threads(threads)
     try:

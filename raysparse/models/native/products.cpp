@@ -323,16 +323,20 @@ void gather(const Images& images, const std::vector<Run>& runs, int columns, T* 
         }
 }
 
-// work(number of the chunk, in, out) for all chunks, on this thread and others
+// work(first column, how many, in, out) for all columns, on this thread and others. Where not every thread would have a
+// chunk those are narrower: with two threads a 3x3 convolution of 64 pixels was 1.0 times as fast as with one. (Shares
+// of the outputs instead: 1.05 with one `in` for both, which then goes from cache to cache, and 1.15 with one each.)
 template <class Work>
-void in_chunks(const Layer& layer, int64_t chunks, char* memory, int threads, const Work& work) {
+void in_chunks(const Layer& layer, int64_t columns, char* memory, int threads, const Work& work) {
+  const int64_t each = (columns + threads - 1) / threads;
+  const int64_t size = std::min<int64_t>(WIDTH, (each + LANES - 1) / LANES * LANES);
   std::atomic<int64_t> next{0};
-  auto all = [&](int thread) {
+  on_threads(threads, (columns + size - 1) / size, [&](int thread) {
     float* in = (float*)(memory + thread * (layer.inputs + layer.outputs) * ROW);
     memset(in, 0, layer.inputs * ROW);  // the columns beyond the last token or pixel are numbers, whatever they are
-    for (int64_t chunk; (chunk = next++) < chunks;) work(chunk, in, in + layer.inputs * WIDTH);
-  };
-  on_threads(threads, chunks, all);
+    for (int64_t first; (first = size * next++) < columns;)
+      work(first, std::min(size, columns - first), in, in + layer.inputs * WIDTH);
+  });
 }
 
 // y [tokens, outputs]: `count` tokens from the first one on are out's columns
@@ -396,8 +400,7 @@ int32_t raysparse_features_in_cache() { return features_in_cache(); }
 // floats
 void raysparse_linear(const Layer* layer, const float* x, float* y, int64_t tokens, char* memory, int32_t threads) {
   const int64_t inputs = layer->inputs;
-  in_chunks(*layer, (tokens + WIDTH - 1) / WIDTH, memory, threads, [&](int64_t chunk, float* in, float* out) {
-    const int64_t first = chunk * WIDTH, count = std::min<int64_t>(WIDTH, tokens - first);
+  in_chunks(*layer, tokens, memory, threads, [&](int64_t first, int64_t count, float* in, float* out) {
     transpose(x + first * inputs, inputs, in, WIDTH, count, inputs);
     multiply(*layer, in, out, count);
     put_tokens(*layer, out, y, first, count);
@@ -440,8 +443,7 @@ void raysparse_pair_images(const char* x, int64_t halves, uint32_t* to, const Pa
 
 void raysparse_convolve(const Layer* layer, const Images* images, char* memory, int32_t threads) {
   const int64_t pixels = images->out_height * images->out_width, all = images->count * pixels;
-  in_chunks(*layer, (all + WIDTH - 1) / WIDTH, memory, threads, [&](int64_t chunk, float* in, float* out) {
-    const int64_t first = chunk * WIDTH, count = std::min<int64_t>(WIDTH, all - first);
+  in_chunks(*layer, all, memory, threads, [&](int64_t first, int64_t count, float* in, float* out) {
     const std::vector<Run> runs = runs_of(*images, layer->outputs, first, count);
     gather(*images, runs, WIDTH, in);
     multiply(*layer, in, out, count);
