@@ -176,7 +176,9 @@ class Kernel:
         """x: float32 or bfloat16 [..., inputs] -> float32, in pairs bfloat16 [..., outputs]"""
         y = x.new_empty(*x.shape[:-1], self._outputs, dtype=self._dtype)
         if x.dim() == 3 and x.mT.is_contiguous() and not x.is_contiguous():  # as attention gets an image's pixels
-            self._convolve(x.mT.unsqueeze(2), values, bias, Window((1, 1), (1, 1), (0, 0)), y, by_token=True)
+            window = Window((1, 1), (1, 1), (0, 0))
+            padded = self._padded(x.mT.unsqueeze(2), window)
+            self._run("convolve", values, bias, ctypes.byref(window.images(padded, y, by_token=True)))
             return y
         x = pairs.of_features(x) if self._in_pairs else x.float().contiguous()
         tokens = ctypes.c_int64(y.numel() // self._outputs)
@@ -185,17 +187,14 @@ class Kernel:
 
     def convolve(self, x: Tensor, values: Tensor, bias: Tensor | None, window: Window) -> Tensor:
         """x: float32 or bfloat16 [B, C, H, W] -> float32, in pairs bfloat16 [B, outputs, ...]"""
-        height, width = (size + 2 * by for size, by in zip(x.shape[2:], window.padding, strict=True))
-        y = x.new_empty(len(x), self._outputs, *window.out(height, width), dtype=self._dtype)
-        self._convolve(x, values, bias, window, y)
+        padded = self._padded(x, window)
+        y = x.new_empty(len(x), self._outputs, *window.out(*padded.shape[2:]), dtype=self._dtype)
+        self._run("convolve", values, bias, ctypes.byref(window.images(padded, y)))
         return y
 
-    def _convolve(
-        self, x: Tensor, values: Tensor, bias: Tensor | None, window: Window, y: Tensor, *, by_token: bool = False
-    ) -> None:
-        """by_token: y is [B, H W, outputs]"""
-        padded = pairs.of_channels(self._library, x, window.padding) if self._in_pairs else window.padded(x.float())
-        self._run("convolve", values, bias, ctypes.byref(window.images(padded, y, by_token=by_token)))
+    def _padded(self, x: Tensor, window: Window) -> Tensor:
+        """As the kernel takes images."""
+        return pairs.of_channels(self._library, x, window.padding) if self._in_pairs else window.padded(x.float())
 
     def linear_gradients(self, x: Tensor, dy: Tensor) -> Tensor:
         """Of the weights, float32 [outputs, inputs], 0 where they are not active. x, dy: contiguous, both float32 or
@@ -260,8 +259,7 @@ class Window(NamedTuple):
 
     def out(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of what comes out of a padded image."""
-        found = ((size - self.kernel[i]) // self.stride[i] + 1 for i, size in enumerate((height, width)))
-        return next(found), next(found)
+        return (height - self.kernel[0]) // self.stride[0] + 1, (width - self.kernel[1]) // self.stride[1] + 1
 
     def images(self, padded: Tensor, y: Tensor, *, by_token: bool = False) -> _Images:
         """y: contiguous, by_token [B, H W, outputs]."""
@@ -290,6 +288,7 @@ class SparseProduct(nn.Module):
         self._kernel = Kernel(weight[0].numel(), len(weight), memory, in_pairs=in_pairs)
         self._kernel.lay_out(*rows)
         self._values = self._kernel.values(weight)
+        self._window = Window.of_layer(layer) if isinstance(layer, nn.Conv2d) else None
 
     @property
     def weight(self) -> Tensor:
@@ -300,13 +299,16 @@ class SparseProduct(nn.Module):
     def bias(self) -> Tensor | None:
         return self.layer.bias
 
-    @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        layer = self.layer
+        x, bias = x.detach(), self.layer.bias
+        if not worth_it(x.numel() // x.shape[1 if self._window else -1], self.layer.weight):
+            return self._dense(x)
+        if self._window:
+            return self._kernel.convolve(x, self._values, bias, self._window)
+        return self._kernel.linear(x, self._values, bias)
+
+    @torch.no_grad()
+    def _dense(self, x: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
-            if not worth_it(x.numel() // x.shape[1 if isinstance(layer, nn.Conv2d) else -1], layer.weight):
-                found: Tensor = layer(x.float())
-                return found
-            if isinstance(layer, nn.Conv2d):
-                return self._kernel.convolve(x, self._values, layer.bias, Window.of_layer(layer))
-            return self._kernel.linear(x, self._values, layer.bias)
+            found: Tensor = self.layer(x.float())
+            return found
