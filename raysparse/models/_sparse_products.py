@@ -172,6 +172,12 @@ class Kernel:
         found = weight.flatten().index_select(0, self._places.flatten())
         return pairs.of_features(found.view(-1, 2) * self._active).squeeze(1) if self._in_pairs else found
 
+    def last_values(self, weight: Tensor) -> Tensor:
+        """The same of weights that no longer change: what finds them, four times as large as they are, is dropped."""
+        found = self.values(weight)
+        self._places = self._weights = self._active = torch.empty(0)
+        return found
+
     def linear(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """x: float32 or bfloat16 [..., inputs] -> float32, in pairs bfloat16 [..., outputs]"""
         y = x.new_empty(*x.shape[:-1], self._outputs, dtype=self._dtype)
@@ -287,7 +293,7 @@ class SparseProduct(nn.Module):
         rows = [pairs.of_weight(part) if in_pairs else part.flatten(1) for part in (weight != 0, places)]
         self._kernel = Kernel(weight[0].numel(), len(weight), memory, in_pairs=in_pairs)
         self._kernel.lay_out(*rows)
-        self._values = self._kernel.values(weight)
+        self._values = self._kernel.last_values(weight)
         self._window = Window.of_layer(layer) if isinstance(layer, nn.Conv2d) else None
 
     @property
