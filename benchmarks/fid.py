@@ -13,7 +13,8 @@ Sampling is scaled to the protocol by samples x steps, drawing and extraction by
 thousands in about the time of hundreds, by steps alone: each protocol's own number is drawn. The validation loss, FID
 and KID are of full counts. `share` is that of all evaluations in a trial of --trial-steps steps, of one turn
 (min / median / max): the first protocol at each --every, or another one there (`evaluate.intermediate`, which has no
-KID) and both at the last step.
+KID) and both at the last step. FLOPs are those of the weights that are computed with, as a ratio; peak memory is what a
+row's model, optimizer and evaluators take, training and evaluating.
 
 FIDs are of one dense model, trained here for --train-steps, at --fid-samples and --fid-ddim-steps: mean and standard
 deviation over sampling seeds (the noise), and the difference to fp32 from the same noise and weights. On a CPU the GRU
@@ -37,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # for the other file; 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a machine without Ray has no `pip install raysparse`
 
 from fid_trial import Bf16GRU, Data, Runner, data, evaluator, trial
+from peak_memory import Peak
 
 from raysparse import rng
 from raysparse.errors import UsageError
@@ -168,7 +170,7 @@ def spread(values: Sequence[float], sign: str = "") -> str:
 
 HEADS = (
     "S", "runtime", "precision", "protocol", "validation s", "sampling s", "drawing + extraction s", "FID s", "KID s",
-    "evaluation s", "training step ms", "share of a trial", "FID", "minus fp32, same noise",
+    "evaluation s", "training step ms", "share of a trial", "FLOPs", "peak MiB", "FID", "minus fp32, same noise",
 )  # fmt: skip
 
 
@@ -181,12 +183,14 @@ def rows(options: argparse.Namespace, known: Data, found: dict[str, list[float]]
         say(f"S {sparsity:g}, {runtime} runtime, {precision}")
         head = [f"{sparsity:g}", runtime, precision]
         quality = fid_cells(found, precision) if not sparsity else ["–", "–"]
+        peak = Peak(options.device)
         try:
             turns = measure(options, known, sparsity, runtime, precision)
         except UsageError as error:
             why = f"{UNMEASURED}: {str(error).splitlines()[0]}"
-            table.append([*head, why, *[UNMEASURED] * 8, *quality])
+            table.append([*head, why, *[UNMEASURED] * 10, *quality])
             continue
+        size = [f"{1 - sparsity if runtime == 'sparse' else 1:g}", peak.mib()]
         full: list[list[float]] = []
         for number, protocol in enumerate(options.protocols):
             each = parts_of(options, turns, protocol, known)
@@ -203,10 +207,11 @@ def rows(options: argparse.Namespace, known: Data, found: dict[str, list[float]]
                 f"{sum(parts):.2f}",
                 f"{statistics.median(turn.step_s for turn in turns) * 1e3:.2f}",
                 f"{shares[0]:.1%} / {statistics.median(shares):.1%} / {shares[-1]:.1%}",
+                *size,
                 *(quality if number == 0 else ["–", "–"]),
             ])  # fmt: skip
     if GRU_TOO in found:
-        table.append(["0", "dense", GRU_TOO, "–", *["–"] * 8, *fid_cells(found, GRU_TOO)])
+        table.append(["0", "dense", GRU_TOO, "–", *["–"] * 10, *fid_cells(found, GRU_TOO)])
     return table
 
 

@@ -3,7 +3,8 @@
 One run is a whole DDIM sampling of ChiroDiff (all of it: velocities, time features and read-out too) with
 ER masks over random weights; time does not depend on what the weights are. Lengths are drawn from KanjiVG's (mean 88.6
 points, at most 165) or, without the file, from a normal distribution like them. The runtimes take turns on the same
-noise in one process; a ratio is of two runs of the same turn, the first turn, which warms up, is left out.
+noise in one process; a ratio is of two runs of the same turn. Peak memory is what a runtime's weights and its first
+prediction take.
 
     python benchmarks/inference.py                      # h = 96, 3 layers, 512 sketches, one thread: 8 minutes
     python benchmarks/inference.py --peers --sketches 128 --ddim-steps 5     # torch.nn.utils.prune, CSR of torch, scipy
@@ -15,8 +16,9 @@ no zero skipped, the fastest dense path there is here. `sparse` skips them. FLOP
 from __future__ import annotations
 
 import argparse
-import re
+import copy
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -28,6 +30,9 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.rnn import PackedSequence
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the other file; a script has only its own folder
+
+from benchmarks.peak_memory import Peak
 from raysparse import rng
 from raysparse.diffusion import ddim
 from raysparse.diffusion.schedule import NoiseSchedule
@@ -120,43 +125,31 @@ def product(weight: Any, x: Tensor) -> Tensor:
 
 
 def with_csr(model: ChiroDiff, csr: Callable[[Tensor], Any]) -> nn.Module:
-    copy = build(model.config, seed=0).eval().requires_grad_(False)
-    copy.load_state_dict(model.state_dict())
-    copy.gru = CsrGRU(model.gru, csr)  # type: ignore[assignment]
-    return copy
+    found = copy.deepcopy(model)
+    found.gru = CsrGRU(model.gru, csr)  # type: ignore[assignment]
+    return found
 
 
-def peers(model: ChiroDiff, masks: dict[str, Tensor]) -> dict[str, nn.Module]:
+def peers(model: ChiroDiff, masks: dict[str, Tensor]) -> dict[str, Callable[[], nn.Module]]:
     import scipy.sparse
 
     return {
-        "torch.nn.utils.prune": pruned(model, masks),
-        "torch CSR": with_csr(model, lambda weight: weight.to_sparse_csr()),
-        "scipy CSR": with_csr(model, lambda weight: scipy.sparse.csr_array(weight.numpy())),
+        "torch.nn.utils.prune": lambda: pruned(model, masks),
+        "torch CSR": lambda: with_csr(model, lambda weight: weight.to_sparse_csr()),
+        "scipy CSR": lambda: with_csr(model, lambda weight: scipy.sparse.csr_array(weight.numpy())),
     }
-
-
-def peak_memory_mb(run: Callable[[], Any]) -> str:
-    """The most that the process holds while it runs, where Linux tells."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return "unmeasured"
-    run()
-    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
-    return f"{int(found[1]) / 1024:.0f}" if found else "unmeasured"
 
 
 def measure(options: argparse.Namespace, sparsity: float, lengths: Tensor) -> None:
     """Print the rows of one sparsity."""
     model, masks = masked_model(options.hidden, options.layers, sparsity)
-    runtimes: dict[str, nn.Module] = {
-        DENSE: model,
-        "dense kernel": dense_kernel(model),
-        "sparse": sparse_runtime(model),
+    makers: dict[str, Callable[[], nn.Module]] = {
+        DENSE: lambda: copy.deepcopy(model),
+        "dense kernel": lambda: dense_kernel(model),
+        "sparse": lambda: sparse_runtime(model),
     }
     if options.peers:
-        runtimes |= peers(model, masks)
+        makers |= peers(model, masks)
     noise = torch.randn(len(lengths), int(lengths.max()), 3, generator=rng.generator(0, "inference benchmark noise"))
     schedule = NoiseSchedule(**SCHEDULE)  # type: ignore[arg-type]
     clock = time.process_time if options.cpu_time else time.perf_counter
@@ -164,16 +157,21 @@ def measure(options: argparse.Namespace, sparsity: float, lengths: Tensor) -> No
     def draw(network: nn.Module, steps: int) -> Tensor:
         return ddim.sample(network, schedule, noise, steps=steps, cond={"lengths": lengths})
 
-    seconds: dict[str, list[float]] = {name: [] for name in runtimes}
-    results: dict[str, Tensor] = {}
+    runtimes, memory, results = dict[str, nn.Module](), dict[str, str](), dict[str, Tensor]()
+    seconds: dict[str, list[float]] = {name: [] for name in makers}
     with torch.inference_mode():
-        for turn in range(options.turns + 1):
+        for make in makers.values():
+            draw(make(), 1)  # what libraries take once is no runtime's
+        for name, make in makers.items():
+            peak = Peak()
+            runtimes[name] = make()
+            draw(runtimes[name], 1)
+            memory[name] = peak.mib()
+        for _ in range(options.turns):
             for name, network in runtimes.items():
                 start = clock()
-                results[name] = draw(network, options.ddim_steps if turn else 1)
-                if turn:
-                    seconds[name].append(clock() - start)
-        memory = {name: peak_memory_mb(lambda network=network: draw(network, 1)) for name, network in runtimes.items()}
+                results[name] = draw(network, options.ddim_steps)
+                seconds[name].append(clock() - start)
     flops = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
     for name, times in seconds.items():
         off = float((results[name] - results[DENSE]).abs().max() / results[DENSE].abs().max())
@@ -215,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     print(
         "| model | S | pattern | runtime | ms a sample | times faster than dense | than the dense kernel | FLOPs "
-        "| peak MB of the process | difference, of the largest value |\n|" + "---|" * 10
+        "| peak MiB | difference, of the largest value |\n|" + "---|" * 10
     )
     lengths = lengths_of(options.sketches, options.kanjivg)
     for sparsity in options.sparsity:

@@ -2,7 +2,7 @@
 
 One run is a whole DDIM sampling of U-ViT small/2 (44.3M parameters) or of DDPM's U-Net (35.7M), both at CIFAR-10's
 setting, with ERK masks over random weights. The runtimes take turns on the same noise in one process; a ratio is of two
-runs of the same turn, and the first turn, which warms up, is left out.
+runs of the same turn. Peak memory is what a runtime's weights and its first prediction take.
 
     python benchmarks/inference_pictures.py             # 8 pictures, 2 DDIM steps, one thread: 6 minutes
     python benchmarks/inference_pictures.py --model ddpm_unet --pattern element --sparsity .9
@@ -15,15 +15,21 @@ inference_gpu.py.
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the other file; a script has only its own folder
+
+from benchmarks.peak_memory import Peak
 from raysparse import plugins, rng
 from raysparse.diffusion import ddim
 from raysparse.diffusion.schedule import NoiseSchedule
@@ -63,12 +69,12 @@ def masked_model(
 def pruned(name: str, options: dict[str, Any], model: nn.Module, masks: dict[str, Tensor]) -> nn.Module:
     """torch.nn.utils.prune: a hook multiplies with the mask before each forward pass."""
     module = plugins.load("models", name)
-    copy: nn.Module = module.build(module.Config(**options), seed=0).eval().requires_grad_(False)
-    copy.load_state_dict(model.state_dict())
+    found: nn.Module = module.build(module.Config(**options), seed=0).eval().requires_grad_(False)
+    found.load_state_dict(model.state_dict())
     for weight, mask in masks.items():
         owner, _, last = weight.rpartition(".")
-        prune.custom_from_mask(copy.get_submodule(owner), last, mask)
-    return copy
+        prune.custom_from_mask(found.get_submodule(owner), last, mask)
+    return found
 
 
 class InFloat32(nn.Module):
@@ -119,25 +125,33 @@ def measure(options: argparse.Namespace, name: str, sparsity: float, pattern: st
     noise = torch.randn(options.pictures, channels, size, size, generator=rng.generator(0, "pictures benchmark noise"))
     schedule = NoiseSchedule(**SCHEDULE)  # type: ignore[arg-type]
     half = torch.autocast("cpu", torch.bfloat16, enabled=options.bf16)
-    with half:  # kernels compete with dense products in its type
-        networks = {"dense": model, "sparse": plugins.load("models", name).sparse_runtime(model)}
+    makers: dict[str, Callable[[], nn.Module]] = {
+        "dense": lambda: copy.deepcopy(model),
+        "sparse": lambda: plugins.load("models", name).sparse_runtime(model),
+    }
     if options.bf16:
-        networks["dense, fp32"] = InFloat32(model)
+        makers["dense, fp32"] = lambda: InFloat32(copy.deepcopy(model))
     if options.peers:
-        networks["torch.nn.utils.prune"] = pruned(name, settings, model, masks)
-    seconds: dict[str, list[float]] = {runtime: [] for runtime in networks}
-    results: dict[str, Tensor] = {}
+        makers["torch.nn.utils.prune"] = lambda: pruned(name, settings, model, masks)
+    networks, memory, results = dict[str, nn.Module](), dict[str, str](), dict[str, Tensor]()
+    seconds: dict[str, list[float]] = {runtime: [] for runtime in makers}
 
     def draw(network: nn.Module, steps: int) -> Tensor:
         return ddim.sample(network, schedule, noise, steps=steps)
 
-    with torch.inference_mode(), half:
-        for turn in range(options.turns + 1):
+    with torch.inference_mode(), half:  # kernels compete with dense products in its type
+        for make in makers.values():
+            draw(make(), 1)  # what libraries take once is no runtime's
+        for runtime, make in makers.items():
+            peak = Peak()
+            networks[runtime] = make()
+            draw(networks[runtime], 1)
+            memory[runtime] = peak.mib()
+        for _ in range(options.turns):
             for runtime, network in networks.items():
                 begun = time.perf_counter()
-                results[runtime] = draw(network, options.ddim_steps if turn else 1)
-                if turn:
-                    seconds[runtime].append(time.perf_counter() - begun)
+                results[runtime] = draw(network, options.ddim_steps)
+                seconds[runtime].append(time.perf_counter() - begun)
         layers = layer_ratio(networks["sparse"], lambda: draw(networks["sparse"], 1), options.turns)
     active = sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
     for runtime, times in seconds.items():
@@ -145,7 +159,7 @@ def measure(options: argparse.Namespace, name: str, sparsity: float, pattern: st
         ratios = [one / mine for one, mine in zip(seconds["dense"], times, strict=True)]
         row = [name, f"{sparsity:g}", pattern, runtime, f"{statistics.median(times) / len(noise) * 1e3:.0f}"]
         row.append(f"{min(ratios):.2f} / {statistics.median(ratios):.2f} / {max(ratios):.2f}")
-        row += [layers if runtime == "sparse" else "", f"{active:.3f}", f"{off:.0e}"]
+        row += [layers if runtime == "sparse" else "", f"{active:.3f}", memory[runtime], f"{off:.0e}"]
         print(f"| {' | '.join(row)} |", flush=True)
 
 
@@ -169,7 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} thread(s), "
         f"{'bf16' if options.bf16 else 'fp32'}, {options.pictures} pictures, {options.ddim_steps} DDIM steps\n\n"
         "| model | S | pattern | runtime | ms a picture | times faster than dense | its sparse layers alone "
-        "| weights left | difference, of the largest value |\n|" + "---|" * 9
+        "| weights left | peak MiB | difference, of the largest value |\n|" + "---|" * 10
     )
     for name in options.model:
         for pattern in options.pattern:

@@ -10,7 +10,7 @@ prediction, loss, backward, gradient masking, clipping, AdamW and the weights' r
 KanjiVG's (mean 88.6 points, at most 165) which are at hand; at the paper's interval of 800 steps none of those timed
 updates a topology. The ways to run trials take turns of a few steps each; a ratio is of trial-steps per second within
 one turn, to the first row's. FLOPs ratio: mean 1 - S, which a kernel that leaves zeros out would compute; all products
-here are dense. The ways:
+here are dense. Peak memory is of a GPU's tensors, or what processes hold beside their libraries and data. The ways:
 
     alone             one trial, as `raysparse train` steps it
     alone, cuDNN      the same with PyTorch's GRU, which raysparse's kernel stands for on a GPU
@@ -43,6 +43,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # for the other file; a script has it already
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # a machine without Ray has no `pip install raysparse`
 
+from peak_memory import Peak
 from stacked_chirodiff import Batch, Stack, padded
 from worker_processes import MPS_CONTROL, Mps, Processes
 
@@ -173,10 +174,11 @@ def worker_command(work: Work, threads: int, recorded: bool) -> list[str]:
 
 def serve(work: Work, number: int, recorded: bool) -> None:
     """What a worker does: its peak memory after a step, then so many steps for each line that says how many."""
+    peak = Peak(work.device)
     trial, batches = Trial(work, number, recorded), [batch_of(work, number, step) for step in range(4)]
     trial.step(batches[0])
     work.synchronise()
-    print(peak_bytes(work), flush=True)
+    print(peak.bytes() or 0, flush=True)
     for line in sys.stdin:
         for step in range(int(line)):
             trial.step(batches[step % len(batches)])
@@ -194,7 +196,7 @@ class Way:
     name: str
     trials: int
     run: Callable[[int], None] | None
-    peak_bytes: int = 0
+    peak_bytes: int = 0  # 0: not known
     unmeasured: str = ""  # why
     rates: list[float] = dataclasses.field(default_factory=list)  # trial-steps per second, by turn
 
@@ -207,6 +209,7 @@ class Ways:
         self.work, self.rows, self.processes = work, list[Way](), list[tuple[Way, Processes]]()
         self.mps = Mps() if work.device == "cuda" and threads is not None and shutil.which(MPS_CONTROL) else None
         self._batches = {(t, s): batch_of(work, t, s) for t in range(max(counts)) for s in range(4)}
+        self._eager(0)(0)  # what libraries take once is no way's
         self._add("alone", 1, lambda: [self._eager(0)])
         self._add("alone, cuDNN", 1, lambda: [self._eager(0, cudnn=True)], needs_gpu=True)
         self._add("alone, recorded", 1, lambda: [self._eager(0, recorded=True)], needs_gpu=True)
@@ -242,7 +245,7 @@ class Ways:
         if needs_gpu and self.work.device != "cuda":
             self.rows.append(Way(name, count, None, unmeasured="no GPU"))
             return
-        before = start_of_peak(self.work)
+        peak = Peak(self.work.device)
         try:
             steppers = make()
 
@@ -256,7 +259,7 @@ class Ways:
         except torch.OutOfMemoryError:
             self.rows.append(Way(name, count, None, unmeasured="out of memory"))
             return
-        self.rows.append(Way(name, count, run, peak_bytes(self.work) - before))
+        self.rows.append(Way(name, count, run, peak.bytes() or 0))
 
     def _at(self, step: int, numbers: Sequence[int]) -> list[Batch]:
         return [self._batches[number, step % 4] for number in numbers]
@@ -293,20 +296,6 @@ class Ways:
             self.mps.end()
 
 
-def start_of_peak(work: Work) -> int:
-    """Bytes that the GPU's tensors hold; from here on their peak is counted."""
-    if work.device != "cuda":
-        return 0
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
-
-
-def peak_bytes(work: Work) -> int:
-    """The most that the GPU's tensors of this process have held since then; a CPU's is not measured."""
-    return torch.cuda.max_memory_allocated() if work.device == "cuda" else 0
-
-
 def line_of(way: Way, alone: Way, work: Work) -> str:
     sparsities = [MIX[number % len(MIX)][1] for number in range(way.trials)]
     spread = f"{min(sparsities):g}" if len(set(sparsities)) == 1 else f"{min(sparsities):g} to {max(sparsities):g}"
@@ -321,7 +310,7 @@ def line_of(way: Way, alone: Way, work: Work) -> str:
             f"{statistics.median(way.rates):.2f}",
             f"{min(ratios):.2f} / {statistics.median(ratios):.2f} / {max(ratios):.2f}",
             f"{1 - statistics.mean(sparsities):.3f}",
-            f"{way.peak_bytes / 2**20:.0f} MiB" if work.device == "cuda" else "unmeasured",
+            f"{way.peak_bytes / 2**20:.0f} MiB" if way.peak_bytes else "unmeasured",
         ]
     )
 

@@ -2,8 +2,8 @@
 
 A step of ChiroDiff is noise prediction, loss, backward, masked gradients, clipping and AdamW on a batch as long as
 KanjiVG's sketches (mean 88.6 points, at most 165), with ER masks. The runtimes take turns on the same batches in one
-process; a ratio is of two steps of the same turn, and the first turn, which warms up, is left out. There the gradients
-of the active weights are compared with the dense ones.
+process; a ratio is of two steps of the same turn. Before them the gradients of the active weights are compared with the
+dense ones. Peak memory is what a runtime's model, optimizer and masks and its first step, on the longest batch, take.
 
     python benchmarks/training.py                # h = 96, 3 layers, batch 128, one thread: 2 minutes
     python benchmarks/training.py --hidden 48 --layers 2
@@ -17,13 +17,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the other file; a script has only its own folder
+
+from benchmarks.peak_memory import Peak
 from raysparse import rng
 from raysparse.diffusion.losses import eps_mse
 from raysparse.models.chirodiff import ChiroDiff, Config, build, sparse_step
@@ -31,11 +36,14 @@ from raysparse.sparse import SparseEngine
 
 Batch = tuple[Tensor, Tensor, Tensor, Tensor]  # x, timesteps, lengths, eps
 INTERVAL = 100  # steps between two topology updates
+LONGEST = 165  # points
 
 
 def batch_of(turn: int, size: int) -> Batch:
     draw = rng.generator(0, "training benchmark", step=turn)
-    lengths = (88.6 + 17.4 * torch.randn(size, generator=draw)).round().long().clamp(20, 165)
+    lengths = (88.6 + 17.4 * torch.randn(size, generator=draw)).round().long().clamp(20, LONGEST)
+    if turn == 0:  # not timed: memory grows to its largest, else the first steps of some hundred MB wait for pages
+        lengths[0] = LONGEST
     x = torch.randn(size, int(lengths.max()), 3, generator=draw)
     return x, torch.randint(0, 1000, (size,), generator=draw), lengths, torch.randn(x.shape, generator=draw)
 
@@ -87,6 +95,13 @@ class Runner:
             self.engine.after_step()
 
 
+def gradients_of(options: argparse.Namespace, sparsity: float, kind: str) -> ChiroDiff:
+    """A model that has those of the first batch."""
+    runner = Runner(options, sparsity, kind)
+    runner.gradients(batch_of(0, options.batch))
+    return runner.model
+
+
 def difference(model: ChiroDiff, reference: ChiroDiff) -> float:
     """Largest relative difference of the gradient of a parameter."""
     pairs = zip(model.parameters(), reference.parameters(), strict=True)
@@ -96,30 +111,33 @@ def difference(model: ChiroDiff, reference: ChiroDiff) -> float:
 def measure(options: argparse.Namespace, sparsity: float) -> None:
     """Print the rows of one sparsity."""
     kinds = ["dense"] + (["masked", "sparse", "update", "prune"] if sparsity else ["sparse"])
-    runners = {kind: Runner(options, sparsity, kind) for kind in kinds}
-    reference = runners["masked" if sparsity else "dense"]
-    for runner in (reference, runners["sparse"]):
-        runner.gradients(batch_of(0, options.batch))
-    off = difference(runners["sparse"].model, reference.model)
+    off = difference(*(gradients_of(options, sparsity, kind) for kind in ("sparse", "masked" if sparsity else "dense")))
     clock: Callable[[], float] = time.process_time if options.cpu_time else time.perf_counter
+    runners, memory = dict[str, Runner](), dict[str, str]()
+    for kind in kinds:
+        peak = Peak()
+        runners[kind] = Runner(options, sparsity, kind)
+        runners[kind].step(batch_of(0, options.batch))
+        memory[kind] = peak.mib()
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
-    for turn in range(options.turns + 1):
+    for turn in range(1, options.turns + 1):
         batch = batch_of(turn, options.batch)
         for kind, runner in runners.items():
             start = clock()
             runner.step(batch)
-            if turn:
-                seconds[kind].append(clock() - start)
+            seconds[kind].append(clock() - start)
     if sparsity:
         pairs = zip(seconds["sparse"], seconds.pop("update"), strict=True)
         seconds["rigl"] = [((INTERVAL - 1) * plain + update) / INTERVAL for plain, update in pairs]
         seconds["torch.nn.utils.prune"] = seconds.pop("prune")
+        memory |= {"rigl": memory["update"], "torch.nn.utils.prune": memory["prune"]}
     for kind, times in seconds.items():
         ratios = [dense / mine for dense, mine in zip(seconds["dense"], times, strict=True)]
         row = [f"chirodiff h={options.hidden} l={options.layers}", f"{sparsity:g}", "unstructured", kind]
         row.append(f"{statistics.median(times) * 1e3:.1f}")
         row.append(f"{min(ratios):.2f} / {statistics.median(ratios):.2f} / {max(ratios):.2f}")
-        row += [f"{1 - sparsity if kind in ('sparse', 'rigl') else 1:.2f}", f"{off:.0e}" if kind == "sparse" else "–"]
+        row.append(f"{1 - sparsity if kind in ('sparse', 'rigl') else 1:.2f}")
+        row += [memory[kind], f"{off:.0e}" if kind == "sparse" else "–"]
         print("| " + " | ".join(row) + " |", flush=True)
 
 
@@ -141,8 +159,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} thread(s), {clock}, "
         f"batch {options.batch}\n\n"
-        "| model | S | pattern | runtime | ms a step | times faster than dense | FLOPs | gradients differ by |\n"
-        "|---|---|---|---|---|---|---|---|"
+        "| model | S | pattern | runtime | ms a step | times faster than dense | FLOPs | peak MiB "
+        "| gradients differ by |\n" + "|---" * 9 + "|"
     )
     for sparsity in options.sparsity:
         measure(options, sparsity)

@@ -1,9 +1,9 @@
 """A training step on pictures with sparse weights: what computing with the active ones only saves.
 
 A step of U-ViT or of DDPM's U-Net is noise prediction, loss, backward, masked gradients and AdamW at CIFAR-10's sizes,
-with ERK masks. The runtimes take turns on the same batches in one process; a ratio is of two steps of the same turn,
-and the first turn, which warms up, is left out. There the gradients of the active weights are compared with the dense
-ones. Widths 512 and 128 are the published networks (44.3M and 35.7M parameters).
+with ERK masks. The runtimes take turns on the same batches in one process; a ratio is of two steps of the same turn.
+Before them the gradients of the active weights are compared with the dense ones. Peak memory is what a runtime's model,
+optimizer and masks and its first step take. Widths 512 and 128 are the published networks (44.3M and 35.7M parameters).
 
     python benchmarks/training_pictures.py                             # 4 pictures, one thread: 8 minutes
     python benchmarks/training_pictures.py --model uvit --width 256 --pattern element --sparsity .9
@@ -15,13 +15,18 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the other file; a script has only its own folder
+
+from benchmarks.peak_memory import Peak
 from raysparse import plugins, rng
 from raysparse.sparse import SparseEngine
 
@@ -33,6 +38,9 @@ def options_of(name: str, width: int | None, size: int, quick: bool) -> dict[str
     width = width or 128
     found: dict[str, Any] = {"sample_size": size, "block_out_channels": (width, 2 * width, 2 * width, 2 * width)}
     return found | ({"layers_per_block": 1} if quick else {})
+
+
+IN_FP32 = ", fp32"  # ends the name of a kind
 
 
 class Runner:
@@ -84,32 +92,43 @@ def difference(both: Sequence[tuple[Tensor, Tensor]]) -> float:
     return (off / whole) ** 0.5
 
 
+def gradients_of(runner: Runner, options: argparse.Namespace) -> list[Tensor]:
+    """Of the first batch."""
+    runner.gradients(*batch_of(0, options.pictures, options.size))
+    return [weight.grad for weight in runner.model.parameters() if weight.grad is not None]
+
+
 def measure(options: argparse.Namespace, name: str, sparsity: float, pattern: str) -> None:
     """Print the rows of one model, sparsity and pattern."""
     settings = options_of(name, options.width, options.size, options.quick)
-    kinds = ("dense", "masked", "sparse")
-    runners = {kind: Runner(name, settings, kind, sparsity, pattern, bf16=options.bf16) for kind in kinds}
-    if options.bf16:
-        runners["dense, fp32"] = Runner(name, settings, "dense", sparsity, pattern)
-    for kind in ("masked", "sparse"):
-        runners[kind].gradients(*batch_of(0, options.pictures, options.size))
-    models = (runners[kind].model.parameters() for kind in ("sparse", "masked"))
-    pairs = ((mine.grad, theirs.grad) for mine, theirs in zip(*models, strict=True))
-    off = difference([(a, b) for a, b in pairs if a is not None and b is not None])
+
+    def made(kind: str) -> Runner:
+        plain = kind.removesuffix(IN_FP32)
+        return Runner(name, settings, plain, sparsity, pattern, bf16=options.bf16 and plain == kind)
+
+    off = difference(list(zip(*(gradients_of(made(kind), options) for kind in ("sparse", "masked")), strict=True)))
+    runners, memory = dict[str, Runner](), dict[str, str]()
+    for kind in ("dense", "masked", "sparse", *(["dense" + IN_FP32] if options.bf16 else [])):
+        peak = Peak()
+        runners[kind] = made(kind)
+        runners[kind].step(*batch_of(0, options.pictures, options.size))
+        memory[kind] = peak.mib()
     seconds: dict[str, list[float]] = {kind: [] for kind in runners}
-    for turn in range(options.turns + 1):
+    for turn in range(1, options.turns + 1):
         batch = batch_of(turn, options.pictures, options.size)
         for kind, runner in runners.items():
             begun = time.perf_counter()
             runner.step(*batch)
-            if turn:
-                seconds[kind].append(time.perf_counter() - begun)
+            seconds[kind].append(time.perf_counter() - begun)
+    masks = runners["masked"].engine.masks.values()  # type: ignore[union-attr]
+    left = sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
     for kind, times in seconds.items():
         ratios = [dense / mine for dense, mine in zip(seconds["dense"], times, strict=True)]
         row = [name, f"{sparsity:g}", pattern, kind]
         row.append(f"{statistics.median(times) * 1e3:.0f}")
         row.append(f"{min(ratios):.2f} / {statistics.median(ratios):.2f} / {max(ratios):.2f}")
-        print(f"| {' | '.join([*row, f'{off:.0e}' if kind == 'sparse' else '–'])} |", flush=True)
+        row += [f"{left if kind == 'sparse' else 1:.3f}", memory[kind], f"{off:.0e}" if kind == "sparse" else "–"]
+        print(f"| {' | '.join(row)} |", flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -132,8 +151,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {options.threads} thread(s), "
         f"{'bf16' if options.bf16 else 'fp32'}, {options.pictures} pictures\n\n"
-        "| model | S | pattern | runtime | ms a step | times faster than dense | gradients differ by |\n"
-        "|---|---|---|---|---|---|---|"
+        "| model | S | pattern | runtime | ms a step | times faster than dense | weights computed | peak MiB "
+        "| gradients differ by |\n" + "|---" * 9 + "|"
     )
     for name in options.model:
         for pattern in options.pattern:

@@ -8,9 +8,24 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.peak_memory import Peak
+
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 pytestmark = pytest.mark.usefixtures("compiler")
+
+
+def test_a_peak_is_of_what_comes_after_its_start() -> None:
+    torch.ones(2**22).sum()  # 16 MiB, freed again: to be counted where it is taken anew
+    peak = Peak()
+    kept = torch.ones(2**23)
+    torch.ones(2**24).sum()
+    found = peak.bytes()
+    assert found is None or 95 < found / 2**20 < 110, "32 MiB, and 64 beside it for a while"
+    assert peak.mib() == ("unmeasured" if found is None else f"{found / 2**20:.0f}")
+    after = Peak().bytes()
+    assert after is None or after < 2**20
+    assert kept.all()
 
 
 def rows_of(script: str, capsys: pytest.CaptureFixture[str], *more: str) -> list[list[str]]:
@@ -30,12 +45,15 @@ def test_quick_run_of_sampling_compares_all_runtimes(capsys: pytest.CaptureFixtu
     assert [row[3] for row in rows] == names
     assert max(float(row[-1]) for row in rows) < 1e-5
     assert {row[7] for row in rows} == {"0.100"}
+    assert all(row[8] == "unmeasured" or float(row[8]) >= 0 for row in rows)
 
 
 def test_quick_run_of_training_compares_all_runtimes(capsys: pytest.CaptureFixture[str]) -> None:
     rows = rows_of("training.py", capsys)
     names = ["dense", "masked", "sparse", "rigl", "torch.nn.utils.prune"]
     assert [row[3] for row in rows] == ["dense", "sparse", *names]
+    assert {row[6] for row in rows if row[3] in ("sparse", "rigl")} == {"1.00", "0.10"}
+    assert all(row[7] == "unmeasured" or float(row[7]) > 0 for row in rows)
     assert max(float(row[-1]) for row in rows if row[3] == "sparse") < 1e-5
 
 

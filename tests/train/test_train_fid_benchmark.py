@@ -32,10 +32,12 @@ def quick() -> str:
 @pytest.mark.usefixtures("compiler")
 def test_quick_run_measures_each_runtime_and_precision(quick: str) -> None:
     rows = rows_of(quick)
-    kinds = [("0", "dense", "fp32"), ("0", "dense", "bf16"), ("0.5", "dense", "fp32"), ("0.5", "sparse", "fp32")]
+    kinds = [("0", "dense", "fp32"), ("0", "auto", "fp32"), ("0", "dense", "bf16")]
+    kinds += [("0.5", "dense", "fp32"), ("0.5", "sparse", "fp32")]
     assert [(row["S"], row["runtime"], row["precision"]) for row in rows[:-1:2]] == kinds
     assert rows[-1]["precision"] == "bf16, GRU too"
-    assert [row["protocol"] for row in rows[:-1]] == ["400 x 4", "384 x 2"] * 4
+    assert [row["protocol"] for row in rows[:-1]] == ["400 x 4", "384 x 2"] * 5
+    assert [row["FLOPs"] for row in rows[:-1:2]] == ["1", "1", "1", "1", "0.5"]
     for full, early in zip(rows[:-1:2], rows[1:-1:2], strict=True):
         # Sampling is scaled by samples x steps from one measurement; its median scales as it does.
         assert float(full["sampling s"]) == pytest.approx(float(early["sampling s"]) * 800 / 384, abs=0.002)
@@ -45,9 +47,9 @@ def test_quick_run_measures_each_runtime_and_precision(quick: str) -> None:
         shares = [[float(share.rstrip("% ")) for share in row["share of a trial"].split("/")] for row in (early, full)]
         assert all(0 < one <= other < 100 for one, other in zip(*shares, strict=True))
         assert shares[1] == sorted(shares[1])
-    for row in (rows[0], rows[2], rows[-1]):
+    for row in (rows[0], rows[4], rows[-1]):
         assert float(row["FID"].split(" ± ")[0]) > 0
-    assert float(rows[2]["minus fp32, same noise"].split(" ± ")[0]) != 0
+    assert float(rows[4]["minus fp32, same noise"].split(" ± ")[0]) != 0
     assert "on a GPU: unmeasured" in quick
 
 

@@ -1,0 +1,47 @@
+"""The most memory that something needs, beside what the process held before."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import re
+from pathlib import Path
+
+import torch
+
+
+class Peak:
+    """Counts from here on: a GPU's tensors, or what this process holds of the machine's memory, where Linux tells."""
+
+    def __init__(self, device: str = "cpu") -> None:
+        self._gpu = device == "cuda"
+        if self._gpu:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self._before: int | None = torch.cuda.memory_allocated()
+            return
+        with contextlib.suppress(OSError, AttributeError):  # no glibc
+            ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed before is taken again, uncounted
+        try:
+            Path("/proc/self/clear_refs").write_text("5")
+            self._before = _held("VmRSS")
+        except OSError:
+            self._before = None
+
+    def bytes(self) -> int | None:
+        """The most until now. None: not known."""
+        if self._before is None:
+            return None
+        return (torch.cuda.max_memory_allocated() if self._gpu else _held("VmHWM")) - self._before
+
+    def mib(self) -> str:
+        found = self.bytes()
+        return "unmeasured" if found is None else f"{found / 2**20:.0f}"
+
+
+def _held(name: str) -> int:
+    """Bytes. OSError: Linux does not say."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise OSError(f"no {name} in /proc/self/status")
+    return int(found[1]) * 1024
