@@ -151,7 +151,7 @@ class Runner:
             timesteps = torch.randint(schedule.timesteps, (size,), generator=draw).to(place)
             eps = torch.randn(x.shape, generator=draw).to(place)
             self.optimizer.zero_grad()
-            with autocast(self.of, place):
+            with autocast(self.of.train.precision, place):
                 prediction = self.network(schedule.add_noise(x, eps, timesteps), timesteps, **cond)
                 loss = eps_mse(prediction, eps, cond["lengths"])
             loss.backward()  # type: ignore[no-untyped-call]

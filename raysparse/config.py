@@ -22,7 +22,11 @@ from raysparse.sparse import settings
 PATHS = (("data", "source"), ("data", "root"), ("evaluate", "weights"))
 PLACES = (*PATHS, ("evaluate", "runtime"), ("train", "threads"), ("train", "runtime"), ("train", "cuda_graph"))
 # Settings that came later, and what was done before: there, the ids of known trials stay what they were.
-LATER = (("evaluate", "intermediate", None), ("evaluate", "validation_examples", 1_024))
+LATER = (
+    ("evaluate", "intermediate", None),
+    ("evaluate", "validation_examples", 1_024),
+    ("evaluate", "precision", None),
+)
 
 # The settings of the first version. They are in every trial's content, null where the method has none; a later setting
 # is there where it differs from its default. So the ids of known trials stay what they were.
@@ -204,6 +208,9 @@ class EvaluateConfig(Section):
     batch_size: int = Field(256, ge=1)  # samples drawn and extracted at a time; a GPU denoises several such at once
     # What evaluates: PyTorch, or kernels that skip zero weights (equal to rounding); auto: those where they can run
     runtime: Literal["dense", "sparse", "auto"] = "dense"
+    # In what sampling and the validation loss are computed; None: train.precision. bf16 changes a FID by less than the
+    # sampling noise does (README: Measured)
+    precision: Literal["fp32", "bf16"] | None = None
     validation_examples: int = Field(1_024, ge=1)  # at most so many: the first ones of the split
     kid_subsets: int = Field(100, ge=1)
     kid_subset_size: int = Field(1000, ge=2)
@@ -248,6 +255,11 @@ class TrialConfig(Section):
         for section, name in PLACES:
             del content[section][name]
         return as_before(content, LATER)
+
+    @property
+    def sampling_precision(self) -> str:
+        """fp32 or bf16."""
+        return self.evaluate.precision or self.train.precision
 
     @property
     def intermediate(self) -> TrialConfig | None:

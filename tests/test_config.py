@@ -66,6 +66,7 @@ def test_the_id_covers_what_is_computed_and_not_where() -> None:
         {"train": {"steps": 7}},
         {"data": {"options": {"spacing": 0.1}}},
         {"sparse": {"method": "static"}},
+        {"evaluate": {"precision": "fp32"}},  # whatever train.precision is: another way to say it is another trial
     ):
         assert config.parse(data).trial_id != base.trial_id
     for data in (

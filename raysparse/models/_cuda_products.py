@@ -146,7 +146,7 @@ def why_not_two_of_four(layer: nn.Linear | nn.Conv2d) -> str | None:
     """Why PyTorch's semi-structured product cannot take a layer whose weights are 2:4; None: it can."""
     outputs, inputs = layer.weight.flatten(1).shape
     if (dtype := compute_type(layer.weight)) not in _HALVES:
-        return f"2:4 is for bfloat16 and float16 (train.precision: bf16), the model computes {_name(dtype)}"
+        return f"2:4 is for bfloat16 and float16 (evaluate.precision: bf16), the model computes {_name(dtype)}"
     if outputs % 16 or inputs % 16:
         return f"2:4 takes multiples of 16 outputs and inputs, not {outputs} x {inputs}"
     if not torch.backends.cusparselt.is_available():

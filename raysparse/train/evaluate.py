@@ -169,7 +169,7 @@ class Evaluator:
             xs, noises, times, conds = zip(*groups, strict=True)
             x, eps, t = (part.to(self.device) for part in (joined(xs), joined(noises), torch.cat(times)))
             cond = placed({name: torch.cat([cond[name] for cond in conds]) for name in conds[0]}, self.device)
-            with runtime.autocast(self.config, self.device):
+            with runtime.autocast(self.config.sampling_precision, self.device):
                 prediction = network(self.noise_schedule.add_noise(x, eps, t), t, **cond)
                 loss = losses.eps_mse(prediction, eps, cond.get("lengths"))
             total += torch.tensor([float(loss) * len(x), len(x)], dtype=torch.float64)

@@ -179,7 +179,7 @@ class Trainer:
             x, cond, rows = self._share(part)
             t, eps = timesteps[rows], noise[rows, : x.shape[1]] if self._sequences else noise[rows]
             last = part + 1 == train.accumulate
-            with self._reduce_gradients(last), runtime.autocast(self.config, self.device):
+            with self._reduce_gradients(last), runtime.autocast(self.config.train.precision, self.device):
                 noisy = self.noise_schedule.add_noise(x, eps, t)
                 prediction = network(noisy, t, **cond)
                 if self.teacher is None:

@@ -22,7 +22,7 @@ from raysparse.train import costs, ranks, restored, setup
 
 FOLDER = "evaluations"
 # What an evaluation may choose anew; the rest of a trial is what was trained.
-CHANGEABLE = ("evaluate.", "data.source", "data.root", "first_stage.weights", "train.threads", "train.precision")
+CHANGEABLE = ("evaluate.", "data.source", "data.root", "first_stage.weights", "train.threads")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +169,7 @@ def _results_of(checkpoint: Path) -> Path | None:
 
 def _path(out: Path, trial: TrialConfig, trial_id: str, protocol: str) -> Path:
     """One file for each protocol and precision."""
-    measured = protocol if trial.train.precision == "fp32" else f"{protocol} {trial.train.precision}"
+    measured = protocol if trial.sampling_precision == "fp32" else f"{protocol} {trial.sampling_precision}"
     return out / FOLDER / f"{trial_id}-{hashlib.sha256(measured.encode()).hexdigest()[:10]}.parquet"
 
 

@@ -116,7 +116,7 @@ def for_sampling(model: nn.Module, config: TrialConfig) -> nn.Module:
     device = _device(model)
 
     def made() -> nn.Module:
-        with autocast(config, device):  # kernels on a GPU compute in its type
+        with autocast(config.sampling_precision, device):  # kernels compute in its type
             network: nn.Module = _kernels(config, "sparse_runtime")(model)
         if device.type == "cuda" and config.sparse.sparsity:
             _check_pattern(config)
@@ -132,9 +132,9 @@ def _device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def autocast(config: TrialConfig, device: torch.device) -> torch.autocast:
-    """bfloat16 where the trial asks for it."""
-    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16")
+def autocast(precision: str, device: torch.device) -> torch.autocast:
+    """To bfloat16 where that is the precision, fp32 or bf16."""
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bf16")
 
 
 def _check_pattern(config: TrialConfig) -> None:
@@ -144,8 +144,8 @@ def _check_pattern(config: TrialConfig) -> None:
         raise UsageError(
             f"zeros of sparse.pattern {pattern} save no time on a GPU; train with block (sparse.block: 64) or nm"
         )
-    if pattern == "nm" and config.train.precision != "bf16":
-        raise UsageError(f"2:4 is for train.precision bf16, the trial has {config.train.precision}")
+    if pattern == "nm" and config.sampling_precision != "bf16":
+        raise UsageError(f"2:4 is for evaluate.precision bf16, the trial samples in {config.sampling_precision}")
 
 
 def for_training(model: nn.Module, config: TrialConfig, engine: SparseEngine, examples: int) -> Step | None:
@@ -155,7 +155,7 @@ def for_training(model: nn.Module, config: TrialConfig, engine: SparseEngine, ex
     """
 
     def made() -> Step:
-        with autocast(config, device):  # a dense product may be faster in its type
+        with autocast(config.train.precision, device):  # a dense product may be faster in its type
             step: Step = _kernels(config, "sparse_step")(model, engine.masks)
         return step
 

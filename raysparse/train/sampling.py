@@ -134,7 +134,7 @@ class Sampler:
         if self.config.train.channels_last and noise.ndim == 4:
             noise = noise.to(memory_format=torch.channels_last)
         draw = rng.generator(self.config.seed, "sampling noise", step=number, device=str(self.device))  # for eta > 0
-        with runtime.autocast(self.config, self.device):
+        with runtime.autocast(self.config.sampling_precision, self.device):
             x = ddim.sample(
                 _denoiser(model, settings),
                 self.noise_schedule,

@@ -172,7 +172,9 @@ def test_two_of_four_is_told_from_its_weights() -> None:
 
 def test_what_two_of_four_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = masked((32, 64), pattern="nm", sparsity=0.5)
-    assert product_of(layer) == ("2:4 is for bfloat16 and float16 (train.precision: bf16), the model computes float32")
+    assert product_of(layer) == (
+        "2:4 is for bfloat16 and float16 (evaluate.precision: bf16), the model computes float32"
+    )
     assert product_of(masked((24, 64), pattern="nm", sparsity=0.5).half()) == (
         "2:4 takes multiples of 16 outputs and inputs, not 24 x 64"
     )

@@ -59,9 +59,28 @@ def test_a_study_of_steps_is_kept_and_not_measured_twice(trained):
     assert [path.stat().st_mtime_ns for path in kept] == before
     assert reevaluate.evaluate(out, STEPS, device="cpu", again=True) == first  # the same noise, so the same values
     assert [path.stat().st_mtime_ns for path in kept] != before
-    (half,) = reevaluate.evaluate(out, [{**STEPS[0], "train.precision": "bf16"}], device="cpu")
+    (half,) = reevaluate.evaluate(out, [{**STEPS[0], "evaluate.precision": "bf16"}], device="cpu")
     assert half.fid != first[0].fid  # measured
     assert len(list((out / "evaluations").glob("*.parquet"))) == 3
+
+
+@pytest.mark.parametrize(("training", "sampling"), [("fp32", "bf16"), ("bf16", "fp32")])
+def test_a_trial_samples_in_another_precision_than_it_trains_in(pictures, rigl, tmp_path, training, sampling):
+    reports = {}
+    for precision in (None, sampling):
+        trial = pictures(rigl, {"train.precision": training, "train.steps": 4, "evaluate.precision": precision})
+        run.train(trial, tmp_path / str(precision), device="cpu")
+        path = tmp_path / str(precision) / f"records/{trial.trial_id}.parquet"
+        (reports[precision],) = results.reports_of(results.read_trial(path))
+    own, other = reports[None], reports[sampling]
+    assert other.train_loss == own.train_loss
+    assert other.fid != own.fid
+    assert other.fid == pytest.approx(own.fid, rel=0.05)
+    assert other.validation_loss != own.validation_loss
+    (again,) = reevaluate.evaluate(tmp_path / "None", [{"evaluate.precision": sampling}], device="cpu")
+    assert (again.fid, again.kid, again.validation_loss) == (other.fid, other.kid, other.validation_loss)
+    (back,) = reevaluate.evaluate(tmp_path / sampling, [{"evaluate.precision": None}], device="cpu")
+    assert back.fid == own.fid
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def test_it_is_no_part_of_what_a_trial_is(tiny, rigl):
 def test_samples_are_the_same_to_rounding(trained, precision):
     """These kernels compute in float32 under bf16, too."""
     trial, out = trained
-    model, changes = restored.load(out).model, SPARSE | {"train.precision": precision}
+    model, changes = restored.load(out).model, SPARSE | {"evaluate.precision": precision}
     trial, asked = reevaluate.changed(trial, {}), reevaluate.changed(trial, changes)
     fast = runtime.for_sampling(model, asked)
     assert type(fast).__name__ == "SparseChiroDiff"
@@ -230,7 +230,7 @@ def test_on_a_gpu_kernels_are_for_patterns(pictures, rigl, on_a_gpu):
     with pytest.raises(UsageError, match=r"zeros of sparse\.pattern diagonal save no time on a GPU"):
         runtime.for_sampling(on_a_gpu, pictures(rigl, SPARSE, {"sparse.pattern": "diagonal"}))
     two_of_four = pictures(rigl, SPARSE, {"sparse.pattern": "nm"})
-    with pytest.raises(UsageError, match=r"2:4 is for train\.precision bf16, the trial has fp32"):
+    with pytest.raises(UsageError, match=r"2:4 is for evaluate\.precision bf16, the trial samples in fp32"):
         runtime.for_sampling(on_a_gpu, two_of_four)
     for pattern in ("block", "nm"):
         half = pictures(rigl, SPARSE, {"sparse.pattern": pattern, "train.precision": "bf16"})
