@@ -25,6 +25,10 @@ Runtime = Annotated[
     ),
 ]
 
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads, of each worker; default all cores, shared by the workers.")
+]
+
 
 @app.command()
 def sample(
@@ -37,12 +41,15 @@ def sample(
     guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="Of the noise; default the trial's.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
+    threads: Threads = None,
     runtime: Runtime = None,
     first_stage: Annotated[str | None, typer.Option(help="The first stage's weights, where they have moved.")] = None,
     data: Data = None,
     changes: Changes = None,
 ) -> None:
     """Draw samples from a trained model and write them as PNG, with all of them on one sheet."""
+    import torch
+
     from raysparse.terminal import progress
     from raysparse.train import draw, ranks
 
@@ -52,6 +59,8 @@ def sample(
     images = draw.draw(
         checkpoint, count, changes=overrides, seed=seed, labels=label, device=ranks.checked_device(device, 1)
     )
+    if threads is not None:
+        torch.set_num_threads(threads)
     with progress(f"drawing {count} samples") as advance:
         sheet = draw.write(images, output, lambda done: advance(done, count))
     typer.echo(sheet)
@@ -64,6 +73,7 @@ def evaluate(
         list[int] | None, typer.Option(min=1, help="DDIM steps; repeat it for a study: 50, 100, 150, 200.")
     ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that share the samples.")] = 1,
+    threads: Threads = None,
     runtime: Runtime = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
     pictures: Annotated[Path | None, typer.Option(help="Folder for a sheet of samples of each.")] = None,
@@ -94,6 +104,7 @@ def evaluate(
                 folder,
                 variants,
                 workers=workers,
+                threads=threads,
                 device=device,
                 again=again,
                 command=command_line(),

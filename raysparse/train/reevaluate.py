@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from raysparse import config as configs
 from raysparse import results
 from raysparse.config import TrialConfig
@@ -22,7 +24,7 @@ from raysparse.train import costs, ranks, restored, setup
 
 FOLDER = "evaluations"
 # What an evaluation may choose anew; the rest of a trial is what was trained.
-CHANGEABLE = ("evaluate.", "data.source", "data.root", "first_stage.weights", "train.threads")
+CHANGEABLE = ("evaluate.", "data.source", "data.root", "first_stage.weights")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +58,7 @@ def evaluate(
     variants: Sequence[Mapping[str, Any]],
     *,
     workers: int = 1,
+    threads: int | None = None,
     device: str = "auto",
     again: bool = False,
     command: str = "",
@@ -63,10 +66,10 @@ def evaluate(
 ) -> list[Row]:
     """Evaluate one checkpoint's averaged model under each variant: {dotted path: value} over the trial's settings.
 
-    The samples are shared by the workers (ranks on this machine). A protocol that RESULTS/evaluations has already is
-    not measured again unless `again`. on_row: called in this process as each is done. An interrupt (see ranks.run) ends
-    it: then there are fewer rows than variants. UsageError: a setting that is not an
-    evaluation's, an unknown or damaged checkpoint. RuntimeError: a worker died.
+    The samples are shared by the workers (ranks on this machine). threads: of each on the CPU; None: PyTorch's, shared
+    by the workers. A protocol that RESULTS/evaluations has already is not measured again unless `again`. on_row: called
+    in this process as each is done. An interrupt (see ranks.run) ends it: then there are fewer rows than variants.
+    UsageError: a setting that is not an evaluation's, an unknown or damaged checkpoint. RuntimeError: a worker died.
     """
     device = ranks.checked_device(device, workers)
     model = restored.load(checkpoint)
@@ -93,7 +96,7 @@ def evaluate(
 
     open_trials = [trial for text, trial in zip(protocols, trials, strict=True) if text not in rows]
     if open_trials:
-        ranks.run(_work, (model.folder, open_trials), workers, device, heard)
+        ranks.run(_work, (model.folder, open_trials, threads), workers, device, heard)
     return [rows[text] for text in protocols if text in rows]
 
 
@@ -118,8 +121,9 @@ def changed(trial: TrialConfig, changes: Mapping[str, Any]) -> TrialConfig:
     return configs.parse(content, f"evaluation of {trial.trial_id}")
 
 
-def _work(member: ranks.Member, checkpoint: Path, trials: Sequence[TrialConfig]) -> None:
+def _work(member: ranks.Member, checkpoint: Path, trials: Sequence[TrialConfig], threads: int | None) -> None:
     """One rank's part: all variants, told one by one."""
+    torch.set_num_threads(threads or max(1, torch.get_num_threads() // member.world_size))
     model = restored.load(checkpoint, member.device)
     for trial in trials:
         evaluator = setup.evaluator(trial, device=member.device, rank=member.rank, world_size=member.world_size)

@@ -12,7 +12,7 @@ from PIL import Image
 
 from raysparse import cli, results
 from raysparse.errors import UsageError
-from raysparse.train import draw, reevaluate, restored, run, setup
+from raysparse.train import draw, ranks, reevaluate, restored, run, setup
 
 STEPS = [{"evaluate.ddim_steps": 2}, {"evaluate.ddim_steps": 3, "evaluate.timestep_spacing": "original"}]
 
@@ -83,6 +83,17 @@ def test_a_trial_samples_in_another_precision_than_it_trains_in(pictures, rigl, 
     assert back.fid == own.fid
 
 
+@pytest.mark.parametrize(("asked", "workers", "each"), [(None, 1, 8), (None, 2, 4), (None, 16, 1), (3, 2, 3)])
+def test_workers_share_the_cores(trained, monkeypatch, asked, workers, each):
+    _, out = trained
+    chosen = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    member = ranks.Member(0, workers, "cpu", lambda: False, lambda _: None)
+    reevaluate._work(member, restored.load(out).folder, [], asked)
+    assert chosen == [each]
+
+
 @pytest.mark.slow
 def test_workers_share_the_samples(trained):
     _, out = trained
@@ -96,6 +107,7 @@ def test_workers_share_the_samples(trained):
     ("changes", "said"),
     [
         ({"sparse.sparsity": 0.9}, "sparse.sparsity belongs to what was trained"),
+        ({"train.precision": "bf16"}, r"train.precision belongs to what was trained.*these can: evaluate\.\*"),
         ({"evaluate.ddim_steps": 2000}, "ddim_steps 2000 is above"),
         ({"evaluate.dim_steps": 5}, "did you mean 'ddim_steps'"),
     ],
@@ -149,6 +161,16 @@ def test_the_commands(trained, tmp_path, capsys, monkeypatch):
     assert _cli(monkeypatch, "sample", str(out), "--output", str(drawn), "--count", "5", "--device", "cpu") == 2
     assert "not empty" in capsys.readouterr().err
     assert _cli(monkeypatch, "sample", str(tmp_path / "nowhere"), "--output", str(drawn), "--count", "5") == 2
+
+
+def test_the_commands_take_a_number_of_threads(trained, tmp_path, monkeypatch):
+    _, out = trained
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    drawing = ["sample", str(out), "--output", str(tmp_path / "drawn"), "--count", "2"]
+    for command in (drawing, ["evaluate", str(out), "--ddim-steps", "1"]):
+        assert _cli(monkeypatch, *command, "--device", "cpu", "--threads", "3") == 0
+    assert chosen == [3, 3]
 
 
 def _cli(monkeypatch, *arguments):
