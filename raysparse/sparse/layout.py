@@ -46,7 +46,7 @@ def layout(
     """
     groups = getattr(unwrapped(model), "allocation_groups", ()) if groups is None else groups
     allocated = shapes(model, weights)
-    patterns, by_element, dense = _patterns(weights, settings)
+    patterns, by_element, dense = patterns_of(weights, settings)
     if settings.pattern == "nm":
         counts = {name: math.prod(p.shape) if name in dense else _given(p) for name, p in patterns.items()}
         return Layout(patterns, counts, by_element, dense)
@@ -61,7 +61,8 @@ def layout(
     return Layout(patterns, counts, by_element, dense)
 
 
-def _patterns(weights: Mapping[str, Tensor], settings: Any) -> tuple[dict[str, Pattern], list[str], dict[str, str]]:
+def patterns_of(weights: Mapping[str, Tensor], settings: Any) -> tuple[dict[str, Pattern], list[str], dict[str, str]]:
+    """`patterns`, `by_element` and `dense` of a Layout. UsageError: the pattern fits no layer."""
     plugin, element = plugins.load("patterns", settings.pattern), plugins.load("patterns", "element")
     patterns: dict[str, Pattern] = {}
     by_element: list[str] = []

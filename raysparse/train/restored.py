@@ -18,6 +18,7 @@ from raysparse import config as configs
 from raysparse import plugins
 from raysparse.config import TrialConfig
 from raysparse.errors import UsageError
+from raysparse.sparse import layout
 from raysparse.sparse.ranges import ByTimestep
 from raysparse.train import checks, fits, state
 
@@ -116,6 +117,7 @@ def model_of(trial: TrialConfig, weights: Mapping[str, Tensor], masks: Mapping[s
         outline: nn.Module = module.build(options, seed=trial.seed)
     fits.check_state(outline.state_dict(), weights, f"{where}: these are no weights of model {trial.model.name!r}")
     _check_masks(dict(outline.named_parameters()), weights, masks, where)
+    _check_pattern(trial, masks, where)
     model: nn.Module = module.build(options, seed=trial.seed)
     model.load_state_dict(dict(weights))
     return model.eval().requires_grad_(False)
@@ -147,6 +149,19 @@ def _check_masks(
             )
         if bool(weights[name][~mask].count_nonzero()):
             raise UsageError(f"{where}: {name!r} is not 0 outside its mask: they are masks of other weights")
+
+
+def _check_pattern(trial: TrialConfig, masks: Mapping[str, Tensor], where: str) -> None:
+    """UsageError for masks that are not what the trial's settings say: kernels by blocks would look for blocks."""
+    pattern, stages = trial.sparse.setting("pattern"), trial.sparse.setting("stages")
+    if not masks or pattern in (None, "element") or stages not in (None, "fixed"):  # a stage has a pattern of its own
+        return
+    patterns, _, _ = layout.patterns_of(masks, trial.sparse.settings())
+    if broken := {name for name, mask in masks.items() if not (mask.all() or patterns[name].valid(mask))}:
+        raise UsageError(
+            f"{where}: these masks do not keep sparse.pattern {pattern!r}, with which the trial says that it was "
+            f"trained: {fits.some(broken)}; take a checkpoint whose files belong together"
+        )
 
 
 def _steps(trial: Path) -> list[Path]:

@@ -148,6 +148,35 @@ def test_tensors_that_do_not_fit_are_refused(tmp_path, change, message):
         restored.model_of(config, weights, masks, "here")
 
 
+@pytest.mark.parametrize(
+    "sparse",
+    [
+        RIGL | {"pattern": "block", "block": 4},
+        RIGL | {"pattern": "diagonal"},
+        RIGL | {"pattern": "nm", "m": 4},
+        {"method": "nm_ste", "sparsity": 0.5},
+    ],
+    ids=str,
+)
+def test_masks_that_do_not_keep_the_pattern_are_refused(tmp_path, sparse):
+    config = trial("uvit", sparse=sparse)
+    found = restored.load(save(tmp_path / "c", config))
+    weights, masks = dict(found.model.state_dict()), dict(found.masks)
+    name = next(name for name, mask in masks.items() if not mask.all())
+    one = masks[name].nonzero()[0]
+    masks[name] = masks[name].index_put(tuple(one), torch.tensor(False))
+    weights[name] = weights[name] * masks[name]
+    pattern = "nm" if sparse["method"] == "nm_ste" else sparse["pattern"]
+    with pytest.raises(UsageError, match=rf"here: these masks do not keep sparse\.pattern '{pattern}'.*'{name}'"):
+        restored.model_of(config, weights, masks, "here")
+    assert restored.model_of(trial("uvit", sparse=RIGL), weights, masks, "here"), "single weights need no pattern"
+
+
+def test_stages_have_patterns_of_their_own(tmp_path):
+    staged = trial("uvit", sparse={"method": "nm_ste", "sparsity": 0.5, "stages": "progressive"})
+    assert restored.load(save(tmp_path / "c", staged)).masks
+
+
 def test_a_checkpoint_may_be_moved_and_its_folder_read_only(tmp_path):
     folder = in_results(tmp_path, trial())
     moved = tmp_path / "elsewhere" / "model"
