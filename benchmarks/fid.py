@@ -177,6 +177,7 @@ HEADS = (
 def rows(options: argparse.Namespace, known: Data, found: dict[str, list[float]]) -> list[list[str]]:
     """The table; what cannot run here is said to be unmeasured."""
     table: list[list[str]] = []
+    maths(options, known, options.protocols[0][0])  # what libraries take once is no row's memory
     kinds = [(0.0, "dense", "fp32"), (0.0, "auto", "fp32"), (0.0, "dense", "bf16")]
     kinds += [(sparsity, runtime, "fp32") for sparsity in options.sparsity for runtime in ("dense", "sparse")]
     for sparsity, runtime, precision in kinds:
