@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from raysparse import rng
 from raysparse.errors import UsageError
+from raysparse.models import _float32_layers
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -94,6 +95,13 @@ class UNet(nn.Module):
         _check_shape(self.config, x)
         prediction: Tensor = self.unet(x, timesteps, return_dict=False, **context)[0]
         return prediction.float()
+
+
+def with_float32_output(unet: nn.Module) -> nn.Module:
+    """diffusers' network, its last convolution in float32 under autocast too: see _float32_layers."""
+    assert isinstance(unet.conv_out, nn.Conv2d)
+    unet.conv_out = _float32_layers.convolution(unet.conv_out)
+    return unet
 
 
 def from_seed(make: Callable[[], Model], seed: int, zeroed: Callable[[str], bool]) -> Model:

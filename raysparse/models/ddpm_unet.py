@@ -54,7 +54,7 @@ class DDPMUNet(_unet.UNet):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.unet = _network(config)
+        self.unet = _unet.with_float32_output(_network(config))
 
     def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
         """The prediction is float32 also under autocast. UsageError: labels, or an x that does not fit the network."""

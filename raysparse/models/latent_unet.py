@@ -85,7 +85,8 @@ class LatentUNet(_unet.UNet):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
-        self.unet = _unconditional(config) if config.num_classes is None else _conditional(config)
+        network = _unconditional(config) if config.num_classes is None else _conditional(config)
+        self.unet = _unet.with_float32_output(network)
         if config.num_classes is not None:
             self.null_label = config.num_classes
             self.class_embedding = nn.Embedding(config.num_classes + 1, config.context_dim)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from raysparse import rng
 from raysparse.errors import UsageError
-from raysparse.models import _dead_units, _unet
+from raysparse.models import _dead_units, _float32_layers, _unet
 from raysparse.models._sparse_product_training import SparseStep
 from raysparse.models._sparse_products import with_sparse_products
 
@@ -117,8 +117,8 @@ class UViT(nn.Module):
         self.middle = Block(config)
         self.late = nn.ModuleList(Block(config, joined=True) for _ in range(half))
         self.norm = nn.LayerNorm(width)
-        self.decoder = nn.Linear(width, config.patch_size**2 * config.in_channels)
-        self.last = nn.Conv2d(config.in_channels, config.in_channels, 3, padding=1)
+        self.decoder = _float32_layers.Linear(width, config.patch_size**2 * config.in_channels)
+        self.last = _float32_layers.Conv2d(config.in_channels, config.in_channels, 3, padding=1)
 
     def forward(self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None) -> Tensor:
         """labels: in 0 .. num_classes, where num_classes is the null class; where, and only where, there are classes.

@@ -232,6 +232,5 @@ def test_the_models_of_pictures(name: str, options: dict[str, Any]) -> None:
     fast = module.sparse_runtime(model)
     assert len(products(fast)) >= 10
     with torch.no_grad():
-        want = model(**given)
-    got = fast(**given)
+        want, got = model(**given), fast(**given)
     assert float((got - want).abs().max()) < 1e-5 * float(want.abs().max())
