@@ -69,11 +69,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")  # diffusers asks for a version
 @pytest.mark.parametrize(
     "options",
     [
         *(pytest.param(options, id=name) for name, options in OPTIONS.items()),
         pytest.param({"train.compile": True}, id="compiled", marks=pytest.mark.slow),
+        pytest.param({"train.compile": True, "train.precision": "bf16"}, id="compiled bf16", marks=pytest.mark.slow),
     ],
 )
 def test_options_are_right_under_masks_and_resume_bit_for_bit(pictures, rigl, tmp_path, options):
