@@ -32,7 +32,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the other file; a script has only its own folder
 
-from benchmarks.peak_memory import Peak
+from benchmarks.peak_memory import made
 from raysparse import rng
 from raysparse.diffusion import ddim
 from raysparse.diffusion.schedule import NoiseSchedule
@@ -157,16 +157,10 @@ def measure(options: argparse.Namespace, sparsity: float, lengths: Tensor) -> No
     def draw(network: nn.Module, steps: int) -> Tensor:
         return ddim.sample(network, schedule, noise, steps=steps, cond={"lengths": lengths})
 
-    runtimes, memory, results = dict[str, nn.Module](), dict[str, str](), dict[str, Tensor]()
+    results: dict[str, Tensor] = {}
     seconds: dict[str, list[float]] = {name: [] for name in makers}
     with torch.inference_mode():
-        for make in makers.values():
-            draw(make(), 1)  # what libraries take once is no runtime's
-        for name, make in makers.items():
-            peak = Peak()
-            runtimes[name] = make()
-            draw(runtimes[name], 1)
-            memory[name] = peak.mib()
+        runtimes, memory = made(makers, lambda network: draw(network, 1))
         for _ in range(options.turns):
             for name, network in runtimes.items():
                 start = clock()

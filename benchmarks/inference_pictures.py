@@ -29,7 +29,7 @@ from torch.nn.utils import prune
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the other file; a script has only its own folder
 
-from benchmarks.peak_memory import Peak
+from benchmarks.peak_memory import made
 from raysparse import plugins, rng
 from raysparse.diffusion import ddim
 from raysparse.diffusion.schedule import NoiseSchedule
@@ -133,20 +133,14 @@ def measure(options: argparse.Namespace, name: str, sparsity: float, pattern: st
         makers["dense, fp32"] = lambda: InFloat32(copy.deepcopy(model))
     if options.peers:
         makers["torch.nn.utils.prune"] = lambda: pruned(name, settings, model, masks)
-    networks, memory, results = dict[str, nn.Module](), dict[str, str](), dict[str, Tensor]()
+    results: dict[str, Tensor] = {}
     seconds: dict[str, list[float]] = {runtime: [] for runtime in makers}
 
     def draw(network: nn.Module, steps: int) -> Tensor:
         return ddim.sample(network, schedule, noise, steps=steps)
 
     with torch.inference_mode(), half:  # kernels compete with dense products in its type
-        for make in makers.values():
-            draw(make(), 1)  # what libraries take once is no runtime's
-        for runtime, make in makers.items():
-            peak = Peak()
-            networks[runtime] = make()
-            draw(networks[runtime], 1)
-            memory[runtime] = peak.mib()
+        networks, memory = made(makers, lambda network: draw(network, 1))
         for _ in range(options.turns):
             for runtime, network in networks.items():
                 begun = time.perf_counter()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 
 class Peak:
@@ -37,6 +41,19 @@ class Peak:
     def mib(self) -> str:
         found = self.bytes()
         return "unmeasured" if found is None else f"{found / 2**20:.0f}"
+
+
+def made(makers: Mapping[str, Callable[[], T]], use: Callable[[T], object]) -> tuple[dict[str, T], dict[str, str]]:
+    """What each maker makes, and the MiB that it takes at its peak, made and used once."""
+    for make in makers.values():
+        use(make())  # what libraries take once is nobody's
+    found, memory = dict[str, T](), dict[str, str]()
+    for name, make in makers.items():
+        peak = Peak()
+        found[name] = make()
+        use(found[name])
+        memory[name] = peak.mib()
+    return found, memory
 
 
 def _held(name: str) -> int:
