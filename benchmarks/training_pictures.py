@@ -120,8 +120,9 @@ def measure(options: argparse.Namespace, name: str, sparsity: float, pattern: st
             begun = time.perf_counter()
             runner.step(*batch)
             seconds[kind].append(time.perf_counter() - begun)
-    masks = runners["masked"].engine.masks.values()  # type: ignore[union-attr]
-    left = sum(int(mask.sum()) for mask in masks) / sum(mask.numel() for mask in masks)
+    engine = runners["masked"].engine
+    assert engine is not None
+    left = sum(int(mask.sum()) for mask in engine.masks.values()) / sum(mask.numel() for mask in engine.masks.values())
     for kind, times in seconds.items():
         ratios = [dense / mine for dense, mine in zip(seconds["dense"], times, strict=True)]
         row = [name, f"{sparsity:g}", pattern, kind]

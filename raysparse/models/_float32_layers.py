@@ -40,9 +40,3 @@ def _no_autocast(x: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _float(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.float()
-
-
-def convolution(like: nn.Conv2d) -> Conv2d:
-    """A new one of the same sizes, with weights of its own."""
-    sizes = like.in_channels, like.out_channels, like.kernel_size, like.stride, like.padding
-    return Conv2d(*sizes, bias=like.bias is not None)  # type: ignore[arg-type]

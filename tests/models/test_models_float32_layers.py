@@ -48,14 +48,6 @@ def test_a_layer_under_autocast_is_as_without(layer: nn.Module, x: Tensor) -> No
     assert torch.allclose(inside, got, atol=0.05)
 
 
-def test_a_new_convolution_of_the_same_sizes() -> None:
-    like = nn.Conv2d(6, 4, (3, 2), stride=2, padding=(1, 0), bias=False)
-    made = _float32_layers.convolution(like)
-    made.load_state_dict(like.state_dict())
-    x = drawn(1, 6, 9, 8)
-    assert torch.equal(made(x), like(x))
-
-
 @pytest.mark.parametrize("name", PICTURES)
 def test_a_prediction_under_autocast_is_finer_than_bfloat16(name: str) -> None:
     module = plugins.load("models", name)
