@@ -1,9 +1,7 @@
 // ChiroDiff's prediction with sparse weights. See raysparse/models/_sparse_chirodiff.py, which packs the weights and
 // checks what is handed over: nothing is checked here. A chunk of sketches runs all layers alone, and a layer reads
 // where the one before it wrote, in a row of two places in turn.
-#if defined(__AVX512F__)
 #define RAYSPARSE_VECTORS 4
-#endif
 #include "few.h"
 
 namespace {
@@ -40,25 +38,9 @@ void dense_step(const Now& now, const Side& side, int hidden) {
   }
 }
 
-// Two vectors at a time: with all weights two units share what they load, and four vectors of two are too many sums.
-void dense_steps(const Now& now, const Side& side, int hidden, int used) {
-  for (int v = 0; v < used; v += 2) {
-    Now part = now;
-    part.in += v * sizeof(vec);
-    part.to += v * sizeof(vec);
-    if (part.start) part.start += v * LANES;
-    if (v + 2 < used) part.running = ~ivec{};
-    v + 1 == used ? dense_step<1>(part, side, hidden) : dense_step<2>(part, side, hidden);
-  }
-}
-
 using Step = void (*)(const Now&, const Side&, int);
-constexpr Step SPARSE[] = {
-  sparse_step<1, false>, sparse_step<2, false>,
-#if RAYSPARSE_VECTORS == 4
-  sparse_step<3, false>, sparse_step<4, false>,
-#endif
-};
+constexpr Step SPARSE[] = {sparse_step<1, false>, sparse_step<2, false>, sparse_step<3, false>, sparse_step<4, false>};
+constexpr Step DENSE[] = {dense_step<1>, dense_step<2>, dense_step<3>, dense_step<4>};
 
 void run_side(const Layer& layer, int reverse, int hidden, const Chunk& chunk, const float* start, vec* partial) {
   const Side& side = layer.sides[reverse];
@@ -70,7 +52,7 @@ void run_side(const Layer& layer, int reverse, int hidden, const Chunk& chunk, c
     if (reverse) chunk.start_reverse(t, side.to, hidden);
     const ivec lanes = lanes_of(chunk.running[t], used);
     const Now now = {row + layer.from, row + side.to, nullptr, next, start, lanes, layer.inputs, partial};
-    side.counts ? SPARSE[used - 1](now, side, hidden) : dense_steps(now, side, hidden, used);
+    (side.counts ? SPARSE : DENSE)[used - 1](now, side, hidden);
   }
 }
 

@@ -7,9 +7,6 @@
 // is multiplied with is one permutation. A block of units has as many slots as its unit with the most weights there.
 #pragma once
 #include "chunk.h"
-#if defined(__AVX2__)
-#include <immintrin.h>
-#endif
 
 namespace {
 
@@ -305,20 +302,12 @@ struct FewSketch {
     const int hidden = net.head.hidden, used = (count + LANES - 1) / LANES;
     if (side.counts) {
       using Walk = void (*)(const char*, const Side&, int, const FewMemory&);
-      constexpr Walk WALKS[] = {
-        sparse_input<1>, sparse_input<2>,
-#if RAYSPARSE_VECTORS == 4
-        sparse_input<3>, sparse_input<4>,
-#endif
-      };
+      constexpr Walk WALKS[] = {sparse_input<1>, sparse_input<2>, sparse_input<3>, sparse_input<4>};
       WALKS[used - 1](in, side, hidden, memory);
-      return;
-    }
-    for (int v = 0; v < used; v += 2) {  // as in `dense_steps`
-      FewMemory part = memory;
-      part.gates += v * LANES * 3 * memory.units;
-      const char* from = in + v * sizeof(vec);
-      (v + 1 == used ? dense_input<1> : dense_input<2>)(from, layer, side, hidden, part);
+    } else {
+      using Tiles = void (*)(const char*, const FewLayer&, const Side&, int, const FewMemory&);
+      constexpr Tiles TILES[] = {dense_input<1>, dense_input<2>, dense_input<3>, dense_input<4>};
+      TILES[used - 1](in, layer, side, hidden, memory);
     }
   }
 

@@ -8,9 +8,7 @@
 // to 1.28 times. Rows are walked block by block of their inputs, whose columns of a chunk stay in the first cache
 // meanwhile. With AVX-512 these are 128 inputs of 32 KiB (AMD) or 192 of 48 (Intel). On the former 192 are .91 to 1.03
 // times as fast at density .5 to .1, 256 .76 to 1.02, 96 .92 to 1.01; with AVX2 128 are .58 to .93 times as fast as 512.
-#if defined(__AVX512F__)
 #define RAYSPARSE_VECTORS 4
-#endif
 #include "gru.h"
 #include "threads.h"
 
@@ -67,6 +65,11 @@ typedef Floats Pairs;  // never used
 #endif
 
 constexpr int TILE = 4;
+#if defined(__x86_64__) && !defined(__AVX512F__)
+constexpr int TILE_VECTORS = 2;  // of 16 registers: with four its sums, which are in memory then, take 1.4 times as long
+#else
+constexpr int TILE_VECTORS = 4;
+#endif
 constexpr int DEEP = 8 * LANES;  // floats of a chunk of which weights' gradients are summed: a row of dy is 8 vectors
 
 // sums [weights] += for each weight, dy of its output times x of its input, over a chunk: in [inputs, DEEP], dy
@@ -152,7 +155,10 @@ template <class Product, int NV>
 void multiply_vectors(const Layer& layer, const float* in, float* out) {
   for (int64_t o = 0; o < layer.outputs; ++o)
     for (int v = 0; v < NV; ++v) ((vec*)out)[o * VECTORS + v] = splat(layer.bias[o]);
-  return layer.tiled ? multiply_tiles<Product, NV>(layer, in, out) : multiply_by<Product, NV>(layer, in, out);
+  if (!layer.tiled) return multiply_by<Product, NV>(layer, in, out);
+  constexpr int FIRST = NV < TILE_VECTORS ? NV : TILE_VECTORS;
+  multiply_tiles<Product, FIRST>(layer, in, out);
+  if constexpr (FIRST < NV) multiply_tiles<Product, NV - FIRST>(layer, in + FIRST * LANES, out + FIRST * LANES);
 }
 
 // count: columns in use
@@ -161,8 +167,8 @@ void multiply_with(const Layer& layer, const float* in, float* out, int64_t coun
   switch ((count + LANES - 1) / LANES) {
     case 1: return multiply_vectors<Product, 1>(layer, in, out);
     case 2: return multiply_vectors<Product, 2>(layer, in, out);
-    case 3: return multiply_vectors<Product, VECTORS < 3 ? VECTORS : 3>(layer, in, out);
-    default: return multiply_vectors<Product, VECTORS>(layer, in, out);
+    case 3: return multiply_vectors<Product, 3>(layer, in, out);
+    default: return multiply_vectors<Product, 4>(layer, in, out);
   }
 }
 
