@@ -25,10 +25,11 @@ from raysparse.models._sparse_memory import Memory
 
 # As in _sparse_products, of a step's three products, and 1.15 (amd) or 1.25 times what fitted 2,056 tokens: weights are
 # gathered and their gradients spread at each step, however few tokens. Times faster at density .5, .35, .25, .1: 512 x
-# 1,536 is .74, 1.02, 1.35, 2.55 (intel), 1.31, 1.8, 2.35, 4.3 (amd; with 514 tokens .99, 1.43, 1.85, 3.4), .94, 1.31,
-# 1.8, 3.6 (narrow); a 3x3 convolution of 256 channels at .35, .25, .1 .9, 1.16, 2.0; 1.57, 2.0, 3.0; 1.1, 1.5, 2.9.
-# By blocks of 16 512 x 1,536 is 1.3, 1.87, 2.5, 4.6 (amd), 1.15, 1.6, 2.2, 4.5 (narrow).
-_COSTS = {"intel": (3.0, 3.0, 50), "amd": (1.9, 1.65, 14), "narrow": (2.7, 2.05, 17)}
+# 1,536 is .74, 1.02, 1.35, 2.55 (intel), 1.31, 1.8, 2.35, 4.3 (amd; with 514 tokens .99, 1.43, 1.85, 3.4), .94, 1.33,
+# 1.8, 3.1 (narrow; with 257 tokens .78, –, 1.37, 2.5); a 3x3 convolution of 256 channels at .35, .25, .1 .9, 1.16, 2.0;
+# 1.57, 2.0, 3.0; 1.3, 1.65, 3.2. By blocks of 16 512 x 1,536 is 1.3, 1.87, 2.5, 4.6 (amd), 1.17, 1.6, 2.1, 4.1
+# (narrow).
+_COSTS = {"intel": (3.0, 3.0, 50), "amd": (1.9, 1.65, 14), "narrow": (2.5, 1.85, 14)}
 _ACTIVE, _TILED, _LAID_OUT = _COSTS[_cpu.KIND]
 # In bfloat16, on the EPYC: of a pair in two of the products, of a weight in that for gradients. Times faster than dense
 # in bfloat16 at density .5, .35, .25, .1, single weights; blocks: 512 x 1,536 .73, .97, 1.2, 2.2; 1.0, 1.5, 1.9, 3.4; a

@@ -23,11 +23,11 @@ from raysparse.models._sparse_memory import Memory
 # The kernel's time in that of a dense product per weight and column: so much for each active weight, by itself or in
 # tiles (`tiled`; not measured on Intel), and so much for each input and output, which are laid out anew. Fitted to
 # linear layers of 64 to 1,536 features and convolutions of 32 to 256 channels. Times faster at density .6, .5, .25, .1:
-# 512 x 1,536 is .93, 1.1, 1.6 to 1.9, 3.5 (intel), 1.28, 1.52, 3.1, 5.2 (amd), .91, .99, 2.0, 4.1 (narrow); a 3x3
-# convolution of 256 channels .88, 1.02, 1.7, 2.7; 1.01, 1.23, 1.9, 3.4; .74, .90, 1.6, 3.2; one of 32 at .5 and .1 .82,
-# 1.35; .90, 1.6; .74, 1.4. By blocks of 16 512 x 1,536 is at .7, .5, .25, .1 1.48, 2.0, 3.7, 6.5 (amd; without tiles
-# 1.26, 1.6, 2.9, 5.1), 1.34, 1.8, 3.3, 5.9 (narrow; .79, 1.13, 2.2, 4.1).
-_COSTS = {"intel": (1.75, 1.75, 12), "amd": (1.35, 0.95, 18), "narrow": (2.0, 1.1, 17)}
+# 512 x 1,536 is .93, 1.1, 1.6 to 1.9, 3.5 (intel), 1.28, 1.52, 3.1, 5.2 (amd), 1.15, 1.36, 2.4, 4.5 (narrow); a 3x3
+# convolution of 256 channels .88, 1.02, 1.7, 2.7; 1.01, 1.23, 1.9, 3.4; 1.06, 1.24, 2.2, 4.1; one of 32 at .5 and .1
+# .82, 1.35; .90, 1.6; 1.01, 2.0. By blocks of 16 512 x 1,536 is at .7, .5, .25, .1 1.48, 2.0, 3.7, 6.5 (amd; without
+# tiles 1.26, 1.6, 2.9, 5.1), 1.36, 1.8, 3.1, 5.6 (narrow).
+_COSTS = {"intel": (1.75, 1.75, 12), "amd": (1.35, 0.95, 18), "narrow": (1.5, 1.13, 13)}
 _ACTIVE, _TILED, _LAID_OUT = _COSTS[_cpu.KIND]
 # Of pairs in bfloat16, on the EPYC. Times faster than dense in bfloat16 at density .5, .25, .1, single weights; blocks:
 # 512 x 1,536 is 1.03, 1.6, 3.0; 1.9, 3.2, 5.1; a 3x3 convolution of 256 channels .93, 1.4, 2.7.

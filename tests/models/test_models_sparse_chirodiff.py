@@ -278,9 +278,9 @@ def test_few_sketches_have_a_kernel_of_their_own() -> None:
         assert not torch.equal(found, predicted(model, given, not few))  # rounding
 
 
-@pytest.mark.parametrize(("lanes", "dense", "sparse"), [(16, 14, 10), (8, 11, 5), (4, 5, 2)])
+@pytest.mark.parametrize(("lanes", "dense", "sparse"), [(16, 14, 10), (8, 19, 4), (4, 5, 2)])
 def test_the_fewer_weights_the_sooner_a_sketch_in_each_lane_is_faster(lanes: int, dense: int, sparse: int) -> None:
-    most = [int(_sparse_chirodiff._most_one_by_one(model_of(s, hidden=24, layers=2), lanes)) for s in (0, 0.9)]
+    most = [_sparse_chirodiff._most_one_by_one(model_of(s, hidden=24, layers=2), lanes) for s in (0, 0.9)]
     assert most == [dense, sparse]
 
 

@@ -6,18 +6,20 @@
 //
 // Loads, not products, are what limits a walk: one for each weight, one for each vector of a column. So a column that
 // several gates of a unit use is loaded once for all of them (against a list per gate 1.2 times faster at S = .5), and
-// a chunk has as many vectors as there are registers for: four for sampling with AVX-512. The columns of a time step
-// are more than the first cache then, and are walked in passes that fit it, the sums kept between. Sampling takes 1.07
-// / 1.17 / 1.05 / 1.07 times as long with two vectors and 1.15 / 1.14 / 1.0 / 1.0 times with four in one pass at S = .5
-// / .75 / .9 / .95 (Intel Xeon, h = 96, 256 sketches). Training has two: with four it is 1.05 to 1.15 times faster for
-// 64 sketches and more, and 1.2 to 1.3 times slower for 32.
+// a chunk has four vectors in sampling. The columns of a time step are more than the first cache then, and are walked
+// in passes that fit it, the sums kept between. At S = .5 / .75 / .9 / .95 sampling takes 1.07 / 1.17 / 1.05 / 1.07
+// times as long with two vectors and 1.15 / 1.14 / 1.0 / 1.0 times with four in one pass (Intel Xeon, AVX-512, h = 96,
+// 256 sketches); with AVX2, 1.6 / 1.54 / 1.55 / 1.61 times with two, 1.0 to 1.1 with three, 1.05 to 1.1 with six and
+// about 1.0 in one pass (EPYC). Training has two: with AVX-512 four are 1.05 to 1.15 times faster for 64 sketches and
+// more, and 1.2 to 1.3 times slower for 32; with AVX2 .96 to 1.06 times as fast, and 1.15 times slower for 16.
 //
 // A sum waits for the one before: eight must be on their way for two products a cycle. With two vectors there are two
 // chains of sums for each gate, with four only where one gate alone uses a column.
 //
 // Vectors are the compiler's own (GCC and clang), so the same text is AVX-512, AVX2, SSE or NEON by the flags it is
 // given. They must be as wide as the CPU's: GCC computes wider ones float by float, 10 times slower. What clang 14 makes
-// takes 1.02 to 1.1 times as long as what GCC 12 does in sampling, up to 1.2 in training (EPYC).
+// takes 1.2 to 1.6 times as long as what GCC 12 does in sampling (dense: 1.0), 1.0 to 1.2 in training, with AVX2 1.2 to
+// 1.35 (EPYC).
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -33,7 +35,7 @@
 namespace {
 
 #if defined(__AVX512F__)
-constexpr int LANES = 16, UNITS = 2;  // UNITS of a dense tile: 2 x 4 sums x 2 vectors of the 32 registers
+constexpr int LANES = 16, UNITS = 2;  // UNITS of a dense tile: 2 x 3 sums of four vectors in the 32 registers
 #elif defined(__AVX__)
 constexpr int LANES = 8, UNITS = 1;
 #else

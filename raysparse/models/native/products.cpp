@@ -3,11 +3,11 @@
 // here.
 //
 // WIDTH columns (tokens or pixels) are a chunk, and lie side by side: each weight is then one number times four of the
-// CPU's vectors (two where it has few registers), wherever it stands in its row, so that every pattern is as fast as
-// any other. With four, a linear layer of 512 x 1,536 is 1.0 to 1.15 times faster than with two, a 3x3 convolution 1.15
-// to 1.28 times. Rows are walked block by block of their inputs, whose columns of a chunk stay in the first cache
-// meanwhile. With AVX-512 these are 128 inputs of 32 KiB (AMD) or 192 of 48 (Intel). On the former 192 are .91 to 1.03
-// times as fast at density .5 to .1, 256 .76 to 1.02, 96 .92 to 1.01; with AVX2 128 are .58 to .93 times as fast as 512.
+// CPU's vectors, wherever it stands in its row, so that every pattern is as fast as any other. With four, a linear layer
+// of 512 x 1,536 is 1.0 to 1.15 times faster than with two, a 3x3 convolution 1.15 to 1.28 times; with AVX2, 1.14 to
+// 1.23 and 1.21 to 1.25 times. Rows are walked block by block of their inputs, whose columns of a chunk stay in the
+// first cache meanwhile. With AVX-512 these are 128 inputs of 32 KiB (AMD) or 192 of 48 (Intel). On the former 192 are
+// .91 to 1.03 times as fast at density .5 to .1, 256 .76 to 1.02, 96 .92 to 1.01.
 #define RAYSPARSE_VECTORS 4
 #include "gru.h"
 #include "threads.h"
