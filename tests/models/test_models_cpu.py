@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,9 @@ import pytest
 import torch
 
 from raysparse.models import _cpu
+
+HERE = Path(__file__).parent
+OF_KERNELS = [*sorted(HERE.glob("test_models_sparse_*.py")), HERE / "test_models_packed_gru.py"]
 
 
 def test_without_proc_python_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,3 +45,30 @@ def test_dense_products_are_as_fast_as_the_type_that_they_are_made_in(monkeypatc
             assert _cpu.dense_speed() == 1
     with torch.autocast("cpu", torch.float16):
         assert _cpu.dense_speed() == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="no CPU of those instructions")
+@pytest.mark.parametrize(("capability", "compiler"), [("avx2", ""), ("default", ""), ("avx2", "clang++")])
+def test_kernels_for_other_cpus_and_by_other_compilers(capability: str, compiler: str) -> None:
+    if compiler and not shutil.which(compiler):
+        pytest.skip(f"no {compiler}")
+    ours = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_") and name != "CXX"}
+    environment = ours | {"ATEN_CPU_CAPABILITY": capability} | ({"CXX": compiler} if compiler else {})
+
+    def said(*arguments: str) -> str:
+        done = subprocess.run(
+            [sys.executable, *arguments],
+            env=environment,
+            cwd=HERE.parents[1],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert not done.returncode, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    here = said("-c", "import torch; print(torch.backends.cpu.get_cpu_capability())").strip()
+    if here != capability.upper():
+        pytest.skip(f"PyTorch has {here} here")
+    assert " passed" in said("-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *map(str, OF_KERNELS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,7 +51,8 @@ def products(model: nn.Module) -> list[SparseProduct]:
 def same(layer: nn.Module, x: Tensor) -> bool:
     fast = with_sparse_products(nn.Sequential(layer))
     assert len(products(fast)) == 1
-    got, want = fast(x), layer(x).detach()
+    # In float64: PyTorch 2.14's float32 is off by more than 1 for 2 images of 5 x 5 in channels_last, (1, 3), stride 3.
+    got, want = fast(x), copy.deepcopy(layer).double()(x.double()).detach().float()
     assert got.shape == want.shape
     return torch.allclose(got, want, rtol=0, atol=1e-5)
 
@@ -145,7 +147,7 @@ def test_few_columns_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize(
     ("cpu", "alike", "most"),
-    [("intel", 1, 0.5), ("amd", 1, 0.6), ("narrow", 1, 0.4), ("amd", 4, 0.85), ("narrow", 4, 0.7)],
+    [("intel", 1, 0.5), ("amd", 1, 0.6), ("narrow", 1, 0.55), ("amd", 4, 0.85), ("narrow", 4, 0.75)],
 )
 def test_layers_that_are_not_worth_it_are_left_to_pytorch(
     cpu: str, alike: int, most: float, monkeypatch: pytest.MonkeyPatch
