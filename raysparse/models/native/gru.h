@@ -234,7 +234,7 @@ template <int NV>
 inline void share_all(vec (*sums)[4][NV], const char* base, const int32_t*& offsets, const float*& values,
                       const int32_t* counts, bool states) {
 #if defined(__clang__)
-  asm("" : "+r"(sums) : : "memory");  // it no longer knows which memory that is, so it cannot do without
+  if constexpr (CHAINS == 1) asm("" : "+r"(sums) : : "memory");  // it may no longer do without that memory
 #endif
   share<NV, 1, 2>(sums, base, offsets, values, counts[0]);
   share<NV, 2, 2>(sums, base, offsets, values, counts[1]);
