@@ -27,7 +27,7 @@ _SOURCE = Path(__file__).parent / "native" / "chirodiff.cpp"
 # h = 32 to 256, 64 sketches, on an Intel Xeon: .9 to 1.07 at density .95, .82 to 1.08 at .9, .83 to 1.01 at .85, .75 to
 # 1.01 at .8, .7 to .9 at .6; on an AMD EPYC .89 to 1.1 at .99, .83 to 1.04 at .95, .83 to .99 at .9; with AVX2 .96 to
 # 1.03 at .95, .92 at .9. With one or four sketches, on an EPYC, 1.0 to 1.04 at .95, .98 to 1.03 at .9, .94 to .98 at .8
-# (AVX2 1.01 to 1.03, .99 to 1.0, .93 to .95); with sixteen, which fill one vector, 1.05 to 1.18 at .9, .89 to 1.0 at .7
+# (AVX2 1.01 to 1.04, .99 to 1.0, .93 to .95); with sixteen, which fill one vector, 1.05 to 1.18 at .9, .89 to 1.0 at .7
 # (AVX2, eight: .93 to .99 at .95).
 _DENSE = {"intel": 0.88, "amd": 0.97, "narrow": 0.95}[_cpu.KIND]
 _DENSE_FEW = 0.87
