@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ class Peak:
 
     def __init__(self, device: str = "cpu") -> None:
         self._gpu = device == "cuda"
+        gc.collect()  # else what waits for the collector is counted now, freed later, and missing from the peak
         if self._gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
