@@ -20,6 +20,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from torch.nn.utils import prune
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the other file; a script has only its own folder
 
-from benchmarks.peak_memory import Peak
+from benchmarks.peak_memory import made
 from raysparse import rng
 from raysparse.diffusion.losses import eps_mse
 from raysparse.models.chirodiff import ChiroDiff, Config, build, sparse_step
@@ -113,12 +114,8 @@ def measure(options: argparse.Namespace, sparsity: float) -> None:
     kinds = ["dense"] + (["masked", "sparse", "update", "prune"] if sparsity else ["sparse"])
     off = difference(*(gradients_of(options, sparsity, kind) for kind in ("sparse", "masked" if sparsity else "dense")))
     clock: Callable[[], float] = time.process_time if options.cpu_time else time.perf_counter
-    runners, memory = dict[str, Runner](), dict[str, str]()
-    for kind in kinds:
-        peak = Peak()
-        runners[kind] = Runner(options, sparsity, kind)
-        runners[kind].step(batch_of(0, options.batch))
-        memory[kind] = peak.mib()
+    makers = {kind: partial(Runner, options, sparsity, kind) for kind in kinds}
+    runners, memory = made(makers, lambda runner: runner.step(batch_of(0, options.batch)))
     seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
     for turn in range(1, options.turns + 1):
         batch = batch_of(turn, options.batch)

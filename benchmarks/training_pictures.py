@@ -18,6 +18,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for the other file; a script has only its own folder
 
-from benchmarks.peak_memory import Peak
+from benchmarks.peak_memory import made
 from raysparse import plugins, rng
 from raysparse.sparse import SparseEngine
 
@@ -102,17 +103,14 @@ def measure(options: argparse.Namespace, name: str, sparsity: float, pattern: st
     """Print the rows of one model, sparsity and pattern."""
     settings = options_of(name, options.width, options.size, options.quick)
 
-    def made(kind: str) -> Runner:
+    def runner_of(kind: str) -> Runner:
         plain = kind.removesuffix(IN_FP32)
         return Runner(name, settings, plain, sparsity, pattern, bf16=options.bf16 and plain == kind)
 
-    off = difference(list(zip(*(gradients_of(made(kind), options) for kind in ("sparse", "masked")), strict=True)))
-    runners, memory = dict[str, Runner](), dict[str, str]()
-    for kind in ("dense", "masked", "sparse", *(["dense" + IN_FP32] if options.bf16 else [])):
-        peak = Peak()
-        runners[kind] = made(kind)
-        runners[kind].step(*batch_of(0, options.pictures, options.size))
-        memory[kind] = peak.mib()
+    kinds = ["dense", "masked", "sparse", *(["dense" + IN_FP32] if options.bf16 else [])]
+    off = difference(list(zip(*(gradients_of(runner_of(kind), options) for kind in ("sparse", "masked")), strict=True)))
+    makers = {kind: partial(runner_of, kind) for kind in kinds}
+    runners, memory = made(makers, lambda runner: runner.step(*batch_of(0, options.pictures, options.size)))
     seconds: dict[str, list[float]] = {kind: [] for kind in runners}
     for turn in range(1, options.turns + 1):
         batch = batch_of(turn, options.pictures, options.size)
