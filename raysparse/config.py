@@ -209,7 +209,7 @@ class EvaluateConfig(Section):
     # What evaluates: PyTorch, or kernels that skip zero weights (equal to rounding); auto: those where they can run
     runtime: Literal["dense", "sparse", "auto"] = "dense"
     # In what sampling and the validation loss are computed; None: train.precision. bf16 changes a FID by less than the
-    # sampling noise does (README: Measured)
+    # sampling noise does (docs/measured.md)
     precision: Literal["fp32", "bf16"] | None = None
     validation_examples: int = Field(1_024, ge=1)  # at most so many: the first ones of the split
     kid_subsets: int = Field(100, ge=1)

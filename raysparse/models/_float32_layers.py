@@ -2,7 +2,7 @@
 
 A prediction that was rounded to bfloat16 is off by up to .4 %, which at a high noise level is many times that of the
 picture: sampled in bfloat16 a U-Net of 687,347 parameters had a FID 2.6 % higher, five deviations of sampling seeds,
-and .1 % higher with its last convolution in float32 (README: Measured). They are small: .1 % of DDPM's FLOPs.
+and .1 % higher with its last convolution in float32 (docs/measured.md). They are small: .1 % of DDPM's FLOPs.
 """
 
 from __future__ import annotations
