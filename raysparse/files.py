@@ -17,6 +17,14 @@ SIZES = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SIZES |= {f"{name[0]}iB": 2 ** (10 * power) for power, name in enumerate(("KB", "MB", "GB", "TB"), 1)}
 
 
+def cache_folder(variable: str, name: str) -> Path:
+    """The folder that the environment's `variable` names, or raysparse/`name` in the user's cache folder."""
+    chosen = os.environ.get(variable)
+    if chosen:  # a user of a container may have no home
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raysparse" / name
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`: renamed onto it when the block ends well, removed when it does not."""

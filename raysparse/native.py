@@ -23,7 +23,7 @@ import tempfile
 from pathlib import Path
 
 from raysparse.errors import UsageError
-from raysparse.files import atomic_path, sha256
+from raysparse.files import atomic_path, cache_folder, sha256
 
 COMPILE_S = 300  # a compiler that takes longer hangs
 _FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-pthread", "-Wno-psabi")
@@ -37,10 +37,7 @@ _DIGITS = 16  # of a digest, in a name
 
 def default_root() -> Path:
     """Where compiled kernels lie: $RAYSPARSE_NATIVE, or raysparse/native in the user's cache folder."""
-    chosen = os.environ.get("RAYSPARSE_NATIVE")
-    if chosen:  # a user of a container may have no home
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raysparse" / "native"
+    return cache_folder("RAYSPARSE_NATIVE", "native")
 
 
 def load(source: Path) -> ctypes.CDLL:

@@ -61,10 +61,7 @@ class Contents:
 
 def default_root() -> Path:
     """Where prepared data sets lie: $RAYSPARSE_DATA, or raysparse/data in the user's cache folder."""
-    chosen = os.environ.get("RAYSPARSE_DATA")
-    if chosen:  # a user of a container may have no home
-        return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raysparse" / "data"
+    return files.cache_folder("RAYSPARSE_DATA", "data")
 
 
 def prepare(
