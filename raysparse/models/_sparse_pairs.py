@@ -28,12 +28,6 @@ def used(weight: Tensor) -> bool:
     return bool(native.load(SOURCE).raysparse_pairs())
 
 
-def of_weight(weight: Tensor) -> Tensor:
-    """[O, I, ...] -> [O, pairs, 2]: inputs or channels 2 j and 2 j + 1 at each place of the window."""
-    outputs, inputs = weight.shape[:2]
-    return weight.reshape(outputs, inputs // 2, 2, -1).movedim(2, 3).reshape(outputs, -1, 2)
-
-
 def of_features(x: Tensor) -> Tensor:
     """[..., I] of floats -> [..., I / 2] of pairs, in float32's bits."""
     return x.bfloat16().contiguous().view(torch.float32)

@@ -29,12 +29,16 @@ from raysparse.models._sparse_memory import Memory
 # 1.8, 3.1 (narrow; with 257 tokens .78, –, 1.37, 2.5); a 3x3 convolution of 256 channels at .35, .25, .1 .9, 1.16, 2.0;
 # 1.57, 2.0, 3.0; 1.3, 1.65, 3.2. By blocks of 16 512 x 1,536 is 1.3, 1.87, 2.5, 4.6 (amd), 1.17, 1.6, 2.1, 4.1
 # (narrow).
-_COSTS = {"intel": (3.0, 3.0, 50), "amd": (1.9, 1.65, 14), "narrow": (2.5, 1.85, 14)}
-_ACTIVE, _TILED, _LAID_OUT = _COSTS[_cpu.KIND]
+_BY_CPU = {
+    "intel": products.Costs(3.0, 3.0, 50),
+    "amd": products.Costs(1.9, 1.65, 14),
+    "narrow": products.Costs(2.5, 1.85, 14),
+}
+_COSTS = _BY_CPU[_cpu.KIND]
 # In bfloat16, on the EPYC: of a pair in two of the products, of a weight in that for gradients. Times faster than dense
 # in bfloat16 at density .5, .35, .25, .1, single weights; blocks: 512 x 1,536 .73, .97, 1.2, 2.2; 1.0, 1.5, 1.9, 3.4; a
 # 3x3 convolution of 256 channels .75, .97, 1.25, 2.3.
-_PAIR, _PAIR_TILED, _OF_PAIRS, _PAIRS_LAID_OUT = 0.95, 0.66, 0.5, 28
+_PAIRS, _OF_PAIRS = products.Costs(0.95, 0.66, 28), 0.5
 
 
 class SparseStep(nn.Module):
@@ -117,13 +121,11 @@ class SparseLayer(nn.Module):
         self.pays = False
         self.dense_speed = _cpu.dense_speed()  # of the autocast that it is made under
         self.window = products.Window.of_layer(layer) if isinstance(layer, nn.Conv2d) else None
-        outputs, inputs = layer.weight.shape[:2]
-        area = layer.weight[0, 0].numel()
         self.in_pairs = pairs.used(layer.weight)
-        self.kernel = products.Kernel(inputs * area, outputs, memory, in_pairs=self.in_pairs)
-        # dx is a product with the weights, transposed
-        self.turned = products.Kernel(outputs * area, inputs, memory, in_pairs=self.in_pairs)
-        self.summing = products.Kernel(inputs * area, outputs, memory) if self.in_pairs else self.kernel
+        shape = layer.weight.shape
+        self.kernel = products.Kernel(shape, memory, in_pairs=self.in_pairs)
+        self.turned = products.Kernel(shape, memory, turned=True, in_pairs=self.in_pairs)
+        self.summing = products.Kernel(shape, memory) if self.in_pairs else self.kernel
 
     @property
     def weight(self) -> Tensor:
@@ -136,23 +138,19 @@ class SparseLayer(nn.Module):
 
     def lay_out(self, mask: Tensor) -> None:
         """Take over the mask, bool, of the weight's shape."""
+        self.kernel.count(mask)
         self.pays = self._cost(mask) * self.dense_speed < mask.numel()
         if self.pays:
-            as_rows = pairs.of_weight if self.in_pairs else _rows
-            both = mask, torch.arange(mask.numel()).view(mask.shape)
-            self.kernel.lay_out(*map(as_rows, both))
-            self.turned.lay_out(*(as_rows(turned(tensor)) for tensor in both))
-            if self.in_pairs:
-                self.summing.lay_out(*map(_rows, both))
+            self.kernel.lay_out()
+            for kernel in (self.turned, self.summing):
+                if kernel is not self.kernel:
+                    kernel.count(mask)
+                    kernel.lay_out()
 
     def _cost(self, mask: Tensor) -> float:
-        active = int(mask.count_nonzero())
         if not self.in_pairs:
-            rows = mask.flatten(1)
-            return (_TILED if products.tiled(rows) else _ACTIVE) * active + _LAID_OUT * sum(rows.shape)
-        rows = pairs.of_weight(mask).any(2)
-        used = (_PAIR_TILED if products.tiled(rows) else _PAIR) * int(rows.count_nonzero())
-        return used + _OF_PAIRS * active + _PAIRS_LAID_OUT * sum(rows.shape)
+            return _COSTS.of(self.kernel)
+        return _PAIRS.of(self.kernel) + _OF_PAIRS * int(mask.count_nonzero())
 
     def forward(self, x: Tensor) -> Tensor:
         columns = x.numel() // x.shape[1 if self.window else -1]
@@ -161,15 +159,6 @@ class SparseLayer(nn.Module):
         with torch.autocast("cpu", enabled=False):
             x = x.bfloat16() if self.in_pairs else x.float()
             return cast(Tensor, _Product.apply(x, self.layer.weight, self.layer.bias, self))
-
-
-def _rows(weight: Tensor) -> Tensor:
-    return weight.flatten(1)
-
-
-def turned(weight: Tensor) -> Tensor:
-    """[O, I, ...] -> [I, O, ...] with the window turned half round: what a convolution's dx is a convolution with."""
-    return weight.transpose(0, 1).flip(*range(2, weight.dim())) if weight.dim() > 2 else weight.T
 
 
 class _Product(torch.autograd.Function):
@@ -195,12 +184,11 @@ class _Product(torch.autograd.Function):
                 else layer.turned.linear(dy, values, None)
             )
         if ctx.needs_input_grad[1]:
-            found = (
+            d_weight = (
                 layer.summing.convolve_gradients(x, dy, window)
                 if window
                 else layer.summing.linear_gradients(x.contiguous(), dy)
             )
-            d_weight = found.view(weight.shape)
         columns = tuple(axis for axis in range(dy.dim()) if axis != (1 if window else dy.dim() - 1))
         return dx, d_weight, dy.sum(columns, dtype=torch.float32) if ctx.has_bias else None, None
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import copy
 import ctypes
-from typing import NamedTuple, TypeGuard
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -20,18 +22,29 @@ from raysparse.models import _cpu
 from raysparse.models import _sparse_pairs as pairs
 from raysparse.models._sparse_memory import Memory
 
-# The kernel's time in that of a dense product per weight and column: so much for each active weight, by itself or in
-# tiles (`tiled`; not measured on Intel), and so much for each input and output, which are laid out anew. Fitted to
-# linear layers of 64 to 1,536 features and convolutions of 32 to 256 channels. Times faster at density .6, .5, .25, .1:
-# 512 x 1,536 is .93, 1.1, 1.6 to 1.9, 3.5 (intel), 1.28, 1.52, 3.1, 5.2 (amd), 1.15, 1.36, 2.4, 4.5 (narrow); a 3x3
-# convolution of 256 channels .88, 1.02, 1.7, 2.7; 1.01, 1.23, 1.9, 3.4; 1.06, 1.24, 2.2, 4.1; one of 32 at .5 and .1
-# .82, 1.35; .90, 1.6; 1.01, 2.0. By blocks of 16 512 x 1,536 is at .7, .5, .25, .1 1.48, 2.0, 3.7, 6.5 (amd; without
-# tiles 1.26, 1.6, 2.9, 5.1), 1.36, 1.8, 3.1, 5.6 (narrow).
-_COSTS = {"intel": (1.75, 1.75, 12), "amd": (1.35, 0.95, 18), "narrow": (1.5, 1.13, 13)}
-_ACTIVE, _TILED, _LAID_OUT = _COSTS[_cpu.KIND]
+
+class Costs(NamedTuple):
+    """Of a kernel's products per column; 1 is what a dense product takes for one weight."""
+
+    single: float  # a weight, or a pair of weights
+    tiled: float  # the same where four outputs take the same inputs, as in blocks
+    laid_out: float  # an input or an output
+
+    def of(self, kernel: Kernel) -> float:
+        """All that it has counted."""
+        return (self.tiled if kernel.tile > 1 else self.single) * kernel.used + self.laid_out * kernel.edges
+
+
+# Fitted to linear layers of 64 to 1,536 features and convolutions of 32 to 256 channels. Times faster at density .6,
+# .5, .25, .1: 512 x 1,536 is .93, 1.1, 1.6 to 1.9, 3.5 (intel), 1.28, 1.52, 3.1, 5.2 (amd), 1.15, 1.36, 2.4, 4.5
+# (narrow); a 3x3 convolution of 256 channels .88, 1.02, 1.7, 2.7; 1.01, 1.23, 1.9, 3.4; 1.06, 1.24, 2.2, 4.1; one of
+# 32 at .5 and .1 .82, 1.35; .90, 1.6; 1.01, 2.0. By blocks of 16 512 x 1,536 is at .7, .5, .25, .1 1.48, 2.0, 3.7,
+# 6.5 (amd; without tiles 1.26, 1.6, 2.9, 5.1), 1.36, 1.8, 3.1, 5.6 (narrow).
+_BY_CPU = {"intel": Costs(1.75, 1.75, 12), "amd": Costs(1.35, 0.95, 18), "narrow": Costs(1.5, 1.13, 13)}
+_COSTS = _BY_CPU[_cpu.KIND]
 # Of pairs in bfloat16, on the EPYC. Times faster than dense in bfloat16 at density .5, .25, .1, single weights; blocks:
 # 512 x 1,536 is 1.03, 1.6, 3.0; 1.9, 3.2, 5.1; a 3x3 convolution of 256 channels .93, 1.4, 2.7.
-_PAIR, _PAIR_TILED, _PAIRS_LAID_OUT = 1.3, 0.95, 20
+_PAIRS = Costs(1.3, 0.95, 20)
 _TILE = 4  # see products.cpp
 _GROUPS = 16  # of tokens, whose sums of weights' gradients are added in order, whichever thread made them
 _FEW = 24  # columns (tokens, or pixels of all images) that fill too little of the kernel's vectors
@@ -55,8 +68,8 @@ def with_sparse_products(model: nn.Module) -> nn.Module:
         remove()
     for owner in list(found.modules()):
         for name, layer in owner.named_children():
-            if _takes(layer):
-                setattr(owner, name, SparseProduct(layer, memory))
+            if supported(layer) and (product := SparseProduct(layer, memory)).pays:
+                setattr(owner, name, product)
     return found
 
 
@@ -84,25 +97,6 @@ def supported(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
     return type(layer) is nn.Linear
 
 
-def _takes(layer: nn.Module) -> bool:
-    """Whether it does so, and faster."""
-    if not supported(layer):
-        return False
-    used = layer.weight != 0
-    if used.all():
-        return False
-    in_pairs = pairs.used(used)
-    rows = pairs.of_weight(used).any(2) if in_pairs else used.flatten(1)
-    single, in_tiles, laid_out = (_PAIR, _PAIR_TILED, _PAIRS_LAID_OUT) if in_pairs else (_ACTIVE, _TILED, _LAID_OUT)
-    cost = (in_tiles if tiled(rows) else single) * int(rows.count_nonzero()) + laid_out * sum(rows.shape)
-    return cost * _cpu.dense_speed() < used.numel()
-
-
-def tiled(used: Tensor) -> bool:
-    """bool [O, I]: whether each four outputs take the same inputs, as in blocks; the kernel loads those once then."""
-    return len(used) % _TILE == 0 and bool((used.view(-1, _TILE, used.shape[1]) == used[::_TILE, None]).all())
-
-
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("starts", "offsets", "values", "bias")),
@@ -122,59 +116,77 @@ class _Sums(ctypes.Structure):
     _fields_ = [("values", ctypes.c_void_p), ("weights", ctypes.c_int64), ("groups", ctypes.c_int64)]
 
 
-class Kernel:
-    """The compiled products with a weight [outputs, inputs] under a mask. Not thread-safe. memory: shared by layers.
+class _Matrix(ctypes.Structure):
+    _fields_ = [("columns", ctypes.c_void_p), ("row", ctypes.c_int64), ("pair", ctypes.c_int64)]
 
-    in_pairs: in bfloat16; the weight, its mask and so on are then [outputs, inputs / 2, 2] (`pairs.of_weight`). Its
-    gradients are for a kernel of single weights.
+
+class Kernel:
+    """The compiled products with a layer's weight, of `shape` [O, I] or [O, I, height, width], under a mask.
+
+    Not thread-safe. memory: shared by layers. turned: with the weight turned, as dx is made: [I, O], its window turned
+    half round. in_pairs: in bfloat16, O and I even; gradients are for a kernel of single weights. `count` and then
+    `lay_out` take over a mask; `used` weights or pairs of it are walked.
     """
 
-    def __init__(self, inputs: int, outputs: int, memory: Memory, *, in_pairs: bool = False) -> None:
+    def __init__(self, shape: Sequence[int], memory: Memory, *, turned: bool = False, in_pairs: bool = False) -> None:
         self._library = native.load(pairs.SOURCE)
         self._width = int(self._library.raysparse_width())
         self._deep = int(self._library.raysparse_deep())
         self._block = int(self._library.raysparse_features_in_cache())  # inputs that are walked before the next ones
         self._in_pairs = in_pairs
         self._dtype = torch.bfloat16 if in_pairs else torch.float32
-        self._inputs, self._outputs, self._memory = inputs // 2 if in_pairs else inputs, outputs, memory
-        self._tile = 1  # outputs whose inputs are the same
-        self._starts = self._offsets = self._places = self._active = torch.empty(0)
+        self._shape, self._memory = tuple(shape), memory
+        outputs, inputs, area = *shape[:2], math.prod(shape[2:])
+        if turned:
+            columns, row = inputs * area * torch.arange(outputs)[:, None] + torch.arange(area).flip(0), area
+        else:
+            columns, row = torch.arange(inputs * area).view(inputs, area), inputs * area
+        self._outputs = inputs if turned else outputs
+        self._columns = columns[:: 2 if in_pairs else 1].flatten().int()
+        self._inputs = len(self._columns)
+        self._matrix = _Matrix(self._columns.data_ptr(), row, int(columns[1, 0] - columns[0, 0]) if in_pairs else 0)
+        self.edges, self.used = self._outputs + self._inputs, 0
+        self.tile = 1  # outputs whose inputs are the same, as in blocks: the kernel loads those once then
+        self._mask = self._starts = self._offsets = torch.empty(0)
 
-    def lay_out(self, mask: Tensor, places: Tensor) -> None:
-        """mask: bool, of the weight's shape; places: int64, likewise, where in the layer's weight each one lies."""
-        padded, blocks = -self._inputs % self._block, -(-self._inputs // self._block)
+    def count(self, mask: Tensor) -> None:
+        """mask: bool, of the weight's shape."""
+        self._mask = mask.contiguous()
+        self.tile = 1
+        self.tile = _TILE if self._call("tiled", self._mask) else 1
+        blocks = -(-self._inputs // self._block)
+        self._starts = torch.zeros(blocks * (self._outputs // self.tile) + 1, dtype=torch.int32)
+        self._call("counts", self._mask, self._starts[1:], torch.get_num_threads())
+        self._starts = self._starts.cumsum(0, dtype=torch.int32)
+        self.used = self.tile * int(self._starts[-1])
 
-        def by_block(numbers: Tensor) -> Tensor:
-            rows = F.pad(numbers, (0, 0) * (numbers.dim() - 2) + (0, padded))
-            return rows.view(len(rows), blocks, self._block, *rows.shape[2:]).transpose(0, 1)
-
-        rows = mask.any(2) if self._in_pairs else mask
-        self._tile = _TILE if tiled(rows) else 1
-        used = by_block(rows[:: self._tile])
-
-        def in_order(numbers: Tensor) -> Tensor:
-            """Those of the weights, or pairs, that are used, as the kernel walks them."""
-            found = by_block(numbers)
-            by_tile = found.reshape(blocks, -1, self._tile, *found.shape[2:])
-            return by_tile.transpose(2, 3)[used].flatten(0, 1)
-
-        self._starts = torch.zeros(used[:, :, 0].numel() + 1, dtype=torch.int32)
-        self._starts[1:] = used.sum(2).flatten().cumsum(0)
-        self._offsets = (used.nonzero()[:, 2] * (4 * self._width)).int()
-        self._places = in_order(places).int()  # found with them in a third of the time that it takes with int64
-        if self._in_pairs:
-            self._active = in_order(mask)
+    def lay_out(self) -> None:
+        """What was counted, as products walk it."""
+        self._offsets = torch.empty(self.used // self.tile, dtype=torch.int32)
+        self._call("offsets", self._mask, self._offsets, torch.get_num_threads())
+        if not self._in_pairs:  # it tells which of two weights is one of the mask's
+            self._mask = torch.empty(0)
 
     def values(self, weight: Tensor) -> Tensor:
-        """The active weights in the kernel's order."""
-        found = weight.flatten().index_select(0, self._places.flatten())
-        return pairs.of_features(found.view(-1, 2) * self._active).squeeze(1) if self._in_pairs else found
+        """The active weights in the kernel's order, float32 [used]."""
+        found = torch.empty(self.used)
+        self._call("values", self._mask, weight.detach().contiguous(), found, torch.get_num_threads())
+        return found
 
     def last_values(self, weight: Tensor) -> Tensor:
-        """The same of weights that no longer change: what finds them, as large as they are, is dropped."""
+        """The same of weights that no longer change: the mask is dropped."""
         found = self.values(weight)
-        self._places = self._active = torch.empty(0)
+        self._mask = torch.empty(0)
         return found
+
+    def _call(self, name: str, *arguments: Tensor | int | _Sums) -> int:
+        """Of raysparse_`name` for this layer and matrix."""
+        layer = self._packed(None, None, self._in_pairs)
+        return int(
+            getattr(self._library, f"raysparse_{name}")(
+                *(ctypes.byref(layer), ctypes.byref(self._matrix)), *map(_handed, arguments)
+            )
+        )
 
     def linear(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """x: float32 or bfloat16 [..., inputs] -> float32, in pairs bfloat16 [..., outputs]"""
@@ -201,31 +213,30 @@ class Kernel:
         return pairs.of_channels(self._library, x, window.padding) if self._in_pairs else window.padded(x.float())
 
     def linear_gradients(self, x: Tensor, dy: Tensor) -> Tensor:
-        """Of the weights, float32 [outputs, inputs], 0 where they are not active. x, dy: contiguous, both float32 or
-        both bfloat16, of even numbers of inputs and outputs then."""
+        """Of the weight, float32 of its shape, 0 where it is not active. x, dy: contiguous, both float32 or both
+        bfloat16, of even numbers of inputs and outputs then."""
         tokens = x.numel() // self._inputs
         pointers = (ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(dy.data_ptr()), ctypes.c_int64(tokens))
         return self._gradients("linear", tokens, dy.dtype, *pointers)
 
     def convolve_gradients(self, x: Tensor, dy: Tensor, window: Window) -> Tensor:
-        """The same of a convolution's, [outputs, inputs]. dy: contiguous."""
+        """The same of a convolution's. dy: contiguous."""
         padded = window.padded(x)
         columns = dy.numel() // self._outputs
         return self._gradients("convolve", columns, dy.dtype, ctypes.byref(window.images(padded, dy)))
 
     def _gradients(self, name: str, columns: int, dtype: torch.dtype, *arguments: object) -> Tensor:
-        halves = dtype == torch.bfloat16
+        halves, threads = dtype == torch.bfloat16, torch.get_num_threads()
         groups = min(_GROUPS, -(-columns // (2 * self._deep if halves else self._deep)))
-        sums = torch.zeros(groups, len(self._places))
-        handed = _Sums(sums.data_ptr(), len(self._places), groups)
-        threads = ctypes.c_int32(torch.get_num_threads())
+        values = torch.zeros(groups, self.used)
+        sums = _Sums(values.data_ptr(), self.used, groups)
         getattr(self._library, f"raysparse_{name}_gradients")(
-            *(ctypes.byref(self._packed(sums, None, halves)), *arguments, ctypes.byref(handed)),
-            *(self._scratch(self._deep), threads),
+            *(ctypes.byref(self._packed(None, None, halves)), *arguments, ctypes.byref(sums)),
+            *(self._scratch(self._deep), ctypes.c_int32(threads)),
         )
-        found = torch.zeros(self._outputs * self._inputs)
-        found.index_copy_(0, self._places.long(), sums.sum(0))
-        return found.view(self._outputs, self._inputs)
+        found = torch.zeros(self._shape)
+        self._call("spread", sums, found, threads)
+        return found
 
     def _run(self, name: str, values: Tensor, bias: Tensor | None, *arguments: object) -> None:
         bias = values.new_zeros(self._outputs) if bias is None else bias.detach()
@@ -234,14 +245,21 @@ class Kernel:
             ctypes.byref(packed), *arguments, self._scratch(self._width), threads
         )
 
-    def _packed(self, values: Tensor, bias: Tensor | None, halves: bool) -> _Layer:
-        pointers = (self._starts.data_ptr(), self._offsets.data_ptr(), values.data_ptr())
-        sizes = (self._inputs, self._outputs, self._block, halves, self._tile > 1)
-        return _Layer(*pointers, None if bias is None else bias.data_ptr(), *sizes)
+    def _packed(self, values: Tensor | None, bias: Tensor | None, halves: bool) -> _Layer:
+        tensors = (self._starts, self._offsets, values, bias)
+        sizes = (self._inputs, self._outputs, self._block, halves, self.tile > 1)
+        return _Layer(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), *sizes)
 
     def _scratch(self, columns: int) -> ctypes.c_void_p:
         size = 4 * torch.get_num_threads() * (self._inputs + self._outputs) * columns
         return ctypes.c_void_p(self._memory.at_least(size))
+
+
+def _handed(argument: Tensor | int | _Sums) -> Any:
+    """As C takes it."""
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    return ctypes.c_int32(argument) if isinstance(argument, int) else ctypes.byref(argument)
 
 
 class Window(NamedTuple):
@@ -286,13 +304,14 @@ class SparseProduct(nn.Module):
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         self.layer = layer
         weight = layer.weight.detach()
-        places = torch.arange(weight.numel()).view(weight.shape)
-        in_pairs = pairs.used(weight)
-        rows = [pairs.of_weight(part) if in_pairs else part.flatten(1) for part in (weight != 0, places)]
-        self._kernel = Kernel(weight[0].numel(), len(weight), memory, in_pairs=in_pairs)
-        self._kernel.lay_out(*rows)
-        self._values = self._kernel.last_values(weight)
+        used, in_pairs = weight != 0, pairs.used(weight)
         self._window = Window.of_layer(layer) if isinstance(layer, nn.Conv2d) else None
+        self._kernel = Kernel(weight.shape, memory, in_pairs=in_pairs)
+        self._kernel.count(used)
+        spent = (_PAIRS if in_pairs else _COSTS).of(self._kernel)
+        self.pays = not used.all() and spent * _cpu.dense_speed() < used.numel()
+        self._kernel.lay_out()
+        self._values = self._kernel.last_values(weight)
 
     @property
     def weight(self) -> Tensor:

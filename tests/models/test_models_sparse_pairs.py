@@ -16,7 +16,7 @@ from raysparse.models import _cpu, _sparse_product_training, _sparse_products, u
 from raysparse.models import _sparse_pairs as pairs
 from raysparse.models._sparse_memory import Memory
 from raysparse.models._sparse_product_training import SparseLayer
-from raysparse.models._sparse_products import SparseProduct, with_sparse_products
+from raysparse.models._sparse_products import Kernel, SparseProduct, with_sparse_products
 from raysparse.train import runtime
 
 HALF = torch.autocast("cpu", torch.bfloat16)
@@ -36,9 +36,8 @@ def small_layers_too() -> Iterator[None]:
     """Layers of tests are so small that PyTorch would be faster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_sparse_products, "_SMALL", 0)
-        for name in ("_PAIR", "_PAIR_TILED", "_PAIRS_LAID_OUT"):
-            patch.setattr(_sparse_products, name, 0)
-            patch.setattr(_sparse_product_training, name, 0)
+        for module in (_sparse_products, _sparse_product_training):
+            patch.setattr(module, "_PAIRS", _sparse_products.Costs(0, 0, 0))
         patch.setattr(_sparse_product_training, "_OF_PAIRS", 0)
         yield
 
@@ -81,11 +80,14 @@ def test_numbers_that_are_multiplied_with_each_other_lie_at_one_place() -> None:
     two = torch.stack(
         [F.unfold(part.float(), (3, 2)) for part in beside.view(torch.bfloat16).unflatten(3, (-1, 2)).unbind(4)], 2
     )
-    got = torch.einsum("opk,bpkn->bon", pairs.of_weight(weight).double(), two.double())
+    products = Kernel(weight.shape, Memory(), in_pairs=True)
+    products.count(weight != 0)
+    products.lay_out()
+    values = products.values(weight.float()).view(torch.bfloat16).view(6, -1, 2)
+    got = torch.einsum("opk,bpkn->bon", values.double(), two.double())
     assert torch.allclose(got.view_as(want), want)
     tokens = torch.randn(5, 4, generator=draw)
     assert torch.equal(pairs.of_features(tokens).view(torch.bfloat16), tokens.bfloat16())
-    assert torch.equal(pairs.of_weight(weight[..., 0, 0]), weight[..., 0, 0].view(6, 2, 2))
 
 
 @pytest.mark.usefixtures("compiler")
@@ -206,7 +208,7 @@ def test_what_is_not_finite_spreads(shape: tuple[int, ...]) -> None:
 @pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("shape", [(8, 63), (7, 64), (8, 5, 3, 3)])
 def test_odd_numbers_are_not_paired(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sparse_products, "_LAID_OUT", 0)
+    monkeypatch.setattr(_sparse_products, "_COSTS", _sparse_products._COSTS._replace(laid_out=0))
     layer, _ = thinned(shape, 0.1, 0)
     with HALF, torch.no_grad():
         (fast,) = with_sparse_products(nn.Sequential(layer))

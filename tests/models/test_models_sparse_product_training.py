@@ -16,7 +16,7 @@ from raysparse.models import _cpu, _sparse_product_training, _sparse_products, u
 from raysparse.models._sparse_product_training import SparseStep
 
 pytestmark = pytest.mark.usefixtures("compiler")
-COSTS = {name: getattr(_sparse_product_training, name) for name in ("_ACTIVE", "_TILED")}  # outside of these tests
+COSTS = _sparse_product_training._COSTS  # outside of these tests
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,9 +24,7 @@ def small_layers_too() -> Iterator[None]:
     """Layers of tests are so small that PyTorch would be faster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_sparse_products, "_SMALL", 0)
-        patch.setattr(_sparse_product_training, "_ACTIVE", 0)
-        patch.setattr(_sparse_product_training, "_TILED", 0)
-        patch.setattr(_sparse_product_training, "_LAID_OUT", 0)
+        patch.setattr(_sparse_product_training, "_COSTS", _sparse_products.Costs(0, 0, 0))
         yield
 
 
@@ -190,8 +188,7 @@ def check_step(model: nn.Module, masks: dict[str, Tensor], given: dict[str, Tens
 
 
 def test_layers_that_are_not_worth_it_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, cost in COSTS.items():
-        monkeypatch.setattr(_sparse_product_training, name, cost)
+    monkeypatch.setattr(_sparse_product_training, "_COSTS", COSTS)
     full = torch.ones(64, 64, dtype=torch.bool)
     full[0, 0] = False
     for mask in (full, torch.ones_like(full)):  # single weights, and tiles
@@ -200,7 +197,7 @@ def test_layers_that_are_not_worth_it_stay_dense(monkeypatch: pytest.MonkeyPatch
 
 def test_against_products_in_bfloat16_fewer_weights_must_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cpu, "PAIRS", False)
-    monkeypatch.setattr(_sparse_product_training, "_ACTIVE", 1.5)
+    monkeypatch.setattr(_sparse_product_training, "_COSTS", _sparse_products.Costs(1.5, 0, 0))
     monkeypatch.setattr(_cpu, "BFLOAT16", 2.0)
     for density, pays in ((0.5, False), (0.1, True)):
         mask = torch.rand(512, 512, generator=torch.Generator().manual_seed(0)) < density

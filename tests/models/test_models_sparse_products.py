@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from raysparse import plugins
 from raysparse.errors import UsageError
 from raysparse.models import _cpu, _sparse_products
-from raysparse.models._sparse_products import SparseProduct, with_sparse_products
+from raysparse.models._sparse_memory import Memory
+from raysparse.models._sparse_products import Kernel, SparseProduct, with_sparse_products
 
 pytestmark = pytest.mark.usefixtures("compiler")
 seeds = st.integers(0, 2**31)
@@ -26,7 +27,7 @@ def small_layers_too() -> Iterator[None]:
     """Layers of tests are so small that PyTorch would be faster."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_sparse_products, "_SMALL", 0)
-        patch.setattr(_sparse_products, "_LAID_OUT", 0)
+        patch.setattr(_sparse_products, "_COSTS", _sparse_products._COSTS._replace(laid_out=0))
         yield
 
 
@@ -68,7 +69,7 @@ def same(layer: nn.Module, x: Tensor) -> bool:
 def test_a_linear_layer(sizes: tuple[int, int, int], density: float, alike: int, bias: bool, seed: int) -> None:
     inputs, outputs, tokens = sizes
     layer = thinned(nn.Linear(inputs, outputs * alike, bias=bias), density, seed, alike)
-    if not _sparse_products._takes(layer):
+    if not SparseProduct(layer, Memory()).pays:
         return  # a small one of which more stayed than was asked for
     x = torch.randn(2, tokens, inputs, generator=torch.Generator().manual_seed(seed))
     assert same(layer, x)
@@ -99,7 +100,7 @@ def test_a_convolution(
     inputs, outputs = channels
     layer = nn.Conv2d(inputs, outputs * alike, kernel, stride=stride, padding=padding)
     layer = thinned(layer, 0.3, seed, alike)
-    if not _sparse_products._takes(layer):
+    if not SparseProduct(layer, Memory()).pays:
         return
     x = torch.randn(images, channels[0], *size, generator=torch.Generator().manual_seed(seed))
     assert same(layer, x)
@@ -122,16 +123,50 @@ def test_threads_change_nothing(size: tuple[int, int, int], threads: int, alike:
 
 def test_outputs_that_take_the_same_inputs_are_told() -> None:
     rows = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)) < 0.5
-    assert _sparse_products.tiled(rows.repeat_interleave(4, 0))
-    assert not _sparse_products.tiled(rows.repeat_interleave(2, 0))
-    assert not _sparse_products.tiled(rows)
-    other = rows.repeat_interleave(4, 0)
-    other[7, 8] ^= True
-    assert not _sparse_products.tiled(other)
+
+    def tile(mask: Tensor, *, turned: bool = False) -> int:
+        kernel = Kernel(mask.shape, Memory(), turned=turned)
+        kernel.count(mask)
+        assert kernel.used == int(mask.sum())
+        return kernel.tile
+
+    fours = rows.repeat_interleave(4, 0)
+    assert (tile(fours), tile(fours.T, turned=True)) == (4, 4)
+    assert (tile(rows.repeat_interleave(2, 0)), tile(rows), tile(fours, turned=True)) == (1, 1, 1)
+    fours[7, 8] ^= True
+    assert tile(fours) == 1
+
+
+@settings(max_examples=60)
+@given(
+    shape=st.one_of(
+        st.tuples(st.integers(1, 20), st.integers(1, 300)),
+        st.tuples(*(st.integers(1, size) for size in (20, 30, 3, 3))),
+    ),
+    density=st.floats(0, 1),
+    alike=st.sampled_from([1, 4]),
+    turned=st.booleans(),
+    seed=seeds,
+)
+def test_weights_are_laid_out_as_they_are_walked(
+    shape: tuple[int, ...], density: float, alike: int, turned: bool, seed: int
+) -> None:
+    """alike: outputs, or where turned inputs, under the same mask."""
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < density
+    mask = mask.repeat_interleave(alike, int(turned))
+    kernel = Kernel(mask.shape, Memory(), turned=turned)
+    kernel.count(mask)
+    kernel.lay_out()
+    numbers = torch.arange(1.0, 1 + mask.numel()).view(mask.shape)
+    matrix = (numbers * mask).transpose(0, 1).flip(list(range(2, mask.dim()))) if turned else numbers * mask
+    blocks = [rows.T for rows in matrix.flatten(1).T.split(kernel._block)]
+    tiles = [tile.T for block in blocks for tile in block.split(kernel.tile)]
+    want = torch.cat([tile[tile[:, 0] > 0].flatten() for tile in tiles])
+    assert torch.equal(kernel.values(numbers), want)
 
 
 def test_a_layer_without_zeros_is_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_sparse_products, "_TILED", 0.5)
+    monkeypatch.setattr(_sparse_products, "_COSTS", _sparse_products._COSTS._replace(tiled=0.5))
     layers = [type(layer) for layer in with_sparse_products(nn.Sequential(thinned(nn.Linear(64, 64), 1)))]
     assert layers == [nn.Linear]
 
@@ -152,8 +187,7 @@ def test_few_columns_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_layers_that_are_not_worth_it_are_left_to_pytorch(
     cpu: str, alike: int, most: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, cost in zip(("_ACTIVE", "_TILED", "_LAID_OUT"), _sparse_products._COSTS[cpu], strict=True):
-        monkeypatch.setattr(_sparse_products, name, cost)
+    monkeypatch.setattr(_sparse_products, "_COSTS", _sparse_products._BY_CPU[cpu])
     layers = (
         thinned(nn.Linear(256, 256), most, alike=alike),
         thinned(nn.Linear(256, 256), most + 0.1, alike=alike),
@@ -165,7 +199,7 @@ def test_layers_that_are_not_worth_it_are_left_to_pytorch(
 
 def test_against_products_in_bfloat16_fewer_weights_must_be_left(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cpu, "PAIRS", False)
-    monkeypatch.setattr(_sparse_products, "_ACTIVE", 1.5)
+    monkeypatch.setattr(_sparse_products, "_COSTS", _sparse_products._COSTS._replace(single=1.5))
     monkeypatch.setattr(_cpu, "BFLOAT16", 2.0)
     model = nn.Sequential(thinned(nn.Linear(512, 512), 0.5), thinned(nn.Linear(512, 512), 0.1))
     with torch.autocast("cpu", torch.bfloat16):

@@ -136,7 +136,7 @@ def test_linear_layers_of_pictures_train_to_the_same_weights(pictures, rigl, mon
     from raysparse.models import _sparse_product_training, _sparse_products
 
     monkeypatch.setattr(_sparse_products, "_SMALL", 0)  # these layers are so small that PyTorch is faster
-    monkeypatch.setattr(_sparse_product_training, "_LAID_OUT", 0)
+    monkeypatch.setattr(_sparse_product_training, "_COSTS", _sparse_product_training._COSTS._replace(laid_out=0))
     model = {
         "name": "uvit",
         "options": {"sample_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2},

@@ -10,6 +10,7 @@
 // .91 to 1.03 times as fast at density .5 to .1, 256 .76 to 1.02, 96 .92 to 1.01.
 #define RAYSPARSE_VECTORS 4
 #include "gru.h"
+#include "layout.h"
 #include "threads.h"
 
 #include <algorithm>
@@ -17,18 +18,6 @@
 #include <vector>
 
 namespace {
-
-// In bfloat16 an input and a weight are two each, side by side in the 32 bits of a float, whose products are summed.
-struct Layer {
-  const int32_t* starts;   // [blocks * outputs + 1] where each row's weights of a block begin
-  const int32_t* offsets;  // [weights] bytes from the block's first input to the one that the weight takes
-  const float* values;     // [weights]
-  const float* bias;       // [outputs]
-  int64_t inputs, outputs, block;
-  int64_t pairs;  // whether it is in bfloat16
-  int64_t tiled;  // whether each TILE outputs take the same inputs: then starts and offsets are of all TILE, and an
-                  // input's values lie side by side
-};
 
 // A convolution's images are padded already. A linear layer's tokens are pixels, if they lie as those do.
 struct Images {
@@ -64,7 +53,6 @@ struct Pairs {
 typedef Floats Pairs;  // never used
 #endif
 
-constexpr int TILE = 4;
 #if defined(__x86_64__) && !defined(__AVX512F__)
 constexpr int TILE_VECTORS = 2;  // of 16 registers: with four its sums, which are in memory then, take 1.4 times as long
 #else
@@ -257,13 +245,6 @@ struct Padded {
   int64_t planes, height, width, up, side;
 };
 
-inline uint32_t half(uint16_t bits) { return bits; }
-inline uint32_t half(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-}
-
 template <class T>
 void pair_images(const T* x, uint32_t* to, const Padded& images, int threads) {
   const int64_t wide = images.width + 2 * images.side, size = (images.height + 2 * images.up) * wide;
@@ -401,6 +382,64 @@ int32_t raysparse_width() { return WIDTH; }
 int32_t raysparse_deep() { return DEEP; }
 int32_t raysparse_pairs() { return RAYSPARSE_PAIRS; }
 int32_t raysparse_features_in_cache() { return features_in_cache(); }
+
+// Whether each TILE outputs take the same inputs.
+int32_t raysparse_tiled(const Layer* layer, const Matrix* matrix, const uint8_t* mask) {
+  if (layer->outputs % TILE) return 0;
+  const Used used{*matrix, mask};
+  for (int64_t output = 0; output < layer->outputs; ++output)
+    for (int64_t input = 0; input < layer->inputs; ++input)
+      if (used(output, input) != used(output - output % TILE, input)) return 0;
+  return 1;
+}
+
+// counts [blocks * outputs], of a tiled layer [blocks * outputs / TILE]: how many inputs of a block a row takes.
+void raysparse_counts(const Layer* layer, const Matrix* matrix, const uint8_t* mask, int32_t* counts, int32_t threads) {
+  const Used used{*matrix, mask};
+  over_rows(*layer, threads, [&](int64_t number, int64_t output, int64_t first, int64_t end) {
+    int32_t found = 0;
+    for (int64_t input = first; input < end; ++input) found += used(output, input);
+    counts[number] = found;
+  });
+}
+
+// offsets as Layer has them, whose starts are there
+void raysparse_offsets(const Layer* layer, const Matrix* matrix, const uint8_t* mask, int32_t* offsets,
+                       int32_t threads) {
+  const Used used{*matrix, mask};
+  over_rows(*layer, threads, [&](int64_t number, int64_t output, int64_t first, int64_t) {
+    int32_t *to = offsets + layer->starts[number], *end = offsets + layer->starts[number + 1];
+    for (int64_t input = first; to != end; ++input) {  // no branch that the CPU cannot foresee
+      *to = (int32_t)((input - first) * ROW);
+      to += used(output, input);
+    }
+  });
+}
+
+// values [weights]: those of the model's weight; 0 in a pair where the mask has only the other
+void raysparse_values(const Layer* layer, const Matrix* matrix, const uint8_t* mask, const float* weight, float* values,
+                      int32_t threads) {
+  const int64_t pair = matrix->pair;
+  const auto one = [=](int64_t number, int64_t place) { values[number] = weight[place]; };
+  const auto two = [=](int64_t number, int64_t place) {
+    const int64_t other = place + pair;
+    const uint32_t both = half(mask[place] ? weight[place] : 0) | half(mask[other] ? weight[other] : 0) << 16;
+    memcpy(values + number, &both, sizeof both);
+  };
+  if (layer->pairs) over_weights(*layer, *matrix, threads, two);
+  else over_weights(*layer, *matrix, threads, one);
+}
+
+// gradients, zeros at first: of the model's weight, made of sums as raysparse_*_gradients leave them
+void raysparse_spread(const Layer* layer, const Matrix* matrix, const Sums* sums, float* gradients, int32_t threads) {
+  const float* values = sums->values;
+  const int64_t weights = sums->weights, all = weights * sums->groups;
+  over_weights(*layer, *matrix, threads, [=](int64_t number, int64_t place) {
+    float sum = 0;
+    for (int64_t of_group = number; of_group < all; of_group += weights) sum += values[of_group];
+    gradients[place] = sum;
+  });
+}
 
 // x [tokens, inputs], y [tokens, outputs], an even number if in bfloat16; memory: threads x (inputs + outputs) x WIDTH
 // floats
