@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from recorded_trials import record
 
 from raysparse import cli, space
@@ -96,6 +97,24 @@ def test_without_a_price_there_is_no_money_and_without_asha_nothing_is_saved(
     assert (found["full"]["money"], found["expected"]["money"]) == (None, None)
     assert found["saved_share"] == {"mean": 0.0, "low": 0.0, "high": 0.0}
     assert found["expected"]["search_steps"]["mean"] == found["full"]["search_steps"]
+
+
+@pytest.mark.parametrize(("room", "all_at_once"), [(64, 1.0), (20, 4.0)])
+def test_a_gpu_is_timed_with_all_examples_that_it_has_room_for_once_its_kernels_are_compiled(
+    room: int, all_at_once: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, calls = 0.0, 0
+
+    def work(examples: int) -> None:
+        nonlocal now, calls
+        if examples > room:
+            raise torch.OutOfMemoryError
+        calls += 1
+        now += 30 if calls == 1 else 1  # whatever their number
+
+    monkeypatch.setattr(plans.time, "perf_counter", lambda: now)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    assert plans._seconds(work, lambda count: count, 64, "cuda") == all_at_once
 
 
 def test_seconds_and_curves_from_records(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:

@@ -203,14 +203,35 @@ def _expected_share(sweep: Sweep, steps: int) -> float:
 
 
 def _seconds(work: Callable[[Any], None], inputs: Callable[[int], Any], batch: int, device: str) -> float:
-    """Of `work` on `batch` examples; of as many as are quick, scaled up, where all would take too long."""
-    one = _timed(work, inputs(1), device)  # the first call also allocates: too high, and so at most too careful
-    count = batch if one * batch <= _LONG_S else max(1, min(batch, int(_LONG_S / one)))
-    given = inputs(count)
-    if one * count > _LONG_S:
-        return _timed(work, given, device) / count * batch
-    work(given)
+    """Of `work` on `batch` examples; of as many as are quick, scaled up, where all would take a CPU too long."""
+    if device == "cuda":
+        given, count = _begun_on_gpu(work, inputs, batch)
+    else:
+        one = _timed(work, inputs(1), device)  # the first call also allocates: too high, and so at most too careful
+        count = batch if one * batch <= _LONG_S else max(1, min(batch, int(_LONG_S / one)))
+        given = inputs(count)
+        if one * count > _LONG_S:
+            return _timed(work, given, device) / count * batch
+        work(given)
     return sorted(_timed(work, given, device) for _ in range(_TIMED))[_TIMED // 2] / count * batch
+
+
+def _begun_on_gpu(work: Callable[[Any], None], inputs: Callable[[int], Any], batch: int) -> tuple[Any, int]:
+    """Inputs on which `work` was done once, and of how many examples: all, or as many as there is memory for.
+
+    One example says nothing there: its call compiles kernels, and it takes about as long as a hundred.
+    """
+    count = batch
+    while True:
+        try:
+            given = inputs(count)
+            _timed(work, given, "cuda")
+        except torch.OutOfMemoryError:
+            if count == 1:
+                raise
+            count //= 2
+        else:
+            return given, count
 
 
 def _timed(work: Callable[[Any], None], given: Any, device: str) -> float:
