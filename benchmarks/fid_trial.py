@@ -27,6 +27,7 @@ from raysparse.metrics.protocol import Protocol
 from raysparse.metrics.reference import Reference
 from raysparse.models import chirodiff
 from raysparse.sparse import SparseEngine
+from raysparse.train.conditions import on_device, placed
 from raysparse.train.evaluate import Evaluator
 from raysparse.train.runtime import autocast
 
@@ -146,10 +147,10 @@ class Runner:
         size, schedule, place = self.of.train.batch_size, NoiseSchedule(), self.device
         for _ in range(steps):
             batch = self.known.training.batch(batch_indices(len(self.known.training), size, 0, self.step))
-            x, cond = batch["x"].to(place), {name: value.to(place) for name, value in batch["cond"].items()}
-            draw = rng.generator(0, "fid benchmark", step=self.step)
-            timesteps = torch.randint(schedule.timesteps, (size,), generator=draw).to(place)
-            eps = torch.randn(x.shape, generator=draw).to(place)
+            x, cond = on_device(batch["x"], place), placed(batch["cond"], place)
+            draw = rng.generator(0, "fid benchmark", step=self.step, device=str(place))
+            timesteps = torch.randint(schedule.timesteps, (size,), generator=draw, device=place)
+            eps = torch.randn(x.shape, generator=draw, device=place)
             self.optimizer.zero_grad()
             with autocast(self.of.train.precision, place):
                 prediction = self.network(schedule.add_noise(x, eps, timesteps), timesteps, **cond)

@@ -52,6 +52,7 @@ from raysparse.diffusion.losses import eps_mse
 from raysparse.diffusion.schedule import NoiseSchedule
 from raysparse.models.chirodiff import ChiroDiff, Config, build
 from raysparse.sparse import SparseEngine
+from raysparse.train.conditions import on_device
 from raysparse.train.ema import Ema
 from raysparse.train.graphed import Graphed
 
@@ -117,10 +118,12 @@ class Trial:
         self.schedule = NoiseSchedule()
 
     def step(self, batch: Batch) -> None:
-        x, eps, timesteps, lengths = (getattr(batch, field.name).to(self.device) for field in dataclasses.fields(Batch))
+        place = torch.device(self.device)
+        x, eps, timesteps = (on_device(tensor, place) for tensor in (batch.x, batch.eps, batch.timesteps))
         self.optimizer.zero_grad()
-        prediction = self.network(self.schedule.add_noise(x, eps, timesteps), timesteps, lengths=lengths)
-        eps_mse(prediction, eps, lengths).backward()  # type: ignore[no-untyped-call]
+        # Lengths are left on the host, where cuDNN's packing needs them.
+        prediction = self.network(self.schedule.add_noise(x, eps, timesteps), timesteps, lengths=batch.lengths)
+        eps_mse(prediction, eps, batch.lengths).backward()  # type: ignore[no-untyped-call]
         self.apply()
         self.close()
 

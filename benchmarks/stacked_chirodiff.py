@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from raysparse.models import _cuda_gru
+from raysparse.train.conditions import on_device
 
 GRU = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
@@ -69,7 +70,7 @@ def padded(batches: Sequence[Batch], device: str) -> Padded:
     x, eps, timesteps, lengths = (
         torch.stack([getattr(one, field.name) for one in batches]) for field in dataclasses.fields(Batch)
     )
-    return Padded(*(tensor.to(device) for tensor in (x, eps, timesteps, lengths.int())))
+    return Padded(*(on_device(tensor, torch.device(device)) for tensor in (x, eps, timesteps, lengths.int())))
 
 
 def stacked(batches: Sequence[Batch], device: str) -> Stacked:

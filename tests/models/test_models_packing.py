@@ -77,6 +77,22 @@ def test_one_trials_gradient_knows_nothing_of_the_others(script: dict[str, Any])
         assert right[1:].any()
 
 
+def test_a_trial_alone_waits_for_no_more_than_the_project_does(
+    script: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU: its batch comes from pinned memory, and lengths stay on the host, where cuDNN's packing needs them."""
+    found: list[torch.Tensor] = []
+
+    def noted(tensor: torch.Tensor, _: torch.device) -> torch.Tensor:
+        found.append(tensor)
+        return tensor
+
+    monkeypatch.setitem(script["Trial"].step.__globals__, "on_device", noted)
+    batch = script["batch_of"](work_of(script), 0, 0)
+    script["Trial"](work_of(script), 0).step(batch)
+    assert [id(tensor) for tensor in found] == [id(batch.x), id(batch.eps), id(batch.timesteps)]
+
+
 @pytest.mark.slow
 def test_a_small_run_without_ray_prints_every_row_and_says_what_is_unmeasured(tmp_path: Path) -> None:
     done = run("packing.py", tmp_path, *TINY, "--trials", "2")
