@@ -62,6 +62,7 @@ def test_weights_without_values_of_their_own_are_refused():
         maskable(nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(3, 3))))
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # of PyTorch 2.11's own compiler
 def test_names_carry_no_wrappers_prefix():
     model = nn.Sequential(nn.Linear(2, 2))
     assert list(maskable(torch.compile(model))) == ["0.weight"]
