@@ -117,6 +117,23 @@ def test_a_gpu_is_timed_with_all_examples_that_it_has_room_for_once_its_kernels_
     assert plans._seconds(work, lambda count: count, 64, "cuda") == all_at_once
 
 
+def test_a_gpu_is_timed_with_as_many_samples_as_it_is_given_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    trial = space.parsed_base(space.load(SPACES / "kanjivg.yaml"))
+    asked: list[int] = []
+
+    def noted(work: object, inputs: object, batch: int, device: str) -> float:
+        asked.append(batch)
+        return 1.0
+
+    monkeypatch.setattr(plans, "_seconds", noted)
+    monkeypatch.setattr(torch.nn.Module, "to", lambda model, device: model)
+    for there in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        plans.measure(trial, 88.6)
+    batch, size = trial.train.batch_size, trial.evaluate.batch_size
+    assert asked == [batch, size, batch, 3927 // size * size]
+
+
 def test_seconds_and_curves_from_records(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     sweep = space.load(SPACES / "quickstart.yaml")
     for number, point in enumerate(({"method": "dense"}, {"method": "rigl", "sparsity": 0.5})):

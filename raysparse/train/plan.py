@@ -13,7 +13,7 @@ from raysparse import plugins, rng, space
 from raysparse.config import TrialConfig
 from raysparse.metrics import flops
 from raysparse.space import Sweep
-from raysparse.train import checks, runtime, setup
+from raysparse.train import checks, runtime, sampling, setup
 from raysparse.train.costs import Costs, evaluations
 
 _TIMED = 3  # steps and forward passes timed, after one that is not; the median counts
@@ -99,9 +99,10 @@ def measure(config: TrialConfig, mean_points: float) -> Seconds:
     module, options = plugins.load("models", config.model.name), checks.model_options(config)
     model = module.build(options, seed=0).to(device)
     optimizer = torch.optim.AdamW(model.parameters())
+    points = max(1, round(mean_points))
 
     def inputs(batch: int) -> dict[str, Any]:
-        given = module.example(options, batch, max(1, round(mean_points)), device=device)
+        given = module.example(options, batch, points, device=device)
         noise = torch.randn(given["x"].shape, generator=rng.generator(0, "plan"))
         return {**given, "x": noise.to(device)}
 
@@ -116,7 +117,10 @@ def measure(config: TrialConfig, mean_points: float) -> Seconds:
 
     settings = config.evaluate
     train_s = _seconds(step, inputs, config.train.batch_size, device)
-    forward_s = _seconds(forward, inputs, settings.batch_size, device) / settings.batch_size
+    sampled = settings.batch_size
+    if device == "cuda":
+        sampled *= sampling.on_a_gpu(config, module.example(options, 1, points, device="meta")["x"].shape)
+    forward_s = _seconds(forward, inputs, sampled, device) / sampled
     decoding_s = _decoding_s(config, device)
     return Seconds(
         train_s, *of_evaluations(config, lambda of: of.evaluate.generated * (forward_s * evaluations(of) + decoding_s))

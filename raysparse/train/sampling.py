@@ -100,14 +100,10 @@ class Sampler:
         return self.denoised(model, [start])[0], start.cond
 
     def at_a_time(self) -> int:
-        """Batches that one pass is best given: on a GPU as many as the model says that it takes to fill one."""
-        settings, model = self.config.evaluate, self.config.model
-        module = plugins.load("models", model.name)
-        if self.device.type != "cuda" or settings.eta > 0 or not hasattr(module, "sampled_together"):
-            return 1  # with eta > 0 each batch draws noise of its own at each step
-        shape = self.start(0, settings.batch_size).noise.shape
-        together: int = module.sampled_together(module.Config(**model.options), shape)
-        return max(1, together // settings.batch_size)
+        """Batches that one pass is best given."""
+        if self.device.type != "cuda":
+            return 1
+        return on_a_gpu(self.config, self.start(0, self.config.evaluate.batch_size).noise.shape)
 
     def images(self, model: nn.Module, count: int, labels: Sequence[int] | None = None) -> Iterator[Tensor]:
         """`count` samples as images uint8 [B, C, H, W], batch by batch, under the trial's `evaluate.runtime`.
@@ -146,6 +142,17 @@ class Sampler:
                 spacing=settings.timestep_spacing,
             )
         return x.float()
+
+
+def on_a_gpu(config: TrialConfig, shape: Sequence[int]) -> int:
+    """Batches that one pass is best given there: as many as the model says that it takes to fill a GPU. shape: of one
+    batch's noise."""
+    settings, model = config.evaluate, config.model
+    module = plugins.load("models", model.name)
+    if settings.eta > 0 or not hasattr(module, "sampled_together"):
+        return 1  # with eta > 0 each batch draws noise of its own at each step
+    together: int = module.sampled_together(module.Config(**model.options), shape)
+    return max(1, together // settings.batch_size)
 
 
 def joined(parts: Sequence[Tensor]) -> Tensor:
