@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,6 +52,15 @@ def test_quick_run_measures_each_runtime_and_precision(quick: str) -> None:
         assert float(row["FID"].split(" ± ")[0]) > 0
     assert float(rows[4]["minus fp32, same noise"].split(" ± ")[0]) != 0
     assert "on a GPU: unmeasured" in quick
+
+
+@pytest.mark.parametrize(("device", "steps"), [("cpu", 1), ("cuda", 10)])
+def test_a_gpus_step_is_one_of_several_that_it_was_given_ahead(device: str, steps: int) -> None:
+    done: list[int] = []
+    runner = SimpleNamespace(device=torch.device(device), train=done.append, _wait=lambda: None)
+    step_s = runpy.run_path(str(SCRIPT))["Runner"].step_s
+    assert step_s(runner, lambda: 3.0 * sum(done)) == 3.0
+    assert done == [2, steps]
 
 
 def test_the_share_of_a_trial_by_hand() -> None:
