@@ -26,10 +26,10 @@ import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
 
 from raysparse import config
 from raysparse.asha import Asha
@@ -73,7 +73,19 @@ class Range(Section):
         return all(float(v).is_integer() for v in (self.low, self.high, self.step or 1)) and self.high > 1
 
 
-Axis = Range | tuple[Any, ...]
+def _axis(given: Any) -> Any:
+    """A mapping is a range, a list its values. Left to itself, pydantic tries both and complains of both."""
+    if isinstance(given, Range | list | tuple):
+        return given
+    if not isinstance(given, Mapping):
+        raise ValueError(f"an axis is a list of values such as [0.5, 0.9], or {{low: 0.1, high: 0.9}}, got {given!r}")
+    try:
+        return Range.model_validate(given)
+    except ValidationError as error:
+        raise ValueError(str(usage_error_from(error, "", Range)).replace("\n: ", "; ").removeprefix(": ")) from None
+
+
+Axis = Annotated[Range | tuple[Any, ...], BeforeValidator(_axis)]
 Axes = dict[str, dict[str, Axis]]  # method -> axis -> values
 
 

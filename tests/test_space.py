@@ -139,6 +139,8 @@ def test_a_search_takes_ranges_and_seed_points() -> None:
         ({"axes": {"rigl": {"sparsity": {"low": 0.9, "high": 0.1}}}}, ["low must be below high"]),
         ({"axes": {"rigl": {"prune_ratio": {"low": 0, "high": 0.1, "log": True}}}}, ["log needs low > 0"]),
         ({"axes": {"rigl": {"sparsity": {"low": 0.5, "high": 1.5}}}}, ["[0, 1)"]),
+        ({"axes": {"rigl": {"sparsity": {"low": 0.5, "hig": 0.9}}}}, ["did you mean 'high'"]),
+        ({"axes": {"rigl": {"sparsity": 0.5}}}, ["search.axes.rigl.sparsity: ", "a list of values such as", "got 0.5"]),
         ({"sampler": "gp"}, ["sampler", "gp"]),
         ({"trials": 0}, ["trials", "0"]),
         ({"samples": 3}, ["unknown key 'samples'", "search"]),
@@ -149,6 +151,7 @@ def test_a_bad_search_is_refused(changes: dict[str, Any], words: list[str]) -> N
         search(**changes)
     for word in words:
         assert word in str(caught.value)
+    assert "\n" not in str(caught.value)  # one mistake, one complaint
 
 
 def test_whole_numbers_make_an_integer_range() -> None:
