@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,7 +46,7 @@ def gc(
         except folder.Busy as busy:
             raise UsageError(
                 f"{busy}; it keeps to the file's own budget (storage: {{checkpoints: 50GB}}); after its end, or after "
-                f"Ctrl-C there: raysparse gc {results}"
+                f"Ctrl-C there: raysparse gc {shlex.quote(str(results))}"
             ) from None
     kept = [one for one in stored if one not in gone]
     if as_json:

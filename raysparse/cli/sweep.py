@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -124,7 +125,7 @@ def _show(results: Path, sweep_file: space.Sweep, start: Callable[..., Any], as_
         summary = start(on_event=display.on_event)
     if summary.interrupted:
         why = summary.limit or "interrupted"
-        typer.echo(f"{why}; go on with: raysparse resume {results}", err=True)
+        typer.echo(f"{why}; go on with: raysparse resume {shlex.quote(str(results))}", err=True)
         raise typer.Exit(0 if summary.limit else 130)
     from analysis import report
 

@@ -10,6 +10,7 @@ import dataclasses
 import getpass
 import os
 import platform
+import shlex
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -146,9 +147,10 @@ def _retry(results: Path, trial_ids: Sequence[str]) -> None:
             finally:
                 ledger.close()
     except folder.Busy as busy:
+        quoted = shlex.quote(str(results))
         raise UsageError(
             f"{busy}; trials are tried again after it has ended (Ctrl-C there lets it go on later), with: "
-            f"raysparse retry {results} --failed && raysparse resume {results}"
+            f"raysparse retry {quoted} --failed && raysparse resume {quoted}"
         ) from None
 
 
@@ -192,7 +194,7 @@ def person() -> str:
 def _row(results: Path, trial_id: str) -> Row:
     rows = Board.load(results).rows
     if trial_id not in rows:
-        raise UsageError(f"{results} has no trial {trial_id!r}; its trials: raysparse ls {results}")
+        raise UsageError(f"{results} has no trial {trial_id!r}; its trials: raysparse ls {shlex.quote(str(results))}")
     return rows[trial_id]
 
 

@@ -21,6 +21,7 @@ import fcntl
 import json
 import os
 import platform
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -47,12 +48,13 @@ def refuse_if_taken(results: Path, sweep: Sweep) -> None:
                 f"{results} belongs to another sweep, {other['sweep'].get('name')!r} with digest "
                 f"{other['digest'][:12]} (this one: {sweep.name!r}, {sweep.digest[:12]}); give another folder"
             )
+        quoted = shlex.quote(str(results))
         if Board.load(results).finished:
             raise UsageError(
-                f"the sweep {sweep.name!r} is finished in {results}; its report: python -m analysis {results}; "
+                f"the sweep {sweep.name!r} is finished in {results}; its report: python -m analysis {quoted}; "
                 "to run it again give another folder"
             )
-        raise UsageError(f"the sweep {sweep.name!r} has begun in {results}; go on with: raysparse resume {results}")
+        raise UsageError(f"the sweep {sweep.name!r} has begun in {results}; go on with: raysparse resume {quoted}")
     if results.exists() and not results.is_dir():
         raise UsageError(f"{results} is a file; give a new folder")
     if results.is_dir() and any(

@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import os
+import shlex
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -172,7 +173,8 @@ def _drive(
                 if not interrupted():
                     _stage(stage, sweep, results, command, ledger, at_a_time, interrupted, guard)
             if interrupted():
-                reason = "; ".join(filter(None, [guard.reached(), f"go on with: raysparse resume {results}"]))
+                go_on = f"go on with: raysparse resume {shlex.quote(str(results))}"
+                reason = "; ".join(filter(None, [guard.reached(), go_on]))
                 ledger.add(event("interrupted", stage=ledger.board.stage, reason=reason))
             else:
                 ledger.add(event("finished"))

@@ -290,7 +290,8 @@ def _again(view: View, row: Row) -> str:
     path = view.results / "trials" / row.trial_id / "trial.json"
     if view.sweep is None or not path.is_file():
         table = _table(view.results, row.trial_id)
-        return str(_column(table, "command")) if table is not None else f"raysparse resume {view.results}"
+        go_on = f"raysparse resume {shlex.quote(str(view.results))}"
+        return str(_column(table, "command")) if table is not None else go_on
     words = ["raysparse", "train", str(path), "--output", f"results/{row.trial_id}"]
     workers = view.sweep.resources.workers
     return shlex.join(words + (["--workers", str(workers)] if workers > 1 else []))

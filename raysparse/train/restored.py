@@ -7,6 +7,7 @@ weights and the masks are loaded; the trained weights and the moments, two third
 from __future__ import annotations
 
 import dataclasses
+import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -93,7 +94,7 @@ def find(path: Path) -> list[Path]:
     if (path / state.MANIFEST).is_file():
         return [path]
     if (path / EXPORTED).is_file():
-        raise UsageError(f"{path} is an exported folder; first: raysparse import {path} --to FOLDER")
+        raise UsageError(f"{path} is an exported folder; first: raysparse import {shlex.quote(str(path))} --to FOLDER")
     if own := _steps(path):
         return own[-1:]
     trials = path / "checkpoints" if (path / "checkpoints").is_dir() else path

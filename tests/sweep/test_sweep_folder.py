@@ -10,7 +10,7 @@ import pytest
 
 from raysparse.errors import UsageError
 from raysparse.space import Sweep
-from raysparse.sweep import folder
+from raysparse.sweep import control, folder
 from raysparse.sweep.board import Ledger
 from raysparse.sweep.journal import event
 
@@ -39,6 +39,17 @@ def test_the_same_sweep_again_is_sent_to_resume_or_to_the_report(
     ledger.close()
     with pytest.raises(UsageError, match="python -m analysis"):
         folder.refuse_if_taken(tmp_path, sweep_of())
+
+
+def test_a_command_that_is_offered_can_be_typed_where_the_path_has_a_space(
+    tmp_path: Path, sweep_of: Callable[..., Sweep]
+) -> None:
+    results = tmp_path / "my runs"
+    folder.create(results, sweep_of(), "")
+    with pytest.raises(UsageError, match=f"raysparse resume '{results}'$"):
+        folder.refuse_if_taken(results, sweep_of())
+    with pytest.raises(UsageError, match=f"raysparse ls '{results}'$"):
+        control.retry(results, ["rigl-1"])
 
 
 def test_a_folder_with_something_else_is_refused_and_one_of_a_failed_start_is_not(
