@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from raysparse.errors import UsageError
+from raysparse.sweep.patience import patiently
 
 Kind = Literal[
     "stage",  # `stage` begins; reason: in words
@@ -78,7 +79,10 @@ class Journal:
     def append(self, item: Event) -> None:
         line = {name: value for name, value in vars(item).items() if value is not None}
         self._stream.write(json.dumps(line, separators=(",", ":")).encode() + b"\n")
-        self._stream.flush()
+        patiently(self._flush, "journal", needed=True)
+
+    def _flush(self) -> None:
+        self._stream.flush()  # tried again it goes on behind the bytes that were written
         os.fsync(self._stream.fileno())
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Storage that fails for a while: a trial waits and tries again instead of dying with it."""
+"""Storage that fails for a while: a trial, and the driver, wait and try again instead of dying with it."""
 
 from __future__ import annotations
 
@@ -57,4 +57,5 @@ def _reason(error: Exception) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)  # noqa: T201 - a trial's stderr is its log, RESULTS/trials/<id>/log.txt
+    # A trial's stderr is its log, RESULTS/trials/<id>/log.txt; the driver's is the terminal.
+    print(text, file=sys.stderr, flush=True)  # noqa: T201

@@ -17,6 +17,7 @@ from raysparse.results import Facts, Report
 from raysparse.sweep import control
 from raysparse.sweep.board import Ledger, Row
 from raysparse.sweep.journal import event
+from raysparse.sweep.patience import patiently
 from raysparse.sweep.trainable import read_reports, with_samples
 
 FactsOf = Callable[[Row], Facts]
@@ -104,4 +105,7 @@ class Records(Callback):  # type: ignore[misc]
         return self._reports[row.trial_id]
 
     def _write(self, row: Row) -> None:
-        records.write_trial(self._results, self._facts_of(row), control.outcome_of(row), self._known(row).values())
+        facts, outcome, known = self._facts_of(row), control.outcome_of(row), self._known(row).values()
+        patiently(
+            lambda: records.write_trial(self._results, facts, outcome, known), f"record of {row.trial_id}", needed=True
+        )

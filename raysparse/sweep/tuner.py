@@ -21,6 +21,7 @@ from typing import Any
 
 from raysparse import space
 from raysparse.config import parse, with_value
+from raysparse.errors import UsageError
 from raysparse.files import write_text
 from raysparse.results import Facts
 from raysparse.space import Sweep
@@ -29,6 +30,7 @@ from raysparse.sweep.board import Board, Ledger, Row
 from raysparse.sweep.journal import Event, event
 from raysparse.sweep.leaving import Pause
 from raysparse.sweep.limits import Guard, Limits
+from raysparse.sweep.patience import passing, patiently
 from raysparse.sweep.storage import Budget
 
 OnEvent = Callable[[Event], None]
@@ -155,7 +157,7 @@ def _drive(
 ) -> Summary:
     from raysparse.sweep.cluster import concurrency, ray_for
 
-    with _signals() as signals, ray_for(results, sweep.resources, **ray):
+    with _signals() as signals, ray_for(results, sweep.resources, **ray), _storage(results):
         signals.catch()  # again: Ray's start puts a SIGTERM handler of its own in place
         at_a_time = concurrency(sweep.resources)
         leaving.forget(results)
@@ -233,6 +235,23 @@ def _stage(
     callback.repair()  # trials that failed before they were handed out
 
 
+@contextmanager
+def _storage(results: Path) -> Iterator[None]:
+    """Storage that failed for longer than the driver waits, in words; the journal is whole up to there."""
+    from ray.tune.error import TuneError
+
+    try:
+        yield
+    except (OSError, TuneError) as error:
+        failed = error if isinstance(error, OSError) else error.__context__  # Tune has what a callback raised as text
+        if not passing(failed):
+            raise
+        raise UsageError(
+            f"{results} cannot be written: {failed}; free some space or bring the storage back, then go on with: "
+            f"raysparse resume {shlex.quote(str(results))}"
+        ) from error
+
+
 def _running(ledger: Ledger) -> list[str]:
     return [row.trial_id for row in ledger.board.rows.values() if row.state == "RUNNING"]
 
@@ -274,7 +293,8 @@ def _searcher(stage: str, sweep: Sweep, results: Path, ledger: Ledger) -> Any:
 
 def _tune_config(sweep: Sweep, results: Path, row: Row) -> dict[str, Any]:
     """What a trial's process is told; the trial itself lies in a file, so that Tune's logs repeat only the point."""
-    write_text(results / "trials" / row.trial_id / "trial.json", json.dumps(row.config, indent=2) + "\n")
+    path, text = results / "trials" / row.trial_id / "trial.json", json.dumps(row.config, indent=2) + "\n"
+    patiently(lambda: write_text(path, text), f"settings of {row.trial_id}", needed=True)
     resources = sweep.resources
     return {
         "trial_id": row.trial_id,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 
 from raysparse.errors import UsageError
+from raysparse.sweep import patience
 from raysparse.sweep.board import Board, Ledger
 from raysparse.sweep.journal import Event, Journal, Reader, event, read
 
@@ -70,6 +73,40 @@ def test_a_line_cut_off_at_any_byte_is_dropped_and_the_rest_stays(tmp_path: Path
         journal.append(events()[3])
         journal.close()
         assert [item.kind for item in read(path)] == ["stage", "planned", "started"]
+
+
+class Filling(io.RawIOBase):
+    """A file on a disk that is full after a few bytes, three times."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._times = file, 3
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._file.fileno()
+
+    def write(self, data: Any) -> int:
+        if not self._times:
+            return self._file.write(data)
+        if self._file.tell() < 7:
+            return self._file.write(bytes(data)[:7])
+        self._times -= 1
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_is_waited_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(patience.time, "sleep", waited.append)
+    journal, said = Journal(tmp_path / "journal.jsonl"), events()
+    with journal._stream as file:
+        journal._stream = io.BufferedWriter(Filling(file.raw))
+        for item in said:
+            journal.append(item)
+        journal.close()
+    assert waited == list(patience.DELAYS_S[:3])
+    assert list(read(journal.path)) == said
 
 
 def test_a_damaged_line_is_named(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Callable
@@ -11,13 +12,30 @@ from typing import Any
 import pytest
 from driven import check_records, no_step_back
 
-from raysparse import config, space
+from raysparse import config, results, space
 from raysparse.errors import UsageError
 from raysparse.space import Sweep
-from raysparse.sweep import tuner
+from raysparse.sweep import patience, tuner
 from raysparse.sweep.board import Ledger
 from raysparse.sweep.journal import Event, event, read
 from raysparse.sweep.search import planned
+
+
+@pytest.mark.ray
+def test_a_disk_that_stays_full_ends_a_sweep_in_words_and_resume_goes_on(
+    tmp_path: Path, sweep_of: Callable[..., Sweep], ray_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    sweep = sweep_of(search=None, grid={"dense": {}}, asha=None, confirm=None)
+    with monkeypatch.context() as disk:
+        disk.setattr(patience, "DELAYS_S", ())
+        disk.setattr(results, "write_trial", full)
+        with pytest.raises(UsageError, match=r"No space left .* raysparse resume"):
+            tuner.run(sweep, tmp_path / "out", command="", num_cpus=1, temp_dir=ray_home)
+    summary = tuner.resume(tmp_path / "out", num_cpus=1, temp_dir=ray_home)
+    assert summary.board.counts() == {"COMPLETED": 1}
 
 
 @pytest.mark.ray
