@@ -49,6 +49,20 @@ def test_version(run) -> None:
     assert run("--version")[:2] == (0, "0.1.0\n")
 
 
+@pytest.mark.parametrize("command", [["train"], ["sweep", "tune_spaces/quickstart.yaml"], ["sample"]])
+def test_a_place_that_cannot_be_written_is_told_without_a_traceback(run, tmp_path: Path, command: list[str]) -> None:
+    (tmp_path / "thesis.tex").touch()
+    place = tmp_path / "thesis.tex" / "out"
+    if command == ["sample"]:
+        assert run("train", *settings(), "--output", str(tmp_path / "trained"))[0] == 0
+        command = ["sample", str(tmp_path / "trained"), "--count", "1"]
+    code, out, err = run(*command, *(settings() if command == ["train"] else []), "--output", str(place))
+    assert code == 2
+    assert out == ""
+    assert err.splitlines()[-1].startswith(f"error: {tmp_path / 'thesis.tex'}")
+    assert err.endswith("; check permissions and free space\n")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shlex
 import sys
 from collections.abc import Mapping
@@ -23,6 +24,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+# What is a person's to mend as much as a wrong setting is.
+UNWRITABLE = {
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG,
+}  # fmt: skip
+
 Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. train.steps=100; repeatable."),
@@ -39,6 +45,12 @@ def main() -> None:
         app()
     except UsageError as error:
         typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            raise
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        typer.echo(f"error: {what}; check permissions and free space", err=True)
         sys.exit(2)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,9 @@ def evaluate(
 
     open_trials = [trial for text, trial in zip(protocols, trials, strict=True) if text not in rows]
     if open_trials:
+        if out is not None:  # refused now rather than after an hour of sampling
+            (out / FOLDER).mkdir(exist_ok=True)
+            tempfile.TemporaryFile(dir=out / FOLDER).close()
         ranks.run(_work, (model.folder, open_trials, threads), workers, device, heard)
     return [rows[text] for text in protocols if text in rows]
 

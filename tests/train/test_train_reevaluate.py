@@ -40,6 +40,14 @@ def test_the_trials_own_protocol_gives_its_own_fid(trained):
     assert json.loads(row.protocol) == dataclasses.asdict(setup.protocol(trial))
 
 
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(trained, monkeypatch):
+    _, out = trained
+    (out / "evaluations").touch()
+    monkeypatch.setattr(reevaluate.ranks, "run", lambda *_: pytest.fail("it samples"))
+    with pytest.raises(FileExistsError):
+        reevaluate.evaluate(out, [{}], device="cpu")
+
+
 def test_a_study_of_steps_is_kept_and_not_measured_twice(trained):
     trial, out = trained
     first = reevaluate.evaluate(out, STEPS, device="cpu", command="raysparse evaluate")
