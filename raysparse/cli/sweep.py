@@ -22,7 +22,7 @@ from raysparse.cli.app import (
     command_line,
     load_sweep,
 )
-from raysparse.errors import usage_error_from
+from raysparse.errors import UsageError, usage_error_from
 from raysparse.files import size_bytes
 
 if TYPE_CHECKING:
@@ -129,7 +129,11 @@ def _show(results: Path, sweep_file: space.Sweep, start: Callable[..., Any], as_
         raise typer.Exit(0 if summary.limit else 130)
     from analysis import report
 
-    page = report.write(results)
+    try:
+        page = report.write(results)
+    except OSError as error:
+        again = f"python -m analysis {shlex.quote(str(results))}"
+        raise UsageError(f"the sweep is finished; its report cannot be written: {error}; try again: {again}") from error
     for row in summary.failed:
         typer.echo(f"failed: {row.trial_id}: {row.reason}", err=True)
     if as_json:
