@@ -8,8 +8,11 @@ tunnel that `ray dashboard` opens, never in the clear.
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +56,22 @@ def use_token(given: Path | None = None) -> Path | None:
     os.environ["RAY_AUTH_TOKEN_PATH"] = str(path)
     _renew("token")
     return path
+
+
+def make_token() -> None:
+    """A token where a local Ray looks for one, if there is none: Ray's own would have rights 0644."""
+    if any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")):
+        return
+    path = token_path()
+    with suppress(OSError):  # one is there, or nothing can be: Ray says what is wrong
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".auth_token.")  # 0600
+        try:
+            with os.fdopen(handle, "w") as stream:
+                stream.write(secrets.token_hex(32))
+            os.link(name, path)  # whole, and never in another's place
+        finally:
+            os.unlink(name)
 
 
 def _renew(mode: str) -> None:

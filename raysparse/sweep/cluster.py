@@ -13,6 +13,7 @@ from typing import Any
 
 from raysparse.errors import UsageError
 from raysparse.space import Resources
+from raysparse.sweep.auth import make_token
 
 WAIT_S = 45.0  # so long a cluster that may grow gets to show enough resources
 SHORT_S = 20.0  # and one that has lost its nodes, before it is said: a spot machine is often followed by another
@@ -54,6 +55,8 @@ def ray_for(
     options = {"num_cpus": num_cpus, "_temp_dir": str(temp_dir) if temp_dir else None} if local else {}
     if local:
         _check_fits([{"CPU": float(num_cpus or os.cpu_count() or 1), "GPU": math.inf}], resources, "this machine")
+    if local:
+        make_token()
     try:
         ray.init(
             address=address,
