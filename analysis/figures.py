@@ -19,7 +19,7 @@ def fid_against_sparsity(section: Section, value: str = "fid", prune_ratio: floa
     """Mean of `value` ("fid" or "kid") over S per method, the dense line with its band, one-seed results hollow.
 
     prune_ratio: only the configurations with this p (and those of methods without one); None: all, the line joining
-    the best of a method at each S.
+    the best of a method at each S, of each budget by itself.
     """
     confirmed, searched = (_with_ratio(rows, prune_ratio, value) for rows in (section.confirmed, section.searched))
     if confirmed.empty and searched.empty:
@@ -33,11 +33,15 @@ def fid_against_sparsity(section: Section, value: str = "fid", prune_ratio: floa
         one = searched[searched["method"].eq(method)]
         many = confirmed[confirmed["method"].eq(method)]
         marks.points(figure, section, one, one["sparsity"] + shift, named=many.empty, hollow=True, value=value)
-        best = many.sort_values(f"{value}_mean").drop_duplicates("sparsity").sort_values("sparsity")
         colour = style.looks(section.methods())[method][0]
-        if len(best) > 1:
-            line = {"x": best["sparsity"] + shift, "y": best[f"{value}_mean"], "line": {"color": colour, "width": 2}}
-            figure.add_scatter(mode="lines", hoverinfo="skip", showlegend=False, legendgroup=plain(method), **line)
+        for _, budget in many.groupby("total_steps"):  # no line from a trial of 500 steps to one of 40,000
+            best = budget.sort_values(f"{value}_mean").drop_duplicates("sparsity").sort_values("sparsity")
+            if len(best) > 1:
+                line = {"color": colour, "width": 2}
+                figure.add_scatter(
+                    x=best["sparsity"] + shift, y=best[f"{value}_mean"], mode="lines", line=line, hoverinfo="skip",
+                    showlegend=False, legendgroup=plain(method),
+                )  # fmt: skip
         marks.points(figure, section, many, many["sparsity"] + shift, named=True, hollow=False, value=value)
     # Room around the marks, but no ticks where no sparsity can be.
     figure.update_xaxes(range=[-0.03, 1.0], tickvals=[0, 0.1, 0.25, 0.5, 0.75, 0.9])

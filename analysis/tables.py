@@ -89,6 +89,13 @@ def _other(frame: pd.DataFrame) -> tuple[Column, ...]:
     return (Column("other settings", lambda row: words.text(row["other_settings"]), numeric=False),)
 
 
+def _budget(frame: pd.DataFrame) -> tuple[Column, ...]:
+    """The column of steps, where sweeps of several budgets stand in one table."""
+    if frame["total_steps"].nunique() < 2:
+        return ()
+    return (Column("steps", lambda row: words.integer(row["total_steps"])),)
+
+
 def _results(section: Section, against: tuple[Column, ...] = ()) -> tuple[Column, ...]:
     return (
         Column("seeds", _seeds),
@@ -115,7 +122,8 @@ def main(section: Section) -> Table:
     frame = section.configurations
     frame = frame[frame["seeds"].gt(0) | frame["stage"].eq("confirm")]
     against = _AGAINST if frame["verdict"].notna().any() else ()
-    columns = (*_settings(), *_other(frame), Column("stage", lambda row: row["stage"], numeric=False))
+    stage = Column("stage", lambda row: row["stage"], numeric=False)
+    columns = (*_settings(), *_other(frame), *_budget(frame), stage)
     caption = (
         "FID of the last report at full budget. Confirmed rows: mean ± standard deviation over seeds; search rows: one "
         "seed, no spread, no claim. Ratios are to the same model at S = 0; the time ratio is of measured seconds per "
@@ -142,7 +150,7 @@ def summary(section: Section) -> Table:
         f"The lowest FID per method ({stage}), mean ± standard deviation. {MARKED} Params and FLOPs of dense are "
         "counts, those of the others ratios to the same model at S = 0; test FLOPs are of one sample."
     )
-    columns = (*_settings(), *_other(ranked), Column("seeds", _seeds), *marked(section), *costs())
+    columns = (*_settings(), *_other(ranked), *_budget(ranked), Column("seeds", _seeds), *marked(section), *costs())
     return Table(
         "summary", "Dense and the best of each method", caption, ranked.drop(columns="fid_values"), columns,
         "No trial has reached its full budget yet.",

@@ -44,6 +44,15 @@ def test_confirmed_marks_have_bars_and_are_filled_search_marks_are_hollow(sweep:
     assert searched.opacity < 1
 
 
+def test_no_line_joins_two_budgets(sweep: Folder) -> None:
+    for seed in (1, 2):
+        sweep.add(facts("rigl", 0.75, seed, total_steps=800), [(800, 9.0)])
+    figure = figures.fid_against_sparsity(only(sweep))
+    assert figure is not None
+    (line,) = [item for item in figure.data if item.mode == "lines" and item.legendgroup == "rigl"]
+    assert list(line.y) == [11.5, 21.0]
+
+
 def test_the_dense_line_and_its_band(sweep: Folder) -> None:
     figure = figures.fid_against_sparsity(only(sweep))
     assert set(trace(figure, "dense (3 seeds)").y) == {11.0}

@@ -39,6 +39,14 @@ def test_the_main_table_by_hand(sweep: Folder) -> None:
     assert not any("±" in row["FID (stroke_stats)"] for row in rows[4:])
 
 
+def test_sweeps_of_two_budgets_are_told_apart(sweep: Folder) -> None:
+    sweep.add(facts("rigl", 0.5, 1, total_steps=800), [(800, 9.0)])
+    for table in (tables.main(only(sweep)), tables.summary(only(sweep))):
+        rows = [row for row in cells(table.markdown()) if (row["method"], row["S"]) == ("rigl", "0.5")]
+        assert {row["steps"] for row in rows} <= {"400", "800"}
+        assert rows[0]["steps"] == "800"
+
+
 def test_the_csv_has_every_digit_and_the_protocol(sweep: Folder) -> None:
     section = only(sweep)
     frame = pd.read_csv(io.StringIO(tables.main(section).csv()))
