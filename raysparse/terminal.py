@@ -7,7 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from rich.cells import cell_len
 from rich.console import Console
+from rich.measure import Measurement
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
@@ -117,7 +119,7 @@ def print_plan(sweep: Sweep, plan: dict[str, Any]) -> None:
     for name in ("trial", "method", "S", "p", "ΔTe", "params active", "test FLOPs", "ratio", "train FLOPs", "ratio"):
         table.add_column(name, justify="left" if name in ("trial", "method") else "right")
     if any(row["others"] for row in plan["trials"]):
-        table.add_column("other settings")
+        table.add_column(_WRAPS)
     for row in plan["trials"]:
         settings = [row[name] for name in ("sparsity", "prune_ratio", "update_interval")]
         table.add_row(
@@ -136,7 +138,7 @@ def print_plan(sweep: Sweep, plan: dict[str, Any]) -> None:
             ),
         )
     console = _wide_console()
-    console.print(table)
+    _print_table(table, console)
     for row in plan["trials"]:
         if row["layers_dense"]:
             listed = "; ".join(f"{layer}: {why}" for layer, why in row["layers_dense"].items())
@@ -164,10 +166,28 @@ def _wide_console() -> Console:
     return Console(width=None if Console().is_terminal else 140)
 
 
+def _print_table(table: Table, console: Console) -> None:
+    """With whole cells: a terminal that is too narrow gets the table without lines, with still less room rows wrap."""
+    if Measurement.get(console, console.options.update(max_width=1_000), table).maximum <= console.width:
+        console.print(table)
+        return
+    table.box, table.pad_edge, table.padding = None, False, (0, 1, 0, 0)
+    for column in table.columns:
+        cells = [str(cell) for cell in column.cells]
+        whole = " ".join(cells).split() if column.header == _WRAPS else cells
+        column.width = max(cell_len(text) for text in (*str(column.header).split(), *whole))
+    least = sum(column.width + 1 for column in table.columns if column.width)
+    (console if least <= console.width + 1 else Console(width=least)).print(table)
+
+
+_WRAPS = "other settings"
+
+
 def print_cost(base: TrialConfig, rows: Sequence[dict[str, Any]]) -> None:
     """The table of `raysparse cost`; the first row is dense and every ratio is to it."""
     dense = rows[0]
-    title = f"{base.model.name} {base.model.options or ''}: {dense['params_total']:,} parameters".replace("  ", " ")
+    name = f"{base.model.name} {base.model.options}" if base.model.options else base.model.name
+    title = f"{name}: {dense['params_total']:,} parameters"
     table = Table(title=title, title_justify="left", caption_justify="left", caption=_cost_notes(base, dense))
     for name in (
         "S",
@@ -189,7 +209,7 @@ def print_cost(base: TrialConfig, rows: Sequence[dict[str, Any]]) -> None:
             *(f"{row[name]:.4e}" for name in _COSTS),
         )
     console = _wide_console()
-    console.print(table)
+    _print_table(table, console)
     for layer, why in rows[-1]["layers_dense"].items():
         console.print(f"{layer} stays dense: {why}", markup=False)
     for layer in rows[-1]["layers_by_element"]:
@@ -228,4 +248,4 @@ def print_evaluations(rows: Sequence[EvaluatedRow]) -> None:
             f"{row.step:,}",
             *("" if value is None else f"{value.fid:.2f} ({value.kid:.4f})" for value in values),
         )
-    _wide_console().print(table)
+    _print_table(table, _wide_console())

@@ -1,0 +1,30 @@
+"""What is printed on a terminal: no number is cut, however narrow it is."""
+
+from __future__ import annotations
+
+import pytest
+from rich.cells import cell_len
+from rich.console import Console
+
+from raysparse import config, terminal
+
+ROW = {
+    "sparsity": 0.5, "params_active": 274_056_163, "params_total": 274_056_163, "flops_inference_paper": 1.9204e13,
+    "flops_inference_true": 1.8697e13, "flops_train_paper": 9.0046e16, "flops_train_true": 1.0805e18,
+    "layers_dense": {}, "layers_by_element": [],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 140])
+def test_a_table_keeps_every_number_at_every_width(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(terminal, "_wide_console", lambda: Console(width=width))
+    terminal.print_cost(config.TrialConfig(), [ROW])
+    said = capsys.readouterr().out
+    assert "chirodiff: 274,056,163 parameters" in said
+    for number in ("0.50", "274,056,163", "1.9204e+13", "1.8697e+13", "9.0046e+16", "1.0805e+18"):
+        assert number in said.split("parameters", 1)[1]
+    assert "…" not in said
+    if width >= 80:  # with less the terminal wraps the rows
+        assert max(cell_len(line) for line in said.splitlines()) <= width
