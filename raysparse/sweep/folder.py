@@ -42,13 +42,14 @@ class Busy(UsageError):
 def refuse_if_taken(results: Path, sweep: Sweep) -> None:
     """UsageError where the folder is another sweep's or something else, or this sweep has begun or ended there."""
     if (results / "sweep.json").is_file():
-        other = read(results)
+        other, quoted = read(results), shlex.quote(str(results))
         if other["digest"] != sweep.digest:
+            name = other["sweep"].get("name")
+            changed = f", or where its file has changed: raysparse resume {quoted} --space FILE" * (name == sweep.name)
             raise UsageError(
-                f"{results} belongs to another sweep, {other['sweep'].get('name')!r} with digest "
-                f"{other['digest'][:12]} (this one: {sweep.name!r}, {sweep.digest[:12]}); give another folder"
+                f"{results} belongs to another sweep, {name!r} with digest {other['digest'][:12]} (this one: "
+                f"{sweep.name!r}, {sweep.digest[:12]}); give another folder{changed}"
             )
-        quoted = shlex.quote(str(results))
         if Board.load(results).finished:
             raise UsageError(
                 f"the sweep {sweep.name!r} is finished in {results}; its report: python -m analysis {quoted}; "

@@ -24,8 +24,10 @@ def test_a_sweep_is_read_back_as_it_was(tmp_path: Path, sweep_of: Callable[..., 
 
 def test_another_sweeps_folder_is_refused(tmp_path: Path, sweep_of: Callable[..., Sweep]) -> None:
     folder.create(tmp_path, sweep_of(), "")
-    with pytest.raises(UsageError, match="belongs to another sweep, 'tiny'"):
+    with pytest.raises(UsageError, match=r"belongs to another sweep, 'tiny'.*resume .* --space FILE$"):
         folder.refuse_if_taken(tmp_path, sweep_of(asha={"grace_steps": 4}))
+    with pytest.raises(UsageError, match=r"give another folder$"):
+        folder.refuse_if_taken(tmp_path, sweep_of(name="other"))
 
 
 def test_the_same_sweep_again_is_sent_to_resume_or_to_the_report(
