@@ -42,7 +42,7 @@ def print_sweeps(sweeps: Sequence[Facts]) -> None:
         )
         console.print(head, soft_wrap=True)
         print_lines(console, f"    {_counts(sweep)}")
-        for line in best_lines(sweep["best"]):
+        for line in best_lines(sweep["best"], _driven(sweep)):
             print_lines(console, f"    {line}")
         if sweep["what_to_do"]:
             print_lines(console, f"    next: {sweep['what_to_do']}")
@@ -57,7 +57,7 @@ def print_trials(sweep: Facts, rows: Sequence[Row]) -> None:
     )
     console.print(TrialTable(rows))
     print_lines(console, *intermediate_hint(rows))
-    for line in (*best_lines(sweep["best"]), *front_lines(sweep["front"])):
+    for line in (*best_lines(sweep["best"], _driven(sweep)), *front_lines(sweep["front"])):
         print_lines(console, line)
     if sweep["what_to_do"]:
         print_lines(console, f"next: {sweep['what_to_do']}")
@@ -72,13 +72,16 @@ def front_lines(front: Sequence[Facts]) -> list[str]:
     ]
 
 
-def best_lines(best: Sequence[Facts]) -> list[str]:
-    """`best of rigl (search): FID 12.3, rigl-a1b2c3d4e5`; FIDs of other protocols are marked, not compared."""
+def best_lines(best: Sequence[Facts], driven: bool = True) -> list[str]:
+    """`best of rigl (search): FID 12.3, rigl-a1b2c3d4e5`; FIDs of other protocols are marked, not compared.
+
+    driven: somebody runs what is not at its end.
+    """
     lines = []
     for one in best:
         seeds = len(one["fids"])
         mean = f" on average of {seeds} seeds ({min(one['fids']):.3f} to {max(one['fids']):.3f})" if seeds > 1 else ""
-        how = "" if one["state"] == "COMPLETED" else f" at step {one['step']}, {one['state'].lower()}"
+        how = "" if one["state"] == "COMPLETED" else f" at step {one['step']}, {_state(one['state'], driven)}"
         other = f"; measured in way {one['protocol']}" if one["protocol"] else ""
         fid = f"FID {one['fid']:.3f}" if one["fid"] is not None else f"intermediate FID {one['intermediate_fid']:.3f}"
         trials = one["trials"][0] + (f" and {seeds - 1} more" if seeds > 1 else "")
@@ -184,12 +187,19 @@ def print_difference(found: Facts) -> None:
 
 
 def _counts(sweep: Facts) -> str:
-    driven = sweep["state"] in ("running", "trials")
-    words = {state: "open" if state == "RUNNING" and not driven else state.lower() for state in sweep["trials"]}
-    counts = ", ".join(f"{count} {words[state]}" for state, count in sweep["trials"].items()) or "no trial begun"
+    trials = [f"{count} {_state(state, _driven(sweep))}" for state, count in sweep["trials"].items()]
+    counts = ", ".join(trials) or "no trial begun"
     stage = f"{sweep['stage']}: " if sweep["stage"] else ""
     spent = f"; {sweep['trial_hours']:.2f} h of trials" if sweep["trial_hours"] else ""
     return stage + counts + spent + (f", {sweep['gpu_hours']:.2f} GPU hours" if sweep["gpu_hours"] else "")
+
+
+def _driven(sweep: Facts) -> bool:
+    return sweep["state"] in ("running", "trials")
+
+
+def _state(state: str, driven: bool) -> str:
+    return "open" if state == "RUNNING" and not driven else state.lower()
 
 
 def _number(value: float | None, form: str) -> str:

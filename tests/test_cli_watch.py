@@ -261,6 +261,18 @@ def test_a_mistake_is_told_without_a_traceback(run: Run, results: Path, words: l
     assert "Traceback" not in err
 
 
+def test_nothing_is_said_to_run_where_the_driver_was_killed(run: Run, results: Path) -> None:
+    ledger, config = Ledger(results), {"sparse": {"sparsity": 0.5}}
+    ledger.add(event("planned", trial_id="set-ab4", method="set", point={"method": "set"}, config=config, **PLANNED))
+    ledger.add(event("started", trial_id="set-ab4"))
+    ledger.add(event("report", trial_id="set-ab4", step=8, fid=7.0))
+    ledger.close()
+    for words in (["ls", results], ["ls", results.parent]):
+        said = run(*words)[1]
+        assert "best of set (search): FID 7.000, set-ab4 at step 8, open" in said
+        assert "running" not in said
+
+
 def test_watching_a_sweep_whose_driver_was_killed_says_so_and_what_to_do(run: Run, results: Path) -> None:
     code, out, _ = run("watch", results)
     assert code == 1
