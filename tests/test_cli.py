@@ -25,6 +25,9 @@ QUICK = {
     "sparse.update_interval": 1,
 }
 
+DENSE = ("dense", None, None)
+GRID = {"static": {"sparsity": [0.5]}}
+
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory):
@@ -89,6 +92,30 @@ def test_a_mistake_is_told_without_a_traceback(run, words: list[str], message: s
     assert out == ""
     assert message in err
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("content", "words", "asked"),
+    [
+        ({"sparse": {"method": "rigl", "sparsity": 0.8}}, [], [DENSE, ("rigl", 0.8, "erk")]),
+        ({"sparse": {"method": "rigl", "sparsity": 0.8, "allocation": "er"}}, [], [DENSE, ("rigl", 0.8, "er")]),
+        ({"sparse": {"method": "rigl", "sparsity": 0.8}}, ["--sparsity", "0.5"], [DENSE, ("rigl", 0.5, "erk")]),
+        ({"sparse": {"method": "rigl", "sparsity": 0.8}}, ["--method", "set"], [DENSE]),
+        ({"base": {"sparse": {"allocation": "er"}}, "grid": GRID}, [], [DENSE, ("static", 0.5, "er")]),
+        ({"base": {}, "grid": GRID}, ["--allocation", "uniform"], [DENSE, ("static", 0.5, "uniform")]),
+    ],
+)
+def test_cost_is_of_what_the_file_says(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object, words: list[str], asked: list[object]
+) -> None:
+    (tmp_path / "file.yaml").write_text(json.dumps(content))
+    seen = []
+    monkeypatch.setattr(
+        "raysparse.train.plan.cost_row",
+        lambda trial, _: seen.append((trial.sparse.method, trial.sparse.sparsity, trial.sparse.allocation)),
+    )
+    assert run("cost", str(tmp_path / "file.yaml"), *words, "--json")[0] == 0
+    assert seen == asked
 
 
 def test_cost_prints_the_papers_counts(run) -> None:

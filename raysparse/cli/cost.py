@@ -24,10 +24,13 @@ def cost(
     path: Annotated[Path | None, typer.Argument(help="A sweep or trial file.")] = None,
     model: Annotated[str | None, typer.Option(help="A model by name instead of a file.")] = None,
     sparsity: Annotated[list[float] | None, typer.Option(help="S; repeatable.")] = None,
-    allocation: Annotated[str, typer.Option(help="uniform, er or erk.")] = "erk",
+    allocation: Annotated[str | None, typer.Option(help="uniform, er or erk; default the file's, else erk.")] = None,
     method: Annotated[
-        str, typer.Option(help="Whose cost at each S; its settings by --set sparse.NAME=VALUE.")
-    ] = "static",
+        str | None,
+        typer.Option(
+            help="Whose cost at each S, default a trial file's, else static; its settings by --set sparse.NAME=VALUE."
+        ),
+    ] = None,
     points: Annotated[float | None, typer.Option(help="Mean points of a sketch; default: the data set's.")] = None,
     changes: Changes = None,
     as_json: AsJson = False,
@@ -41,17 +44,19 @@ def cost(
     own, others = _of_the_method(changes or [])
     base = load_trial(path, [*others, *([f"model.name={model}"] if model else [])], None)
     content = base.model_dump(mode="json")
-    shared = _shared_settings(path, method)
+    trained = {name: value for name, value in content["sparse"].items() if value is not None}  # what a trial file says
+    method = method or (trained["method"] if trained["method"] != "dense" else "static")
+    if method == trained.pop("method"):
+        own = trained | own
+    if allocation is not None:
+        own["allocation"] = allocation
+    shared = {"allocation": "erk"} | _shared_settings(path, method)
     sparsities = [0.0, *(sparsity or ([own.pop("sparsity")] if "sparsity" in own else _axis_sparsities(path)))]
     if "ranges" in config.method_settings(method):  # which say its sparsity
         sparsities = [0.0, config.parse({"sparse": {**shared, **own, "method": method}}, "cost").sparse.sparsity or 0.0]
     rows = []
     for value in dict.fromkeys(sparsities):
-        sparse = (
-            {"method": method, **shared, "allocation": allocation, **own, "sparsity": value}
-            if value
-            else {"method": "dense"}
-        )
+        sparse = {"method": method, **shared, **own, "sparsity": value} if value else {"method": "dense"}
         rows.append(cost_row(config.parse({**content, "sparse": sparse}, "cost"), points))
     if as_json:
         typer.echo(json.dumps({"model": base.model.name, "options": base.model.options, "rows": rows}))
