@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from raysparse import cli
+from raysparse.sweep.board import Board
+from raysparse.sweep.tuner import Summary
 
 SPACES = Path(__file__).resolve().parents[1] / "tune_spaces"
 QUICK = {
@@ -64,6 +67,21 @@ def test_a_place_that_cannot_be_written_is_told_without_a_traceback(run, tmp_pat
     assert out == ""
     assert err.splitlines()[-1].startswith(f"error: {tmp_path / 'thesis.tex'}")
     assert err.endswith("; check permissions and free space\n")
+
+
+def test_a_report_that_cannot_be_written_leaves_a_finished_sweep(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("raysparse.sweep.tuner.prepare", lambda *_, **__: None)
+    monkeypatch.setattr("raysparse.sweep.tuner.run", lambda _, out, **__: Summary(out, Board(), interrupted=False))
+    monkeypatch.setattr("analysis.report.write", full)
+    code, out, err = run("sweep", "tune_spaces/quickstart.yaml", "--output", str(tmp_path / "my runs"))
+    assert (code, out) == (2, "")
+    assert "the sweep is finished; its report cannot be written: [Errno 28] No space left on device" in err
+    assert err.endswith(f"try again: python -m analysis '{tmp_path / 'my runs'}'\n")
 
 
 @pytest.mark.parametrize(
