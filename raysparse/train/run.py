@@ -84,7 +84,7 @@ def _work(member: ranks.Member, config: TrialConfig, facts: Facts, out: Path) ->
             member.say(report)
     if trainer.totals.reason is not None:
         return record(Outcome("FAILED", state_reason=trainer.totals.reason))
-    if trainer.step < config.train.steps:
+    if trainer.totals.reported < config.train.steps:  # also where the evaluation of the last step was interrupted
         checkpoint()
         return record(Outcome(state_reason=f"interrupted at step {trainer.step}; the same command goes on from there"))
     return record(Outcome("COMPLETED"))

@@ -41,6 +41,29 @@ def test_two_workers_equal_one(tiny, tmp_path):
     assert report_1.fid == pytest.approx(report_2.fid, rel=1e-3)  # drawn pixels jump where a coordinate rounds
 
 
+def test_an_interrupt_in_the_last_evaluation_leaves_it_to_the_next_start(tiny, tmp_path):
+    trial, build = tiny({"train.steps": 4}), setup.build
+
+    def interrupted(*arguments, **options):
+        trainer = build(*arguments, **options)
+        trainer.on_progress = lambda doing, _: os.kill(os.getpid(), signal.SIGINT) if doing == "evaluation" else None
+        return trainer
+
+    with mock.patch.object(setup, "build", interrupted):
+        first = run.train(trial, tmp_path / "interrupted", device="cpu")
+    assert (first.state, first.state_reason) == (
+        "RUNNING",
+        "interrupted at step 4; the same command goes on from there",
+    )
+    reports = []
+    for place in ("interrupted", "whole"):
+        assert run.train(trial, tmp_path / place, device="cpu").state == "COMPLETED"
+        record = results.read_trial(tmp_path / place / "records" / f"{trial.trial_id}.parquet")
+        reports.append([(report.step, report.fid) for report in results.reports_of(record)])
+    assert reports[0] == reports[1]
+    assert [step for step, _ in reports[0]] == [4]
+
+
 @pytest.mark.slow
 def test_two_workers_are_interrupted_resume_and_die_together(tiny, tmp_path):
     trial, heard = tiny({"train.steps": 4000, "evaluate.every_steps": 20}), []
