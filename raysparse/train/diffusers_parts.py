@@ -3,7 +3,7 @@
 unet/               UNet2DModel or UNet2DConditionModel: the averaged weights with their exact zeros
 class_embedding/    a conditional model's class vectors, the last one for no class
 scheduler/          DDIMScheduler
-vqvae/              the first stage; absent for a model of pixels
+vqvae/              the first stage; absent for a model of pixels or sketches
 model_index.json    DDIMPipeline, or LDMPipeline with a first stage; absent for a conditional model, for which
                     diffusers has no pipeline
 """
@@ -62,21 +62,24 @@ def save_network(model: nn.Module, folder: Path) -> None:
     assert not state, f"not exported: {', '.join(state)}"
 
 
-def save_pipeline(config: TrialConfig, folder: Path, unet: str, first_stage: nn.Module | None) -> None:
-    """Write scheduler, first stage (diffusers' VQModel) and, for an unconditional model, model_index.json."""
+def save_first_stage(first_stage: nn.Module, folder: Path) -> None:
+    """Write diffusers' VQModel, for whichever network: an import needs it."""
+    first_stage.save_pretrained(  # type: ignore[operator]  # a diffusers model
+        folder / FIRST_STAGE, safe_serialization=True, max_shard_size=_ONE_FILE
+    )
+
+
+def save_pipeline(config: TrialConfig, folder: Path, unet: str, latent: bool) -> None:
+    """Write scheduler and, for an unconditional model, model_index.json."""
     scheduler(config).save_pretrained(folder / "scheduler")
-    if first_stage is not None:
-        first_stage.save_pretrained(  # type: ignore[operator]  # a diffusers model
-            folder / FIRST_STAGE, safe_serialization=True, max_shard_size=_ONE_FILE
-        )
-    if pipeline := pipeline_of(unet, first_stage is not None):
+    if pipeline := pipeline_of(unet, latent):
         index = {
             "_class_name": pipeline,
             "_diffusers_version": importlib.metadata.version("diffusers"),
             "scheduler": ["diffusers", "DDIMScheduler"],
             "unet": ["diffusers", unet],
         }
-        if first_stage is not None:
+        if latent:
             index[FIRST_STAGE] = ["diffusers", "VQModel"]
         text = json.dumps(index, indent=2, sort_keys=True) + "\n"
         (folder / "model_index.json").write_text(text, encoding="utf-8")

@@ -65,10 +65,12 @@ def export(checkpoint: Path, to: Path, *, first_stage: str | None = None) -> Pat
     facts = measured.of(model)
     with new_folder(to) as folder:
         diffusers_parts.save_network(model.model, folder)
+        if stage is not None:
+            diffusers_parts.save_first_stage(stage, folder)
         unet = None
         if diffusers_parts.is_diffusers(model.model):
             unet = diffusers_parts.unet_class(model.model)
-            diffusers_parts.save_pipeline(model.config, folder, unet, stage)
+            diffusers_parts.save_pipeline(model.config, folder, unet, stage is not None)
         _write_masks(model, folder)
         card = model_card.render(
             model.config,

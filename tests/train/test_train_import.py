@@ -31,11 +31,12 @@ SPARSE = pytest.mark.parametrize("sparse", [{"method": "dense"}, RIGL], ids=["de
     [
         ("latent_unet", {}),
         ("latent_unet", {"first_stage": FIRST_STAGE}),
+        ("uvit", {"first_stage": FIRST_STAGE}),  # which diffusers does not have
         ("latent_unet", {"model__options__num_classes": 4, "model__options__context_dim": 16}),
         ("ddpm_unet", {"train__channels_last": True}),
         ("chirodiff", {}),
     ],
-    ids=["pixels", "latents", "classes", "channels_last", "sketches"],
+    ids=["pixels", "latents", "uvit_latents", "classes", "channels_last", "sketches"],
 )
 def test_a_round_trip_keeps_every_bit(tmp_path, name, changes, sparse):
     checkpoint = save(tmp_path / "c", trial(name, sparse=sparse, **changes))
