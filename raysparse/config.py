@@ -10,7 +10,7 @@ import functools
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -146,11 +146,14 @@ class DiffusionConfig(Section):
     beta_end: float = Field(2e-2, gt=0, lt=1)
 
 
+Beta = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimizerConfig(Section):
     name: Literal["adamw", "sgd"] = "adamw"
     lr: float = Field(1e-3, gt=0)
     weight_decay: float = Field(1e-2, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)  # adamw; sgd takes the first as its momentum
+    betas: tuple[Beta, Beta] = (0.9, 0.999)  # adamw; sgd takes the first as its momentum
     clip_norm: float | None = Field(0.1, gt=0)  # global gradient norm; None: no clipping
     lr_schedule: Literal["constant", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)  # linear, from 0

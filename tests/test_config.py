@@ -46,6 +46,8 @@ def test_a_method_gets_the_papers_values_where_the_file_says_nothing() -> None:
         ({"sparse": {"method": ["rigl"]}}, ["method must be a name"]),
         ({"sparse": "rigl"}, ["sparse", "'rigl'"]),
         ({"optimizer": {"lr": float("nan")}}, ["lr", "nan"]),
+        ({"optimizer": {"betas": [0.9, 1.0]}}, ["optimizer.betas.1", "1.0", "less than 1"]),
+        ({"optimizer": {"betas": [-1, 0.9]}}, ["optimizer.betas.0", "-1"]),
         ({"train": {"batch_size": 10, "accumulate": 3}}, ["batch_size 10", "accumulate 3"]),
     ],
 )
