@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor, nn
 
 from raysparse.errors import UsageError
@@ -32,6 +32,16 @@ class Config(_unet.UNetConfig):
     sample_size: int = Field(32, ge=1)
     block_out_channels: tuple[int, ...] = Field((128, 256, 256, 256), min_length=1)
     attention_levels: tuple[bool, ...] = (False, True, False, False)  # at 16 x 16
+
+    @field_validator("block_out_channels")
+    @classmethod
+    def _has_frequencies(cls, widths: tuple[int, ...]) -> tuple[int, ...]:
+        if widths[0] < 4:  # of 2 and 3 diffusers makes one frequency, by 0 / 0
+            raise ValueError(
+                f"block_out_channels begins with {widths[0]}, which is also the width of the time features: they are "
+                "NaN below 4"
+            )
+        return widths
 
 
 def build(config: Config, seed: int) -> DDPMUNet:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from raysparse.errors import UsageError
@@ -46,3 +47,10 @@ def test_it_has_no_classes() -> None:
     assert model.null_label is None
     with pytest.raises(UsageError, match="has no classes"):
         model(**example(model.config, 2, 1), labels=torch.tensor([0, 1]))
+
+
+def test_a_first_level_too_narrow_for_time_features_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"begins with 2, .* NaN below 4"):
+        Config(**SMALL | {"block_out_channels": (2, 4), "norm_num_groups": 1})
+    model = build(Config(**SMALL | {"block_out_channels": (4, 4), "norm_num_groups": 1}), seed=0)
+    assert model(**example(model.config, 2, 1)).isfinite().all()
