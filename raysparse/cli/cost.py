@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from raysparse import config, space
+from raysparse import config, plugins, space
 from raysparse.cli.app import (
     AsJson,
     Changes,
@@ -17,6 +17,8 @@ from raysparse.cli.app import (
     parse_changes,
 )
 from raysparse.errors import UsageError
+
+MOST_POINTS = 100_000  # of a sketch, which a model really goes through to be counted
 
 
 @app.command()
@@ -37,15 +39,20 @@ def cost(
 ) -> None:
     """Parameters and FLOPs, dense and at each S, in the papers' convention and in the true one."""
     from raysparse.terminal import print_cost
+    from raysparse.train.checks import check_denoiser
     from raysparse.train.plan import cost_row
 
     if (path is None) == (model is None):
         raise UsageError("give a sweep file or --model NAME, one of the two")
+    if points is not None and not 0 < points <= MOST_POINTS:  # NaN is not either
+        raise UsageError(f"--points must be above 0 and at most {MOST_POINTS}, got {points:g}")
     own, others = _of_the_method(changes or [])
-    base = load_trial(path, [*others, *([f"model.name={model}"] if model else [])], None)
+    base = load_trial(path, [*others, *([] if model is None else [f"model.name={model}"])], None)
+    check_denoiser(base.model.name)
     content = base.model_dump(mode="json")
     trained = {name: value for name, value in content["sparse"].items() if value is not None}  # what a trial file says
     method = method or (trained["method"] if trained["method"] != "dense" else "static")
+    plugins.load("methods", method)
     if method == trained.pop("method"):
         own = trained | own
     if allocation is not None:
@@ -54,8 +61,10 @@ def cost(
     sparsities = [0.0, *(sparsity or ([own.pop("sparsity")] if "sparsity" in own else _axis_sparsities(path)))]
     if "ranges" in config.method_settings(method):  # which say its sparsity
         sparsities = [0.0, config.parse({"sparse": {**shared, **own, "method": method}}, "cost").sparse.sparsity or 0.0]
+    if own:  # also where no S asks for them
+        config.parse({"sparse": {"method": method, **shared, **own}}, "cost")
     rows = []
-    for value in dict.fromkeys(sparsities):
+    for value in [value for place, value in enumerate(sparsities) if value not in sparsities[:place]]:
         sparse = {"method": method, **shared, **own, "sparsity": value} if value else {"method": "dense"}
         rows.append(cost_row(config.parse({**content, "sparse": sparse}, "cost"), points))
     if as_json:

@@ -56,11 +56,17 @@ def model_options(config: TrialConfig) -> BaseModel:
         raise usage_error_from(error, f"options of model {config.model.name!r}", model) from None
 
 
+def check_denoiser(name: str) -> None:
+    """UsageError where a model is another part of a trial."""
+    kind = plugins.load("models", name).KIND
+    if kind != "denoiser":
+        raise UsageError(f"model.name {name!r} is a {kind.replace('_', ' ')}, not a denoiser")
+
+
 def _check_parts(config: TrialConfig) -> None:
     """That the parts of a trial go together, as far as their files say."""
     model, spec = plugins.load("models", config.model.name), plugins.load("datasets", config.data.name).SPEC
-    if model.KIND != "denoiser":
-        raise UsageError(f"model.name {config.model.name!r} is a {model.KIND.replace('_', ' ')}, not a denoiser")
+    check_denoiser(config.model.name)
     if config.first_stage and spec.kind != "image":
         raise UsageError(f"first_stage encodes pictures, but {config.data.name} holds sketches; leave it out")
     if config.first_stage and plugins.load("models", config.first_stage.name).KIND != "first_stage":
