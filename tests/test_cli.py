@@ -156,6 +156,14 @@ def test_cost_prints_the_papers_counts(run) -> None:
     assert "0.5000" in table
 
 
+def test_cost_of_a_trial_file_is_that_of_its_own_method(run, tmp_path: Path) -> None:
+    path = tmp_path / "trial.yaml"
+    path.write_text("{data: {name: hershey}, sparse: {method: rigl, sparsity: 0.9}}")
+    dense, own = json.loads(run("cost", str(path), "--points", "40", "--json")[1])["rows"]
+    assert own["params_active"] < 0.2 * dense["params_active"]
+    assert len(json.loads(run("cost", str(path), "--points", "40", "--sparsity", "0.5", "--json")[1])["rows"]) == 2
+
+
 def test_train_writes_records_and_goes_on_where_it_stopped(run, tmp_path: Path) -> None:
     code, out, err = run("train", "--output", str(tmp_path), *settings(), "--json")
     assert code == 0
