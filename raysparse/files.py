@@ -43,6 +43,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
+def check_writable(folder: Path) -> None:
+    """UsageError where a folder is not there and cannot be made, or takes no files; else it is there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"cannot write to {folder}: {error.strerror}; give another folder") from error
+
+
 def write_text(path: Path, text: str) -> None:
     """`text` as UTF-8, atomically."""
     with atomic_path(path) as temporary:

@@ -178,6 +178,21 @@ def test_train_writes_records_and_goes_on_where_it_stopped(run, tmp_path: Path) 
     assert Path(out.strip()).is_file()
 
 
+def test_an_output_that_cannot_be_written_is_told_before_the_work(run, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    trained, nowhere = str(tmp_path / "trained"), str(tmp_path / "file" / "below")
+    assert run("train", "--output", trained, *settings(**{"train.steps": 1}))[0] == 0
+    for words in (
+        ["train", "--output", nowhere, *settings()],
+        ["train", "--output", str(tmp_path / "file"), *settings()],
+        ["sample", trained, "--output", nowhere + "/pictures"],
+        ["evaluate", trained, "--pictures", str(tmp_path / "file"), "--again"],
+    ):
+        code, out, err = run(*words)
+        assert (code, out) == (2, "")
+        assert "cannot write to" in err
+
+
 def test_a_sweep_file_lends_train_its_base_and_what_the_method_has_of_the_shared_settings(tmp_path: Path) -> None:
     dense = cli.load_trial(SPACES / "quickstart.yaml", None, None)
     assert dense.sparse.method == "dense"

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from raysparse import files
 from raysparse.cli.app import (
     AsJson,
     Changes,
@@ -88,6 +89,8 @@ def evaluate(
     from raysparse.train import reevaluate, restored
 
     overrides = _places(data, first_stage) | parse_changes(changes)
+    if pictures is not None:  # now, not after everything was measured
+        files.check_writable(pictures)
     if runtime is not None:
         overrides["evaluate.runtime"] = runtime
     variants = [overrides | {"evaluate.ddim_steps": steps} for steps in dict.fromkeys(ddim_steps or [])] or [overrides]

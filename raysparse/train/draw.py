@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from raysparse import plugins
+from raysparse import files, plugins
 from raysparse.config import TrialConfig
 from raysparse.data import image
 from raysparse.diffusion.schedule import NoiseSchedule
@@ -59,7 +59,7 @@ def write(images: Iterator[Tensor], folder: Path, on_done: Callable[[int], None]
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is there already and not empty; give another folder")
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    files.check_writable(folder.parent)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".drawing-"))
     try:
         kept: list[Tensor] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from raysparse import results
+from raysparse import files, results
 from raysparse.config import TrialConfig
 from raysparse.errors import UsageError
 from raysparse.results import Facts, Outcome, Report
@@ -46,6 +46,7 @@ def train(
     setup.check(config)
     setup.prepare_data(config)
     facts = setup.facts(config, sweep=out.name or "single", stage="single", world_size=workers, command=command)
+    files.check_writable(out)
     checkpoints = out / "checkpoints" / config.trial_id
     if not resume:
         state.keep_latest(checkpoints, 0)
