@@ -37,6 +37,13 @@ class NoiseSchedule:
         else:
             betas = torch.linspace(beta_start**0.5, beta_end**0.5, timesteps, dtype=torch.float32).square()
         self.alphas_cumprod: Tensor = (1 - betas).cumprod(0)
+        first, last = self.alphas_cumprod[0].item(), self.alphas_cumprod[-1].item()
+        if first == 1 or last == 0:  # sampling divides by sqrt(1 - alpha) and sqrt(alpha)
+            raise UsageError(
+                f"beta_start {beta_start} and beta_end {beta_end} over {timesteps} timesteps make alphas_cumprod "
+                f"{first:g} at the first and {last:g} at the last, in float32: "
+                + ("raise beta_start above 1e-7" if first == 1 else "lower beta_end")
+            )
 
     def add_noise(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """x_t like x0 [B, ...], from noise eps [B, ...] and timesteps t int64 [B]."""

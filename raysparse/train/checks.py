@@ -12,6 +12,7 @@ from raysparse import plugins
 from raysparse.config import TrialConfig
 from raysparse.data import prepared
 from raysparse.data.sketch import Examples
+from raysparse.diffusion.schedule import NoiseSchedule
 from raysparse.errors import UsageError, usage_error_from
 from raysparse.sparse import masks
 from raysparse.sparse.layout import layout
@@ -26,6 +27,7 @@ def check_settings(config: TrialConfig) -> None:
             f"model.options.timesteps is {timesteps}, diffusion.timesteps {config.diffusion.timesteps}: they are one "
             "number, set both"
         )
+    NoiseSchedule(**config.diffusion.model_dump())
     if config.evaluate.ddim_steps > config.diffusion.timesteps:
         raise UsageError(
             f"evaluate.ddim_steps {config.evaluate.ddim_steps} is above diffusion.timesteps "

@@ -50,6 +50,8 @@ def test_each_example_has_its_own_timestep() -> None:
         ({"beta_start": 0.0}, "0 < beta_start"),
         ({"beta_end": 1.0}, "beta_end < 1"),
         ({"beta_start": 0.02, "beta_end": 0.01}, "beta_start <= beta_end"),
+        ({"beta_start": 1e-8}, "raise beta_start"),  # 1 - beta is 1 in float32, and sampling would divide by 0
+        ({"beta_end": 0.5}, "lower beta_end"),  # alphas_cumprod ends at 0
     ],
 )
 def test_bad_settings(settings: dict[str, object], said: str) -> None:

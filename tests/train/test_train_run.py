@@ -131,6 +131,8 @@ def test_resume_off_starts_anew(tiny, tmp_path):
         ({"model.options.num_classes": 3}, "the data set has no classes"),
         ({"train.compile": True}, r"chirodiff runs its GRU .* leave it out \(on a GPU train\.cuda_graph"),
         ({"evaluate.ddim_steps": 2000}, "ddim_steps 2000 is above"),
+        ({"diffusion.beta_start": 0.1}, "beta_start <= beta_end"),
+        ({"diffusion.beta_start": 1e-8}, "raise beta_start"),
     ],
 )
 def test_bad_settings_are_refused_before_anything_starts(tiny, changes, rule):
