@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from raysparse import plugins
 from raysparse.errors import UsageError, unknown, usage_error_from
 from raysparse.sparse import settings
+from raysparse.sparse.settings import LARGEST
 
 # Where things lie on one machine, and how fast it is: never part of what a trial is.
 PATHS = (("data", "source"), ("data", "root"), ("evaluate", "weights"))
@@ -146,6 +147,8 @@ class DiffusionConfig(Section):
     beta_end: float = Field(2e-2, gt=0, lt=1)
 
 
+MOST_THREADS = 1024  # PyTorch takes any number and crashes where the system gives no more
+Recorded = Annotated[int, Field(le=LARGEST)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -160,8 +163,8 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
-    steps: int = Field(40_800, ge=1)  # optimizer steps; KanjiVG: 600 epochs of 68 (what Table 2's FLOPs imply)
-    batch_size: int = Field(128, ge=1)  # examples per optimizer step, over all workers and accumulation steps
+    steps: Recorded = Field(40_800, ge=1)  # optimizer steps; KanjiVG: 600 epochs of 68 (what Table 2's FLOPs imply)
+    batch_size: Recorded = Field(128, ge=1)  # examples per optimizer step, over all workers and accumulation steps
     accumulate: int = Field(1, ge=1)  # backward passes per optimizer step
     ema_decay: float = Field(0.9999, ge=0, lt=1)  # warmed up as min(decay, (1 + n) / (10 + n))
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights stay fp32
@@ -172,7 +175,7 @@ class TrainConfig(Section):
     # network that is recorded, and a sparse one's beside it; without, the network of `runtime: dense` alone
     cuda_graph: bool = False
     label_dropout: float = Field(0.0, ge=0, lt=1)  # share of labels replaced by the null class; .1 for guidance
-    threads: int = Field(1, ge=1)  # CPU threads of a worker
+    threads: int = Field(1, ge=1, le=MOST_THREADS)  # CPU threads of a worker
     # What trains: PyTorch, or kernels that leave zero weights out, forward and backward (equal to rounding); auto:
     # those where they can run and are faster
     runtime: Literal["dense", "sparse", "auto"] = "dense"
@@ -234,7 +237,7 @@ class EvaluateConfig(Section):
 
 
 class TrialConfig(Section):
-    seed: int = Field(0, ge=0)
+    seed: Recorded = Field(0, ge=0)
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     first_stage: FirstStageConfig | None = None  # None: images are trained on as pixels, sketches as points

@@ -46,6 +46,10 @@ def test_a_method_gets_the_papers_values_where_the_file_says_nothing() -> None:
         ({"sparse": {"method": ["rigl"]}}, ["method must be a name"]),
         ({"sparse": "rigl"}, ["sparse", "'rigl'"]),
         ({"optimizer": {"lr": float("nan")}}, ["lr", "nan"]),
+        ({"seed": 2**63}, ["seed", str(2**63)]),  # more than a record holds
+        ({"train": {"steps": 2**63}}, ["train.steps"]),
+        ({"sparse": {"method": "rigl", "update_interval": 2**63}}, ["update_interval"]),
+        ({"train": {"threads": 100_000}}, ["train.threads", "100000"]),
         ({"optimizer": {"betas": [0.9, 1.0]}}, ["optimizer.betas.1", "1.0", "less than 1"]),
         ({"optimizer": {"betas": [-1, 0.9]}}, ["optimizer.betas.0", "-1"]),
         ({"train": {"batch_size": 10, "accumulate": 3}}, ["batch_size 10", "accumulate 3"]),

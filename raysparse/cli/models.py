@@ -17,6 +17,7 @@ from raysparse.cli.app import (
     command_line,
     parse_changes,
 )
+from raysparse.config import MOST_THREADS
 
 Runtime = Annotated[
     str | None,
@@ -27,7 +28,10 @@ Runtime = Annotated[
 ]
 
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads, of each worker; default all cores, shared by the workers.")
+    int | None,
+    typer.Option(
+        min=1, max=MOST_THREADS, help="CPU threads, of each worker; default all cores, shared by the workers."
+    ),
 ]
 
 

@@ -20,6 +20,8 @@ from raysparse.errors import UsageError, unknown, usage_error_from
 from raysparse.sparse.allocation import ALLOCATIONS
 from raysparse.sparse.schedules import SCHEDULES
 
+LARGEST = 2**63 - 1  # of what is in a trial's records
+
 
 class Dense(BaseModel):
     """No setting at all."""
@@ -81,7 +83,7 @@ class Dynamic(Sparse):
     """Of every method whose topology changes."""
 
     prune_ratio: float = 0.5  # p, share of a layer's active units replaced per topology update, (0, 1]
-    update_interval: int = 800  # ΔTe, optimizer steps (800 ChiroDiff, 1100 Latent Diffusion)
+    update_interval: int = Field(800, le=LARGEST)  # ΔTe, optimizer steps (800 ChiroDiff, 1100 Latent Diffusion)
     prune_schedule: str = "constant"  # of p over training: a function in sparse/schedules.py
     update_end_fraction: float = Field(1.0, gt=0, le=1)  # no topology update after this share of the steps
     prune_ratio_end: float = Field(0.0, ge=0, le=1)  # where the schedule of p ends
