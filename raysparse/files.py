@@ -43,6 +43,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
+def remove_leftovers(path: Path) -> None:
+    """Remove what killed processes left of `atomic_path(path)`; only for the one process that writes there."""
+    for leftover in path.parent.glob(f".{path.name}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 def check_writable(folder: Path) -> None:
     """UsageError where a folder is not there and cannot be made, or takes no files; else it is there."""
     try:

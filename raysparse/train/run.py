@@ -65,6 +65,8 @@ def _work(member: ranks.Member, config: TrialConfig, facts: Facts, out: Path) ->
     if found:
         state.load(trainer, Path(found))
     reports = _earlier(out, config, trainer.step) if rank == 0 else []
+    if rank == 0:
+        files.remove_leftovers(_record(out, config))
 
     def record(outcome: Outcome) -> Outcome:
         if rank == 0:
@@ -91,9 +93,13 @@ def _work(member: ranks.Member, config: TrialConfig, facts: Facts, out: Path) ->
     return record(Outcome("COMPLETED"))
 
 
+def _record(out: Path, config: TrialConfig) -> Path:
+    return out / "records" / f"{config.trial_id}.parquet"
+
+
 def _earlier(out: Path, config: TrialConfig, step: int) -> list[Report]:
     """Reports that were recorded up to a checkpoint's step."""
-    path = out / "records" / f"{config.trial_id}.parquet"
+    path = _record(out, config)
     if step == 0 or not path.is_file():
         return []
     return [report for report in results.reports_of(results.read_trial(path)) if report.step <= step]

@@ -109,6 +109,15 @@ def test_a_diverged_trial_fails_with_its_reason(tiny, tmp_path):
     assert report.diverged
 
 
+def test_what_a_killed_process_left_of_a_record_is_removed(tiny, tmp_path):
+    trial = tiny({"train.steps": 1})
+    leftover = tmp_path / "records" / f".{trial.trial_id}.parquet.x1y2z3.tmp"  # as files.atomic_path names it
+    leftover.parent.mkdir()
+    leftover.write_text("half")
+    run.train(trial, tmp_path, device="cpu")
+    assert [path.name for path in leftover.parent.iterdir()] == [f"{trial.trial_id}.parquet"]
+
+
 def test_resume_off_starts_anew(tiny, tmp_path):
     trial, steps = tiny(), []
     for resume in (True, True, False):
