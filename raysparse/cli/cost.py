@@ -67,8 +67,6 @@ def cost(
     for value in [value for place, value in enumerate(sparsities) if value not in sparsities[:place]]:
         sparse = {"method": method, **shared, **own, "sparsity": value} if value else {"method": "dense"}
         rows.append(cost_row(config.parse({**content, "sparse": sparse}, "cost"), points))
-    if len(rows) == 1 and base.sparse.method != "dense":  # a trial file's own, where no other S is asked for
-        rows.append(cost_row(base, points))
     if as_json:
         typer.echo(json.dumps({"model": base.model.name, "options": base.model.options, "rows": rows}))
     else:

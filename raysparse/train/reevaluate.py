@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from raysparse import config as configs
 from raysparse import results
 from raysparse.config import TrialConfig
 from raysparse.errors import UsageError
-from raysparse.files import atomic_path
+from raysparse.files import atomic_path, check_writable
 from raysparse.results import Facts, Outcome, Report
 from raysparse.train import costs, ranks, restored, setup
 
@@ -98,8 +97,7 @@ def evaluate(
     open_trials = [trial for text, trial in zip(protocols, trials, strict=True) if text not in rows]
     if open_trials:
         if out is not None:  # refused now rather than after an hour of sampling
-            (out / FOLDER).mkdir(exist_ok=True)
-            tempfile.TemporaryFile(dir=out / FOLDER).close()
+            check_writable(out / FOLDER)
         ranks.run(_work, (model.folder, open_trials, threads), workers, device, heard)
     return [rows[text] for text in protocols if text in rows]
 

@@ -65,7 +65,7 @@ def test_quick_run_of_training_compares_all_runtimes(capsys: pytest.CaptureFixtu
     names = ["dense", "masked", "sparse", "rigl", "torch.nn.utils.prune"]
     assert [row[3] for row in rows] == ["dense", "sparse", *names]
     assert {row[6] for row in rows if row[3] in ("sparse", "rigl")} == {"1.00", "0.10"}
-    assert all(row[7] == "unmeasured" or float(row[7]) > 0 for row in rows)
+    assert all(row[7] == "unmeasured" or float(row[7]) >= 0 for row in rows)  # these models take about 1 MiB
     assert max(float(row[-1]) for row in rows if row[3] == "sparse") < 1e-5
 
 

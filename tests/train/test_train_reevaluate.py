@@ -44,7 +44,7 @@ def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(t
     _, out = trained
     (out / "evaluations").touch()
     monkeypatch.setattr(reevaluate.ranks, "run", lambda *_: pytest.fail("it samples"))
-    with pytest.raises(FileExistsError):
+    with pytest.raises(UsageError, match=r"cannot write to .*evaluations"):
         reevaluate.evaluate(out, [{}], device="cpu")
 
 
