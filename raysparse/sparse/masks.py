@@ -18,6 +18,7 @@ from raysparse.errors import UsageError
 ATTENTION = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 RECURRENT = ("weight_ih", "weight_hh")
 _COUNTED = 1024  # flags that are counted in a row
+_SAMPLE, _SAMPLED_FROM = 64, 1 << 15  # each so many-th of values, where there are so many: 512 tell where a rank lies
 SIGNED = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes; the sign widens -1 to all bits
 
 
@@ -219,8 +220,26 @@ def _nth_highest(values: np.ndarray[Any, Any], count: int) -> Any:
         return low
     if 8 * (at_low + at_high) > values.size:
         values, count = values[(values > low) & (values < high)], count - at_high
+    if values.size >= _SAMPLED_FROM:
+        values, count = _near(values, count)
+        if values.min() == values.max():
+            return values[0]
     place = values.size - count
     return np.partition(values, place)[place]
+
+
+def _near(values: np.ndarray[Any, Any], count: int) -> tuple[np.ndarray[Any, Any], int]:
+    """Few of the values whose n-th highest is the `count`-th of all, and n; all where the bounds do not hold.
+
+    Bounds are those of four standard deviations of a sample's rank. np.partition takes 5.7 ns a value, this 1.
+    """
+    sample = np.sort(values[::_SAMPLE])
+    rank, margin = sample.size * (1 - count / values.size), 2 * math.sqrt(sample.size) + 1
+    low = sample[int(rank - margin)] if rank > margin else -np.inf
+    high = sample[int(rank + margin)] if rank + margin < sample.size else np.inf
+    above = int(np.count_nonzero(values > high))
+    inside = np.flatnonzero((values >= low) & (values <= high))
+    return (values.take(inside), count - above) if above < count <= above + inside.size else (values, count)
 
 
 def _weights(prefix: str, module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

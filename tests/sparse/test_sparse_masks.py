@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -137,6 +138,29 @@ def test_highest_of_many_with_many_ties(zeros, dtype):
         expected = torch.zeros(10_000, dtype=torch.bool)
         expected[order[:count]] = True
         assert torch.equal(highest(scores, count, everywhere).flatten(), expected)
+
+
+@pytest.mark.parametrize("kind", ["normal", "sorted", "ties", "few numbers", "period of the sample", "infinite"])
+def test_the_highest_of_very_many_are_found_among_few(kind):
+    draw = np.random.default_rng(0)
+    size = 3 * masks._SAMPLED_FROM + 5
+    numbers = draw.standard_normal(size).astype(np.float32)
+    values = {
+        "normal": numbers,
+        "sorted": np.sort(numbers),
+        "ties": np.where(draw.random(size) < 0.7, np.float32(0.5), numbers),
+        "few numbers": np.round(numbers),
+        "period of the sample": np.resize(numbers[: masks._SAMPLE], size),  # each that is looked at is the same one
+        "infinite": np.where(draw.random(size) < 0.1, np.copysign(np.float32(np.inf), numbers), numbers),
+    }[kind]
+    order = np.sort(values)
+    for count in (1, 2, size // 10, size // 2, size - 1, size):
+        assert masks._nth_highest(values, count) == order[-count]
+    near, count = masks._near(values, size // 3)
+    assert np.sort(near)[-count] == order[-(size // 3)]
+    assert (
+        len(near) == size if kind == "period of the sample" else kind in ("ties", "few numbers") or len(near) < size / 5
+    )
 
 
 def test_the_index_that_breaks_ties_does_not_depend_on_the_memory_format():
