@@ -9,6 +9,7 @@ optimizer and masks and its first step take. Widths 512 and 128 are the publishe
     python benchmarks/training_pictures.py --model uvit --width 256 --pattern element --sparsity .9
 
 Runtimes: `dense` is PyTorch without masks, `masked` the same with a SparseEngine, `sparse` `train.runtime: sparse`.
+`--updates` adds a topology update of RigL-DM with its new masks laid out for the kernels, without the step before it.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def options_of(name: str, width: int | None, size: int, quick: bool) -> dict[str
 
 
 IN_FP32 = ", fp32"  # ends the name of a kind
+UPDATE = "update (rigl)"
 
 
 class Runner:
@@ -55,10 +57,14 @@ class Runner:
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
         self.network: nn.Module = self.model
         self.engine: SparseEngine | None = None
+        self.updates = kind == UPDATE
         if kind != "dense":
-            masked = {"method": "static", "sparsity": sparsity, "allocation": "erk", "pattern": pattern}
+            method = (
+                {"method": "rigl", "update_interval": 1, "prune_ratio": 0.3} if self.updates else {"method": "static"}
+            )
+            masked = {**method, "sparsity": sparsity, "allocation": "erk", "pattern": pattern}
             self.engine = SparseEngine(self.model, self.optimizer, **masked)
-        if kind == "sparse":
+        if self.updates or kind == "sparse":
             assert self.engine is not None
             with self.half:  # kernels compete with dense products in its type
                 self.network = module.sparse_step(self.model, self.engine.masks)
@@ -71,11 +77,22 @@ class Runner:
         if self.engine is not None:
             self.engine.mask_gradients()
 
+    def before(self, *batch: Tensor) -> None:
+        """What a turn does not time: the step that an update grows by, with the gradients of all weights."""
+        if self.updates:
+            sparse, self.network = self.network, self.model
+            self.gradients(*batch)
+            self.network = sparse
+            self.optimizer.step()
+
     def step(self, *batch: Tensor) -> None:
-        self.gradients(*batch)
-        self.optimizer.step()
+        if not self.updates:
+            self.gradients(*batch)
+            self.optimizer.step()
         if self.engine is not None:
             self.engine.after_step()
+            if self.updates:
+                self.network.follow(self.engine.masks)  # type: ignore[operator]
 
 
 def batch_of(turn: int, count: int, size: int, channels: int = 3) -> tuple[Tensor, Tensor, Tensor]:
@@ -107,17 +124,23 @@ def measure(options: argparse.Namespace, name: str, sparsity: float, pattern: st
         plain = kind.removesuffix(IN_FP32)
         return Runner(name, settings, plain, sparsity, pattern, bf16=options.bf16 and plain == kind)
 
-    kinds = ["dense", "masked", "sparse", *(["dense" + IN_FP32] if options.bf16 else [])]
+    kinds = ["dense", "masked", "sparse", *[UPDATE] * options.updates, *["dense" + IN_FP32] * options.bf16]
     off = difference(list(zip(*(gradients_of(runner_of(kind), options) for kind in ("sparse", "masked")), strict=True)))
     makers = {kind: partial(runner_of, kind) for kind in kinds}
-    runners, memory = made(makers, lambda runner: runner.step(*batch_of(0, options.pictures, options.size)))
+
+    def turn_of(runner: Runner, batch: Sequence[Tensor]) -> float:
+        """Its seconds."""
+        runner.before(*batch)
+        begun = time.perf_counter()
+        runner.step(*batch)
+        return time.perf_counter() - begun
+
+    runners, memory = made(makers, lambda runner: turn_of(runner, batch_of(0, options.pictures, options.size)))
     seconds: dict[str, list[float]] = {kind: [] for kind in runners}
     for turn in range(1, options.turns + 1):
         batch = batch_of(turn, options.pictures, options.size)
         for kind, runner in runners.items():
-            begun = time.perf_counter()
-            runner.step(*batch)
-            seconds[kind].append(time.perf_counter() - begun)
+            seconds[kind].append(turn_of(runner, batch))
     engine = runners["masked"].engine
     assert engine is not None
     left = sum(int(mask.sum()) for mask in engine.masks.values()) / sum(mask.numel() for mask in engine.masks.values())
@@ -141,6 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--turns", type=int, default=3, help="measured turns (default 3)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--bf16", action="store_true", help="under autocast, as `train.precision: bf16`; else float32")
+    parser.add_argument("--updates", action="store_true", help="topology updates too")
     parser.add_argument("--quick", action="store_true", help="one small model: does it run?")
     options = parser.parse_args(arguments)
     if options.quick:

@@ -95,6 +95,6 @@ def test_under_autocast_float32_is_beside_it(capsys: pytest.CaptureFixture[str])
     rows = rows_of("inference_pictures.py", capsys, *only, "--pattern", "element")
     assert [row[3] for row in rows] == ["dense", "sparse", "dense, fp32", "torch.nn.utils.prune"]
     assert 0 < float(rows[2][-1]) < 1e-2
-    rows = rows_of("training_pictures.py", capsys, *only)
-    assert [row[3] for row in rows] == ["dense", "masked", "sparse", "dense, fp32"] * 2
+    rows = rows_of("training_pictures.py", capsys, *only, "--updates")
+    assert [row[3] for row in rows] == ["dense", "masked", "sparse", "update (rigl)", "dense, fp32"] * 2
     assert max(float(row[-1]) for row in rows if row[3] == "sparse") < 1e-1
