@@ -55,7 +55,6 @@ def ray_for(
     options = {"num_cpus": num_cpus, "_temp_dir": str(temp_dir) if temp_dir else None} if local else {}
     if local:
         _check_fits([{"CPU": float(num_cpus or os.cpu_count() or 1), "GPU": math.inf}], resources, "this machine")
-    if local:
         make_token()
     try:
         ray.init(
