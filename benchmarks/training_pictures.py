@@ -67,7 +67,8 @@ class Runner:
         if self.updates or kind == "sparse":
             assert self.engine is not None
             with self.half:  # kernels compete with dense products in its type
-                self.network = module.sparse_step(self.model, self.engine.masks)
+                step = module.sparse_step(self.model, self.engine.masks)
+            self.network, self.follow = step, step.follow
 
     def gradients(self, x: Tensor, timesteps: Tensor, eps: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -92,7 +93,7 @@ class Runner:
         if self.engine is not None:
             self.engine.after_step()
             if self.updates:
-                self.network.follow(self.engine.masks)  # type: ignore[operator]
+                self.follow(self.engine.masks)
 
 
 def batch_of(turn: int, count: int, size: int, channels: int = 3) -> tuple[Tensor, Tensor, Tensor]:

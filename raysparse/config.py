@@ -148,7 +148,7 @@ class DiffusionConfig(Section):
 
 
 MOST_THREADS = 1024  # PyTorch takes any number and crashes where the system gives no more
-Recorded = Annotated[int, Field(le=LARGEST)]
+Recorded = Annotated[int, Field(le=LARGEST)]  # or writing a trial's record fails
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 

@@ -119,7 +119,7 @@ def measure(config: TrialConfig, mean_points: float) -> Seconds:
     train_s = _seconds(step, inputs, config.train.batch_size, device)
     sampled = settings.batch_size
     if device == "cuda":
-        sampled *= sampling.on_a_gpu(config, module.example(options, 1, points, device="meta")["x"].shape)
+        sampled *= sampling.batches_for_a_gpu(config, module.example(options, 1, points, device="meta")["x"].shape)
     forward_s = _seconds(forward, inputs, sampled, device) / sampled
     decoding_s = _decoding_s(config, device)
     return Seconds(

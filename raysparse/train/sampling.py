@@ -103,7 +103,7 @@ class Sampler:
         """Batches that one pass is best given."""
         if self.device.type != "cuda":
             return 1
-        return on_a_gpu(self.config, self.start(0, self.config.evaluate.batch_size).noise.shape)
+        return batches_for_a_gpu(self.config, self.start(0, self.config.evaluate.batch_size).noise.shape)
 
     def images(self, model: nn.Module, count: int, labels: Sequence[int] | None = None) -> Iterator[Tensor]:
         """`count` samples as images uint8 [B, C, H, W], batch by batch, under the trial's `evaluate.runtime`.
@@ -144,7 +144,7 @@ class Sampler:
         return x.float()
 
 
-def on_a_gpu(config: TrialConfig, shape: Sequence[int]) -> int:
+def batches_for_a_gpu(config: TrialConfig, shape: Sequence[int]) -> int:
     """Batches that one pass is best given there: as many as the model says that it takes to fill a GPU. shape: of one
     batch's noise."""
     settings, model = config.evaluate, config.model
