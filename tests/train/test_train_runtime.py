@@ -216,7 +216,7 @@ def test_without_a_compiler(trained, tiny, rigl, tmp_path, capsys, monkeypatch):
 
 
 @pytest.fixture
-def batches_for_a_gpu(monkeypatch):
+def on_a_gpu(monkeypatch):
     """A model that says so, for which its file has kernels."""
     monkeypatch.setattr(latent_unet, "sparse_runtime", lambda _: "kernels")
     return SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
