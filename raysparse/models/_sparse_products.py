@@ -69,6 +69,7 @@ def with_sparse_products(model: nn.Module) -> nn.Module:
     for owner in list(found.modules()):
         for name, layer in owner.named_children():
             if supported(layer) and (product := SparseProduct(layer, memory)).pays:
+                product.lay_out()
                 setattr(owner, name, product)
     return found
 
@@ -292,7 +293,7 @@ class Window(NamedTuple):
 
 
 class SparseProduct(nn.Module):
-    """forward(x) as the nn.Linear or nn.Conv2d that it stands for, in float32, no gradients.
+    """forward(x), after `lay_out`, as the nn.Linear or nn.Conv2d that it stands for, in float32, no gradients.
 
     Made under autocast to bfloat16 it computes in that where the CPU can; sums stay float32. A weight that is 0 takes
     no part: an input that is not finite is not multiplied with it (in bfloat16 only where a pair's weights are both 0).
@@ -310,8 +311,12 @@ class SparseProduct(nn.Module):
         self._kernel.count(used)
         spent = (_PAIRS if in_pairs else _COSTS).of(self._kernel)
         self.pays = not used.all() and spent * _cpu.dense_speed() < used.numel()
+        self._values = torch.empty(0)
+
+    def lay_out(self) -> None:
+        """Take over the weights as the kernel walks them: costs more than to tell whether that pays."""
         self._kernel.lay_out()
-        self._values = self._kernel.last_values(weight)
+        self._values = self._kernel.last_values(self.layer.weight)
 
     @property
     def weight(self) -> Tensor:

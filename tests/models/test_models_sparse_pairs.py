@@ -60,6 +60,12 @@ def thinned(
     return layer, mask
 
 
+def laid_out(layer: nn.Module) -> SparseProduct:
+    product = SparseProduct(layer, Memory())
+    product.lay_out()
+    return product
+
+
 def inputs_of(shape: tuple[int, ...], seed: int) -> Tensor:
     """600 tokens, or 720 pixels."""
     of = (2, 300, shape[1]) if len(shape) == 2 else (2, shape[1], 18, 20)
@@ -122,7 +128,7 @@ def test_a_layer_in_sampling(shape: tuple[int, ...], density: float, padding: in
     layer, _ = thinned(shape, density, seed, padding, same)
     x = inputs_of(shape, seed)
     with HALF, torch.no_grad():
-        fast = SparseProduct(layer, Memory())
+        fast = laid_out(layer)
         got = fast(x)
         assert torch.equal(got, fast(x.float()))
         assert torch.equal(
@@ -193,7 +199,7 @@ def test_threads_change_nothing(shape: tuple[int, ...]) -> None:
 def test_what_is_not_finite_spreads(shape: tuple[int, ...]) -> None:
     layer, _ = thinned(shape, 1, 0)
     with HALF, torch.no_grad():
-        fast = SparseProduct(layer, Memory())
+        fast = laid_out(layer)
         for value in (torch.nan, torch.inf, -torch.inf):
             x = inputs_of(shape, 0)
             x[0, :3] = value
@@ -222,7 +228,7 @@ def test_odd_numbers_are_not_paired(shape: tuple[int, ...], monkeypatch: pytest.
 def test_without_autocast_nothing_is_in_bfloat16() -> None:
     layer, mask = thinned((64, 64), 0.1, 0)
     assert not pairs.used(mask)
-    assert SparseProduct(layer, Memory())(inputs_of((64, 64), 0)).dtype == torch.float32
+    assert laid_out(layer)(inputs_of((64, 64), 0)).dtype == torch.float32
     assert not SparseLayer(layer, Memory()).in_pairs
     with torch.autocast("cpu", torch.float16):
         assert not pairs.used(mask)

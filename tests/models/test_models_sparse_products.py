@@ -121,6 +121,16 @@ def test_threads_change_nothing(size: tuple[int, int, int], threads: int, alike:
         torch.set_num_threads(before)
 
 
+def test_what_stays_dense_is_not_laid_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = [thinned(nn.Linear(64, 64), density) for density in (1, 0.9, 0.1)]
+    laid_out = []
+    monkeypatch.setattr(SparseProduct, "lay_out", lambda product: laid_out.append(product.layer))
+    fast = with_sparse_products(nn.Sequential(*layers))
+    assert laid_out == [product.layer for product in products(fast)]
+    assert len(laid_out) == 1
+    assert torch.equal(laid_out[0].weight, layers[2].weight)
+
+
 def test_outputs_that_take_the_same_inputs_are_told() -> None:
     rows = torch.rand(3, 9, generator=torch.Generator().manual_seed(0)) < 0.5
 
