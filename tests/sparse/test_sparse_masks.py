@@ -140,7 +140,9 @@ def test_highest_of_many_with_many_ties(zeros, dtype):
         assert torch.equal(highest(scores, count, everywhere).flatten(), expected)
 
 
-@pytest.mark.parametrize("kind", ["normal", "sorted", "ties", "few numbers", "period of the sample", "infinite"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "sorted", "ties", "few numbers", "period of the sample", "infinite", "not numbers"]
+)
 def test_the_highest_of_very_many_are_found_among_few(kind):
     draw = np.random.default_rng(0)
     size = 3 * masks._SAMPLED_FROM + 5
@@ -152,15 +154,20 @@ def test_the_highest_of_very_many_are_found_among_few(kind):
         "few numbers": np.round(numbers),
         "period of the sample": np.resize(numbers[: masks._SAMPLE], size),  # each that is looked at is the same one
         "infinite": np.where(draw.random(size) < 0.1, np.copysign(np.float32(np.inf), numbers), numbers),
+        "not numbers": np.where(draw.random(size) < 0.1, np.float32(np.nan), numbers),
     }[kind]
-    order = np.sort(values)
-    for count in (1, 2, size // 10, size // 2, size - 1, size):
-        assert masks._nth_highest(values, count) == order[-count]
-    near, count = masks._near(values, size // 3)
-    assert np.sort(near)[-count] == order[-(size // 3)]
-    assert (
-        len(near) == size if kind == "period of the sample" else kind in ("ties", "few numbers") or len(near) < size / 5
-    )
+    for share in (0.1, 1):
+        mask = draw.random(size) < share
+        order = [i for i in np.argsort(np.nan_to_num(-values, nan=np.inf, posinf=np.inf), kind="stable") if mask[i]]
+        there = len(order)
+        for count in (1, 2, there // 10, there // 2, there - 1, there):
+            expected = np.zeros(size, dtype=bool)
+            expected[order[:count]] = True
+            assert np.array_equal(highest(torch.from_numpy(values), count, torch.from_numpy(mask)).numpy(), expected)
+        sure, index, left = masks._near(values, mask, there // 3)
+        assert int(sure.sum()) + left == there // 3
+        few = kind not in ("period of the sample", "ties", "few numbers")
+        assert not few or len(index) < there / (2 if share < 1 else 5)
 
 
 def test_the_index_that_breaks_ties_does_not_depend_on_the_memory_format():
