@@ -12,6 +12,7 @@ from analysis.sections import CONFIDENCE, DENSE, Section
 from analysis.tables import Column, Table
 
 PAPERS_SPARSITY = 0.9  # of Tables 9 and 10
+STATIC = "static"  # others have no p either (timesteps, nm_ste), and are not what these tables call static
 MOST_LINES = 10  # configurations over p that get a line; a search's scattered p do not make one
 
 
@@ -66,10 +67,11 @@ def table(section: Section) -> Table | None:
     sparsity = _contrast(ranked)
     if sparsity is None:
         return None
-    rows = ranked[ranked["sparsity"].eq(sparsity) & ranked["method"].ne(DENSE)]
+    rows = _compared(ranked)
+    rows = rows[rows["sparsity"].eq(sparsity)]
     rows = rows.sort_values("fid_mean", kind="stable").drop_duplicates(["method", "prune_ratio"])
     rows = rows.sort_values(["method", "prune_ratio"], ascending=[True, False], kind="stable")
-    fixed = rows["prune_ratio"].isna()
+    fixed = rows["method"].eq(STATIC)
     static = rows[fixed].sort_values("fid_mean", kind="stable").iloc[0]
     rows = pd.concat([rows[fixed], rows[~fixed]], ignore_index=True)
     confidence = stats.simultaneous(CONFIDENCE, int((rows["prune_ratio"].notna() & rows["seeds"].gt(1)).sum()))
@@ -109,12 +111,16 @@ def _dynamic(section: Section) -> pd.DataFrame:
     return rows[rows["seeds"].gt(0) & rows["prune_ratio"].gt(0) & rows["method"].ne(DENSE)]
 
 
+def _compared(rows: pd.DataFrame) -> pd.DataFrame:
+    """Static, and what has a p."""
+    return rows[rows["method"].eq(STATIC) | (rows["prune_ratio"].notna() & rows["method"].ne(DENSE))]
+
+
 def _contrast(rows: pd.DataFrame) -> float | None:
-    """The S that has a static method and a dynamic one at two p; .9 before others, else the largest."""
-    sparse = rows[rows["method"].ne(DENSE)]
+    """The S that has static and a dynamic method at two p; .9 before others, else the largest."""
     found = []
-    for sparsity, group in sparse.groupby("sparsity"):
+    for sparsity, group in _compared(rows).groupby("sparsity"):
         ratios = group.groupby("method")["prune_ratio"].nunique()
-        if group["prune_ratio"].isna().any() and ratios.ge(2).any():
+        if group["method"].eq(STATIC).any() and ratios.ge(2).any():
             found.append(float(sparsity))
     return None if not found else PAPERS_SPARSITY if PAPERS_SPARSITY in found else max(found)

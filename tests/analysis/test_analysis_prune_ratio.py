@@ -60,3 +60,17 @@ def test_another_sparsity_where_the_papers_is_not_there(folder: Folder) -> None:
     assert table is not None
     assert table.title.endswith("S = 0.5")  # .75 has no static
     assert set(table.frame["static_verdict"].dropna()) == {stats.NOT_JUDGED}
+
+
+def test_another_method_without_p_is_not_taken_for_static(folder: Folder) -> None:
+    for seed in (1, 2, 3):
+        folder.add(facts("static", 0.5, seed), [(400, 20.0 + seed)])
+        folder.add(facts("timesteps", 0.5, seed), [(400, 9.0 + seed)])
+        for p in (0.05, 0.5):
+            folder.add(facts("rigl", 0.5, seed, prune_ratio=p), [(400, 12.0 + p + seed)])
+    (section,) = split(read(folder.path))
+    table = prune_ratio.table(section)
+    assert table is not None
+    assert table.frame["method"].tolist() == ["static", "rigl", "rigl"]
+    assert table.frame["static_difference"].tolist()[1:] == pytest.approx([-7.5, -7.95])
+    assert set(table.frame["static_verdict"].dropna()) == {"lower"}
