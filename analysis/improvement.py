@@ -30,9 +30,10 @@ def parts(section: Section) -> list[Part]:
     drawn = profile(section)
     if drawn is not None:
         caption = (
-            f"Share of a method's confirmed runs, all its configurations together, whose {section.fid_name} is at most "
-            "so many times the dense mean: a curve that is higher and further left is better. Band: pointwise "
-            f"{words.percent(CONFIDENCE)} of {robust.DRAWS:,} bootstraps over seeds within each configuration."
+            f"Share of a method's confirmed runs at dense's budget, all its configurations together, whose "
+            f"{section.fid_name} is at most so many times the dense mean: a curve that is higher and further left is "
+            f"better. Band: pointwise {words.percent(CONFIDENCE)} of {robust.DRAWS:,} bootstraps over seeds within "
+            "each configuration."
         )
         found.append(Part("profile", "Performance profile", drawn, caption, tables=(method_table(section),)))
     return found
@@ -108,7 +109,7 @@ def profile(section: Section) -> go.Figure | None:
 
 
 def method_table(section: Section) -> Table:
-    """IQM of all confirmed runs of a method with a stratified bootstrap interval."""
+    """IQM of a method's confirmed runs at dense's budget with a stratified bootstrap interval."""
     rows = []
     for method, groups in _groups(section).items():
         found = robust.interquartile_mean_interval(groups, CONFIDENCE)
@@ -125,15 +126,19 @@ def method_table(section: Section) -> Table:
         Column("interval", lambda row: f"{words.number(row['iqm_low'])} to {words.number(row['iqm_high'])}"),
     )
     caption = (
-        f"All confirmed runs of a method. Percentile bootstrap at {words.percent(CONFIDENCE)}, seeds drawn within each "
-        "configuration: it knows nothing of configurations that were not confirmed, and with few seeds is too narrow."
+        f"All confirmed runs of a method at dense's budget. Percentile bootstrap at {words.percent(CONFIDENCE)}, seeds "
+        "drawn within each configuration: it knows nothing of configurations that were not confirmed, and with few "
+        "seeds is too narrow."
     )
     return Table("iqm", "Interquartile mean per method", caption, pd.DataFrame(rows), columns)
 
 
 def _groups(section: Section) -> dict[str, list[list[float]]]:
-    """method -> FIDs of each confirmed configuration, methods with two runs or more."""
+    """method -> FIDs of each configuration confirmed at dense's budget, methods with two runs or more."""
     rows = section.confirmed
+    dense = section.dense
+    if dense is not None:
+        rows = rows[rows["total_steps"].eq(dense["total_steps"]) & rows["batch_size"].eq(dense["batch_size"])]
     groups = {method: rows[rows["method"].eq(method)]["fid_values"].tolist() for method in section.methods()}
     return {method: values for method, values in groups.items() if sum(len(v) for v in values) > 1}
 

@@ -39,8 +39,8 @@ def figure(section: Section) -> go.Figure | None:
     low, high = float(rows["prune_ratio"].min()), float(rows["prune_ratio"].max())
     marks.dense_line(drawn, section, ends=(low / 1.3, high * 1.3))
     confirmed = rows["stage"].eq("confirm")
-    lines = rows[confirmed].groupby(["method", "sparsity"])
-    for (method, sparsity), group in sorted(lines, key=lambda item: -len(item[1]))[:MOST_LINES]:
+    lines = rows[confirmed].groupby(["method", "sparsity", "total_steps"])  # no line from one budget to another
+    for (method, sparsity, _), group in sorted(lines, key=lambda item: -len(item[1]))[:MOST_LINES]:
         best = group.sort_values("fid_mean", kind="stable").drop_duplicates("prune_ratio").sort_values("prune_ratio")
         if len(best) > 1:
             colour = style.looks(section.methods())[method][0]
@@ -59,16 +59,14 @@ def figure(section: Section) -> go.Figure | None:
 
 
 def table(section: Section) -> Table | None:
-    """Static and each (dynamic method, p) at one S, each held against static; None where no S has both.
+    """Static and each (dynamic method, p) at one S and budget, each held against static; None where none has both.
 
-    The S is .9 where it has static and two p of a dynamic method, else the largest that has.
+    The S is .9 where it has static and two p of a dynamic method, else the largest that has; of budgets the longest.
     """
-    ranked = section.confirmed if _contrast(section.confirmed) is not None else section.searched
-    sparsity = _contrast(ranked)
-    if sparsity is None:
+    confirmed = _contrast(section.confirmed)
+    rows = _contrast(section.searched) if confirmed is None else confirmed
+    if rows is None:
         return None
-    rows = _compared(ranked)
-    rows = rows[rows["sparsity"].eq(sparsity)]
     rows = rows.sort_values("fid_mean", kind="stable").drop_duplicates(["method", "prune_ratio"])
     rows = rows.sort_values(["method", "prune_ratio"], ascending=[True, False], kind="stable")
     fixed = rows["method"].eq(STATIC)
@@ -98,7 +96,7 @@ def table(section: Section) -> Table | None:
         "seeds", "fid_mean", "fid_std", "static_difference", "static_difference_low", "static_difference_high",
         "static_verdict", "model", "dataset", "protocol",
     ]  # fmt: skip
-    title = f"Static against dynamic at S = {words.plain_number(sparsity)}"
+    title = f"Static against dynamic at S = {words.plain_number(static['sparsity'])}"
     caption = (
         f"Bold: a lower mean than static. In brackets: Welch intervals at {words.percent(CONFIDENCE)} for all rows "
         "together. The lowest of several ΔTe stands for a p; one seed has no interval."
@@ -111,16 +109,12 @@ def _dynamic(section: Section) -> pd.DataFrame:
     return rows[rows["seeds"].gt(0) & rows["prune_ratio"].gt(0) & rows["method"].ne(DENSE)]
 
 
-def _compared(rows: pd.DataFrame) -> pd.DataFrame:
-    """Static, and what has a p."""
-    return rows[rows["method"].eq(STATIC) | (rows["prune_ratio"].notna() & rows["method"].ne(DENSE))]
-
-
-def _contrast(rows: pd.DataFrame) -> float | None:
-    """The S that has static and a dynamic method at two p; .9 before others, else the largest."""
-    found = []
-    for sparsity, group in _compared(rows).groupby("sparsity"):
+def _contrast(rows: pd.DataFrame) -> pd.DataFrame | None:
+    """Static and what has a p, of an S and a budget that has static and a dynamic method at two p."""
+    rows = rows[rows["method"].eq(STATIC) | (rows["prune_ratio"].notna() & rows["method"].ne(DENSE))]
+    found = {}
+    for (sparsity, *budget), group in rows.groupby(["sparsity", "total_steps", "batch_size"]):
         ratios = group.groupby("method")["prune_ratio"].nunique()
         if group["method"].eq(STATIC).any() and ratios.ge(2).any():
-            found.append(float(sparsity))
-    return None if not found else PAPERS_SPARSITY if PAPERS_SPARSITY in found else max(found)
+            found[sparsity == PAPERS_SPARSITY, sparsity, *budget] = group
+    return found[max(found)] if found else None

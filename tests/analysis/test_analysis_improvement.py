@@ -44,6 +44,17 @@ def test_the_mean_per_method(finished: Section) -> None:
     assert frame.loc["dense", "iqm_low"] < 11 < frame.loc["dense", "iqm_high"]
 
 
+def test_runs_of_another_budget_are_not_profiled_against_dense(sweep: Folder) -> None:
+    for seed in (1, 2, 3):
+        longer = facts("static", 0.75, seed, total_steps=4000, trial_id=f"longer-{seed}")
+        sweep.add(longer, [(4000, 5.0 + seed / 10)])
+    (section,) = split(read(sweep.path))
+    figure = improvement.profile(section)
+    assert figure is not None
+    assert {trace.name for trace in figure.data if trace.name} == {"dense (3 runs)", "rigl (6 runs)", "static (3 runs)"}
+    assert improvement.method_table(section).frame.set_index("method").loc["static", "iqm"] == 16
+
+
 @pytest.mark.parametrize("stages", [("search", "search"), ("search", "confirm")])
 def test_nothing_is_judged_without_confirmed_dense(folder: Folder, stages: tuple[str, str]) -> None:
     folder.add(facts(stage=stages[0]), [(400, 10.0)])

@@ -74,3 +74,23 @@ def test_another_method_without_p_is_not_taken_for_static(folder: Folder) -> Non
     assert table.frame["method"].tolist() == ["static", "rigl", "rigl"]
     assert table.frame["static_difference"].tolist()[1:] == pytest.approx([-7.5, -7.95])
     assert set(table.frame["static_verdict"].dropna()) == {"lower"}
+
+
+def test_budgets_are_not_held_against_each_other(folder: Folder) -> None:
+    for seed in (1, 2, 3):
+        for p in (0.05, 0.5):
+            folder.add(facts("rigl", 0.5, seed, prune_ratio=p), [(400, 12.0 + p + seed / 10)])
+        longer = facts("static", 0.5, seed, total_steps=4000, trial_id=f"longer-{seed}")
+        folder.add(longer, [(4000, 5.0 + seed / 10)])
+        folder.add(facts("rigl", 0.5, seed, total_steps=4000, trial_id=f"rigl-{seed}"), [(4000, 4.0)])
+    (section,) = split(read(folder.path))
+    assert prune_ratio.table(section) is None
+    figure = prune_ratio.figure(section)
+    assert figure is not None
+    assert [list(trace.y) for trace in figure.data if trace.mode == "lines"] == [pytest.approx([12.25, 12.7])]
+    for seed in (1, 2, 3):
+        folder.add(facts("static", 0.5, seed), [(400, 15.0 + seed / 10)])
+    (section,) = split(read(folder.path))
+    table = prune_ratio.table(section)
+    assert table is not None
+    assert table.frame["fid_mean"].tolist() == pytest.approx([15.2, 12.7, 12.25])
