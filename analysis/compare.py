@@ -83,8 +83,9 @@ def rows(one: Section, other: Section) -> pd.DataFrame:
         mine, theirs = (side.confirmed[side.confirmed["configuration"].eq(name)] for side in (one, other))
         if len(theirs):
             chosen.append(("both confirmed", dict(mine.iloc[0]), dict(theirs.iloc[0])))
-    judged = sum(_judged(mine) and _judged(theirs) for _, mine, theirs in chosen)
-    confidence = stats.simultaneous(CONFIDENCE, judged)
+    # The best of a method is picked by the seeds that then judge it: all pairs that it was picked from count.
+    pairs = sum(_judged_of(one, name) * _judged_of(other, name) for name in one.methods())
+    confidence = stats.simultaneous(CONFIDENCE, pairs)
     return pd.DataFrame([_row(what, mine, theirs, confidence) for what, mine, theirs in chosen])
 
 
@@ -105,6 +106,11 @@ def _row(what: str, mine: dict[str, Any], theirs: dict[str, Any], confidence: fl
 
 def _judged(row: dict[str, Any]) -> bool:
     return bool(row["stage"] == "confirm" and row["seeds"] > 1)
+
+
+def _judged_of(section: Section, method: str) -> int:
+    rows = section.confirmed
+    return int((rows["method"].eq(method) & rows["seeds"].gt(1)).sum())
 
 
 def _best(section: Section, method: str) -> dict[str, Any] | None:
@@ -131,9 +137,9 @@ def _table(one: Section, other: Section, a: Path, b: Path, number: int) -> Table
         Column("train time B", lambda row: words.duration(row["b_train_s"])),
     )
     caption = (
-        f"A: {a}. B: {b}. {one.title}. B minus A with Welch's interval at {words.percent(CONFIDENCE)}, all rows "
-        "together; one seed or a search trial is not judged. “No difference shown” is no proof of equality. "
-        "Seconds are of the machines that ran the sweeps."
+        f"A: {a}. B: {b}. {one.title}. B minus A with Welch's interval at {words.percent(CONFIDENCE)}, all rows and "
+        "what the best were picked from together; one seed or a search trial is not judged. “No difference shown” is "
+        "no proof of equality. Seconds are of the machines that ran the sweeps."
     )
     name = "compare" if number == 0 else f"compare_{number}"
     return Table(

@@ -29,7 +29,7 @@ def test_differences_by_hand(sweep: Folder, other: Folder) -> None:
     found = compare.rows(one, two).set_index("what")
     assert list(found.index) == ["dense", "best magran", "best rigl"]
     assert found["difference"].tolist() == pytest.approx([2, 13 - 15, -8])
-    gap = stats.welch([2.5, 3.5, 4.5], [10.5, 11.5, 12.5], 1 - 0.05 / 2)  # two rows are judged
+    gap = stats.welch([2.5, 3.5, 4.5], [10.5, 11.5, 12.5], 1 - 0.05 / 3)  # dense; rigl, picked from two pairs
     assert found.loc["best rigl", ["difference_low", "difference_high"]].tolist() == pytest.approx([gap.low, gap.high])
     assert found["verdict"].tolist() == [stats.NO_DIFFERENCE, stats.NOT_JUDGED, "lower"]
 

@@ -94,3 +94,19 @@ def test_budgets_are_not_held_against_each_other(folder: Folder) -> None:
     table = prune_ratio.table(section)
     assert table is not None
     assert table.frame["fid_mean"].tolist() == pytest.approx([15.2, 12.7, 12.25])
+
+
+def test_what_a_row_was_picked_from_counts_as_comparisons(folder: Folder) -> None:
+    for seed in (1, 2, 3):
+        folder.add(facts("static", 0.5, seed), [(400, 15.0 + seed)])
+        for p in (0.05, 0.5):
+            for interval in (50, 100, 200):
+                trial = facts("rigl", 0.5, seed, prune_ratio=p, update_interval_steps=interval)
+                folder.add(trial, [(400, 10.0 + p + interval / 100 + seed)])
+    (section,) = split(read(folder.path))
+    table = prune_ratio.table(section)
+    assert table is not None
+    assert table.frame["update_interval_steps"].tolist()[1:] == [50, 50]
+    gap = stats.welch([12.0, 13.0, 14.0], [16.0, 17.0, 18.0], 1 - 0.05 / 6)  # not 2: three ΔTe for each p
+    row = table.frame.iloc[1]
+    assert (row["static_difference_low"], row["static_difference_high"]) == pytest.approx((gap.low, gap.high))
