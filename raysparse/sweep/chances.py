@@ -41,7 +41,7 @@ def candidates(board: Board, asha: Asha) -> Iterator[tuple[Row, str]]:
 
 def take(ledger: Ledger, asha: Asha | None, number: int | None = None) -> Row | None:
     """The next trial to go on, on record; None where there is none. number: of the Optuna trial that stands for it."""
-    if asha is None or not asha.second_chances or (not _left(ledger.board, asha) and _running(ledger.board)):
+    if asha is None or not asha.second_chances or (not _left(ledger.board, asha) and running(ledger.board, "search")):
         return None
     for row, why in candidates(ledger.board, asha):
         ledger.add(
@@ -51,9 +51,10 @@ def take(ledger: Ledger, asha: Asha | None, number: int | None = None) -> Row | 
     return None
 
 
-def may_come(board: Board, asha: Asha | None) -> bool:
-    """Whether a trial that is open may yet be stopped and then go on. With several workers this is asked very often."""
-    return asha is not None and asha.second_chances > 0 and _running(board)
+def running(board: Board, stage: str) -> bool:
+    """Whether a trial of the stage is open: it may yet be stopped and then go on, or be given up by Tune. With several
+    workers this is asked very often."""
+    return any(row.open for row in reversed(board.rows.values()) if row.stage == stage)  # the latest are open
 
 
 def _left(board: Board, asha: Asha) -> int:
@@ -68,7 +69,3 @@ def _owed(board: Board, asha: Asha) -> bool:
     if not asha.second_chances:
         return False
     return not any(row.state == "COMPLETED" and row.method != "dense" for row in board.of_stage("search"))
-
-
-def _running(board: Board) -> bool:
-    return any(row.open for row in reversed(board.rows.values()) if row.stage == "search")  # the latest are open

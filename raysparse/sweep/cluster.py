@@ -26,6 +26,9 @@ ENVIRONMENT = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.25",  # the default, 2 s, lets one report through per 2 s
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process per trial and 4 s of its start; leaving.py asks itself
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # else the dashboard's Train page is empty
+    # The next trial of a process waits so long for the one before to end there, which may be waiting for storage. After
+    # 2 s, the default, Tune drops it without a word to anyone, and its place among the trials that run at a time.
+    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "86400",
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints even at verbose=0
     "RAY_prestart_worker_first_driver": "0",  # a process per core, .4 s of CPU each, none of which becomes a trial's
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # 2.60 warns at every start unless it is chosen: keep CUDA's own

@@ -61,8 +61,9 @@ class Listed(Searcher):  # type: ignore[misc]
     ) -> None:
         """asha: whose second chances these are; None: there are none."""
         super().__init__(metric="fid", mode="min")
-        self._ledger, self._asha = ledger, asha
+        self._ledger, self._stage, self._asha = ledger, stage, asha
         self._todo = deque(row for row in ledger.board.of_stage(stage) if row.open)
+        self._given: dict[str, Row] = {}  # Tune's id -> the trial
         self._config_of = config_of
 
     may_start: Callable[[Row | None], bool] = staticmethod(lambda row: True)  # whether a limit allows one more
@@ -72,11 +73,15 @@ class Listed(Searcher):  # type: ignore[misc]
             return None  # Tune asks again
         row = self._todo.popleft() if self._todo else chances.take(self._ledger, self._asha)
         if row is None:
-            return None if chances.may_come(self._ledger.board, self._asha) else str(Searcher.FINISHED)
+            return None if chances.running(self._ledger.board, self._stage) else str(Searcher.FINISHED)
+        self._given[trial_id] = row
         return self._config_of(row)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Nothing to learn."""
+        """Nothing to learn. Tune gives up a trial whose process dies as it is handed over: another one gets it."""
+        row = self._given.pop(trial_id, None)
+        if row is not None and row.open:
+            self._todo.append(row)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the journal has it all."""
@@ -147,7 +152,7 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
             return None  # Tune asks again
         row = self._todo.popleft() if self._todo else self._new() or self._second_chance()
         if row is None:
-            return None if chances.may_come(self._ledger.board, self._sweep.asha) else str(Searcher.FINISHED)
+            return None if chances.running(self._ledger.board, "search") else str(Searcher.FINISHED)
         self._ours[trial_id] = row.trial_id
         return self._config_of(row)
 
@@ -155,7 +160,10 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
         self._learn(self._ledger.board.rows[self._ours[trial_id]])
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        self._learn(self._ledger.board.rows[self._ours[trial_id]])
+        row = self._ledger.board.rows[self._ours[trial_id]]
+        self._learn(row)
+        if row.open and row not in self._todo:  # given up as its process died when it was handed over: for another one
+            self._todo.append(row)
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing: the study is rebuilt from the journal."""

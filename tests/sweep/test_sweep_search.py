@@ -147,7 +147,7 @@ def test_a_repeat_of_a_running_trial_is_told_when_that_one_ends(ledger: Ledger, 
     search = Suggested(sweep_of(search={"trials": 9, "axes": axes}), ledger, config_of)
     tune_ids = []
     for number in range(9):
-        if search.suggest(str(number)) == search.FINISHED:
+        if search.suggest(str(number)) is None:
             break
         tune_ids.append(str(number))
     assert len(tune_ids) == 4  # dense was added
@@ -211,8 +211,19 @@ def test_a_list_hands_out_what_is_open(ledger: Ledger, sweep_of: Callable[..., S
     first, second, third = ledger.board.rows
     ledger.add(event("completed", stage="search", trial_id=second, step=8, fid=1.0))
     listed = Listed(ledger, "search", config_of)
-    assert [listed.suggest(str(number)) for number in range(3)] == [
-        {"trial_id": first},
-        {"trial_id": third},
-        listed.FINISHED,
-    ]
+    assert [listed.suggest(name) for name in "abc"] == [{"trial_id": first}, {"trial_id": third}, None]
+    ledger.add(event("completed", stage="search", trial_id=first, step=8, fid=1.0))
+    listed.on_trial_complete("a")
+    listed.on_trial_complete("b", error=True)  # Tune has given it up, and nothing is on record
+    assert [listed.suggest(name) for name in "de"] == [{"trial_id": third}, None]
+    ledger.add(event("failed", stage="search", trial_id=third, reason="lost"))
+    listed.on_trial_complete("d", error=True)
+    assert listed.suggest("f") == listed.FINISHED
+
+
+def test_a_search_hands_out_again_what_tune_has_given_up(ledger: Ledger, sweep_of: Callable[..., Sweep]) -> None:
+    search = Suggested(sweep_of(search=WIDE), ledger, config_of)
+    given = search.suggest("a")
+    search.on_trial_complete("a", error=True)
+    assert search.suggest("b") == given
+    assert search.suggest("c") != given

@@ -88,6 +88,25 @@ def test_a_grid_goes_past_failing_and_diverging_trials(
         tuner.run(sweep_of(), tmp_path / "out", command="")
 
 
+@pytest.mark.ray
+def test_a_process_lost_between_two_trials_costs_no_trial(
+    tmp_path: Path, sweep_of: Callable[..., Sweep], ray_home: Path
+) -> None:
+    sweep = sweep_of(search=None, grid={"static": {"sparsity": [0.5, 0.75]}}, asha=None, confirm=None)
+    lost: list[int] = []
+
+    def on_event(item: Event) -> None:
+        if item.kind == "completed" and not lost:  # the next trial is about to be handed to it
+            lost.append(int((tmp_path / "out" / "trials" / str(item.trial_id) / "lock").read_text().split()[0]))
+            os.kill(lost[0], signal.SIGKILL)
+
+    summary = tuner.run(sweep, tmp_path / "out", command="", on_event=on_event, num_cpus=1, temp_dir=ray_home)
+    assert lost
+    assert summary.board.finished
+    assert summary.board.counts() == {"COMPLETED": 3}
+    check_records(tmp_path / "out", summary.board)
+
+
 @pytest.mark.timeout(60)  # the promise: said within a minute, instead of waiting for ever
 def test_more_workers_than_cores_are_refused_at_once(
     tmp_path: Path, sweep_of: Callable[..., Sweep], ray_home: Path
