@@ -45,9 +45,9 @@ def decode(raw: Raw) -> Image.Image:
     """The picture in RGB. Damaged where it cannot be read; OSError where the disk fails."""
     if isinstance(raw, np.ndarray):
         return Image.fromarray(raw)
-    with _opened(raw) as (image, turn):
-        image.load()
-        rgb = _rgb(image)
+    with _opened(raw) as image:
+        image.load()  # before the EXIF block: looking for a PNG's loads it too, and a second load tells of no damage
+        turn, rgb = _orientation(image), _rgb(image)
         return rgb.transpose(_TURNS[turn]) if turn in _TURNS else rgb
 
 
@@ -55,13 +55,13 @@ def size(raw: Raw) -> tuple[int, int]:
     """(width, height) in pixels as `decode` gives them, from the header alone. Errors as there."""
     if isinstance(raw, np.ndarray):
         return raw.shape[1], raw.shape[0]
-    with _opened(raw) as (image, turn):
-        return (image.height, image.width) if turn in _TRANSPOSED else (image.width, image.height)
+    with _opened(raw) as image:
+        return (image.height, image.width) if _orientation(image) in _TRANSPOSED else (image.width, image.height)
 
 
 @contextmanager
-def _opened(raw: Path | bytes) -> Iterator[tuple[Image.Image, int]]:
-    """A picture whose header is read, and its EXIF orientation. What is raised in the block becomes Damaged too."""
+def _opened(raw: Path | bytes) -> Iterator[Image.Image]:
+    """A picture whose header is read. What is raised in the block becomes Damaged too."""
     try:
         stream = io.BytesIO(raw) if isinstance(raw, bytes) else raw.open("rb")
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:  # a link into the void, say
@@ -72,7 +72,7 @@ def _opened(raw: Path | bytes) -> Iterator[tuple[Image.Image, int]]:
             with Image.open(stream, formats=FORMATS) as image:
                 if image.width * image.height > PIXEL_LIMIT:
                     raise Damaged(f"{image.width}x{image.height} pixels are more than the limit of {PIXEL_LIMIT}")
-                yield image, _orientation(image)
+                yield image
         except (Damaged, MemoryError):
             raise
         except Exception as error:  # hostile bytes make decoders raise almost anything

@@ -148,6 +148,14 @@ def test_what_cannot_be_read_is_damaged(data: bytes, reason: str) -> None:
         decoding.decode(data)
 
 
+def test_a_damaged_png_is_not_half_a_picture() -> None:
+    """Its header and its length are those of a whole one; only its compressed pixels are not."""
+    data = bytearray(encoded(Image.effect_noise((40, 20), 50), "PNG"))
+    data[data.index(b"IDAT") + 4 + 200] ^= 0xFF
+    with pytest.raises(Damaged, match="broken data stream"):
+        decoding.decode(bytes(data))
+
+
 def test_too_many_pixels_below_pillows_own_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(decoding, "PIXEL_LIMIT", 799)
     with pytest.raises(Damaged, match=r"40x20 pixels are more than the limit of 799"):
