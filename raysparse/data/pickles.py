@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import math
 import pickle
+import pickletools
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -26,6 +27,7 @@ _DAMAGE = (
     pickle.UnpicklingError, EOFError, ValueError, TypeError, IndexError, KeyError, AttributeError, OverflowError,
     MemoryError, RecursionError, ImportError,
 )  # fmt: skip  # what the unpickler raises on bytes that are not a pickle
+_PUTS = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
 def load(data: bytes, where: str) -> Any:
@@ -35,6 +37,7 @@ def load(data: bytes, where: str) -> Any:
     bytes are not a whole pickle.
     """
     try:
+        _check_memo(data)
         return _revive(_Unpickler(io.BytesIO(data), where).load(), {})
     except _DAMAGE as error:
         raise UsageError(f"{where}: damaged, not a whole pickle of arrays ({error}); get the file again") from error
@@ -72,6 +75,14 @@ def _member(archive: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> list
     if not isinstance(value, list) or shape != (len(value),) or not all(isinstance(v, np.ndarray) for v in value):
         raise UsageError(f"{where}: must hold a one-dimensional object array of arrays, one per sketch")
     return value
+
+
+def _check_memo(data: bytes) -> None:
+    """UnpicklingError for a place in the memo beyond what so many bytes can fill: the unpickler would make room for all
+    before it, 64 GB for one wrong byte."""
+    for opcode, place, _ in pickletools.genops(data):
+        if opcode.name in _PUTS and not 0 <= int(place or 0) <= len(data):
+            raise pickle.UnpicklingError(f"place {place} in the memo of {len(data)} bytes")
 
 
 class _Dtype:

@@ -140,6 +140,13 @@ def test_lists_that_double_forty_times_take_no_time() -> None:
     assert found[0] is found[1]
 
 
+@pytest.mark.parametrize("put", [b"r\x00\x00\x00\x7f", b"p2130706432\n"], ids=["binary", "text"])
+def test_a_memo_that_does_not_fit_its_file_is_refused(put: bytes) -> None:
+    """The unpickler makes room for all places before it: 16 GB."""
+    with pytest.raises(UsageError, match=r"place 2130706432 in the memo of .* bytes"):
+        pickles.load(b"\x80\x02]" + put + b".", "a.npz")
+
+
 def test_sizes_that_lie_are_refused() -> None:
     honest = pickle.dumps(np.arange(4, dtype=np.int64), 2)
     lying = honest.replace(b"K\x04\x85", b"K\x05\x85")
