@@ -78,6 +78,7 @@ def test_recognized_only(source: Path) -> None:
         ('{"drawing": [[[1, 2], [3, 4], [0]]]}', "of one length"),
         ('{"drawing": [[[1, NaN], [3, 4], [0, 1]]]}', "finite"),
         ('{"drawing": [[["a", 1], [3, 4], [0, 1]]]}', "could not convert"),
+        ('{"drawing": [[[1, 1' + "0" * 400 + "], [3, 4], [0, 1]]]}", "too large"),
         ('{"drawing": 5}', "not iterable"),
     ],
 )

@@ -115,7 +115,7 @@ def _drawings(path: Path, options: Options, report: Callable[[int], None]) -> It
                 if options.recognized_only and not record["recognized"]:
                     continue
                 drawing = [_stroke(stroke) for stroke in record["drawing"]]
-            except (ValueError, TypeError, KeyError, RecursionError) as error:
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
                 reason = f"no {error}" if isinstance(error, KeyError) else str(error)
                 raise UsageError(
                     f"{path}:{number}: not a raw Quick, Draw! drawing ({reason}); get the file again"

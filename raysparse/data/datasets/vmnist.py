@@ -72,7 +72,7 @@ def read(path: Path) -> Drawing:
     value = pickles.load(path.read_bytes(), str(path))
     try:
         return [_stroke(stroke) for stroke in value["drawing"]]
-    except (ValueError, TypeError, KeyError, IndexError) as error:
+    except (ValueError, TypeError, KeyError, IndexError, OverflowError) as error:
         raise UsageError(
             f"{path}: not a sketch {{'drawing': [[x, y, t], ...]}} ({error}); get the file again"
         ) from error
