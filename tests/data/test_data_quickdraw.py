@@ -102,6 +102,12 @@ def test_missing_files_and_no_examples(source: Path) -> None:
         opened(source, categories=["cat"])
 
 
+def test_a_category_named_twice_is_refused(source: Path) -> None:
+    """Its drawings would be in training and in validation."""
+    with pytest.raises(UsageError, match="categories: cat is there more than once"):
+        opened(source, categories=["cat", "crab", "cat"])
+
+
 def test_a_changed_source_is_another_data_set(source: Path) -> None:
     first = opened(source).content_hash
     path = source / "cat.ndjson"

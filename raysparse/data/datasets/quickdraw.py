@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from raysparse.data import prepared, shuffled, sources, synthetic
 from raysparse.data.preprocess import Drawing, are_coordinates
@@ -48,6 +48,15 @@ class Options(shuffled.ShuffledOptions):
     categories: tuple[str, ...] | None = Field(None, min_length=1)
     per_category: int | None = Field(None, ge=1)  # only the first so many drawings of each file; None: all
     recognized_only: bool = False  # leave out what Quick, Draw! did not recognise; the original keeps it
+
+    @field_validator("categories")
+    @classmethod
+    def _each_once(cls, categories: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        # Twice, each drawing would be there twice, in training and in validation.
+        twice = sorted({name for name in categories or () if (categories or ()).count(name) > 1})
+        if twice:
+            raise ValueError(f"{', '.join(twice)} is there more than once; name each category once")
+        return categories
 
     @property
     def chosen(self) -> tuple[str, ...]:
