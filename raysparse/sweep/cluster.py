@@ -72,7 +72,7 @@ def ray_for(
         raise UsageError(f"cannot start or reach Ray at {address!r}: {error}") from error
     with _said_to(results / "ray.log"):
         try:
-            with _one_ray() if resources.workers > 1 else nullcontext():
+            with _one_ray() if resources.workers > 1 else nullcontext(), _killed_is_lost():
                 yield
         finally:
             ray.shutdown()
@@ -97,6 +97,28 @@ def _one_ray() -> Iterator[None]:
         del os.environ["RAY_ADDRESS"]
         if before is not None:
             os.environ["RAY_ADDRESS"] = before
+
+
+@contextmanager
+def _killed_is_lost() -> Iterator[None]:
+    """Let Tune take a trial's process that Ray killed because memory ran low for one that was lost.
+
+    It knows RayActorError alone: at an OutOfMemoryError, whoever used the memory, it ended the whole sweep.
+    """
+    from ray.air.execution._internal.actor_manager import RayActorManager
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    before = RayActorManager._actor_task_failed
+
+    def failed(manager: Any, tracked_actor_task: Any, exception: Exception) -> None:
+        lost = RayActorError(error_msg=str(exception)) if isinstance(exception, OutOfMemoryError) else exception
+        before(manager, tracked_actor_task, lost)
+
+    RayActorManager._actor_task_failed = failed
+    try:
+        yield
+    finally:
+        RayActorManager._actor_task_failed = before
 
 
 def concurrency(resources: Resources) -> int:

@@ -7,6 +7,7 @@ the report go to the journal here, as one line, and what follows only repeats it
 from __future__ import annotations
 
 import bisect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,6 +191,9 @@ def lost_because(trial: Trial) -> str:
 
 def exit_detail(error: str) -> str:
     """Of Ray's error about a process that ended: the part that says how."""
+    if "running low on memory" in error:
+        used = re.search(r"was (\S+ used / \S+ limit)", error)
+        return "Ray killed it because memory ran low" + (f" ({used[1]})" if used else "")
     if "Worker exit detail:" not in error and "is unavailable" in error:
         return "neither it nor its node answers"  # Ray says it in 400 letters of RPC
     return last_line(error.rpartition("Worker exit detail:")[2].partition(" Some common causes")[0]).rstrip(".")

@@ -67,13 +67,14 @@ def train(config: dict[str, Any]) -> None:
 
 def _lost_because(error: BaseException) -> str:
     """Which ranks were lost, and how, as Ray says it."""
-    from ray.exceptions import RayActorError
+    from ray.exceptions import OutOfMemoryError, RayActorError
 
     causes = _causes(error)
     for cause in causes.values():
         if isinstance(cause, NodeGoes):
             return str(cause)
-    gone = {rank: exit_detail(str(cause)) for rank, cause in causes.items() if isinstance(cause, RayActorError)}
+    lost = RayActorError | OutOfMemoryError
+    gone = {rank: exit_detail(str(cause)) for rank, cause in causes.items() if isinstance(cause, lost)}
     return "; ".join(f"rank {rank} was lost: {how}" for rank, how in gone.items()) or OTHERS_LOST
 
 
@@ -105,12 +106,12 @@ def _raised(error: BaseException) -> BaseException | None:
 
     The ranks beside a lost one raise as well, in their collective: `BROKEN` is what gloo and NCCL say then.
     """
-    from ray.exceptions import RayActorError
+    from ray.exceptions import OutOfMemoryError, RayActorError
     from ray.train.v2._internal.exceptions import RayTrainError  # its public names are subclasses
 
     causes = list(_causes(error).values())
     for cause in causes:
-        if isinstance(cause, RayActorError | RayTrainError | NodeGoes):
+        if isinstance(cause, RayActorError | OutOfMemoryError | RayTrainError | NodeGoes):
             return None
         if any(words in str(cause).lower() for words in BROKEN):
             return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -120,3 +121,20 @@ def test_a_cluster_that_lost_its_nodes_is_said_once_and_so_is_the_end_of_it(monk
     nodes.append(lost)
     assert shortage() == "there is room for trials again"
     assert shortage() is None
+
+
+def test_a_process_that_ray_killed_for_memory_is_a_lost_one() -> None:
+    from ray.air.execution._internal.actor_manager import RayActorManager
+    from ray.exceptions import OutOfMemoryError, RayActorError
+
+    heard: list[Exception] = []
+    actor = SimpleNamespace(actor_id=1, _on_error=lambda actor, error: heard.append(error))
+    task = SimpleNamespace(_tracked_actor=actor, _on_error=lambda actor, error: heard.append(error))
+    manager = SimpleNamespace(_failed_actor_ids=set(), _cleanup_actor=lambda tracked_actor: None)
+    with cluster._killed_is_lost():
+        RayActorManager._actor_task_failed(manager, task, OutOfMemoryError("low on memory"))
+        with pytest.raises(RuntimeError, match="unexpected exception: no"):
+            RayActorManager._actor_task_failed(manager, task, ValueError("no"))
+    assert [(type(error), str(error)) for error in heard] == 2 * [(RayActorError, "low on memory")]
+    with pytest.raises(RuntimeError, match="unexpected exception: low"):  # where Ray knows it itself, ours can go
+        RayActorManager._actor_task_failed(manager, task, OutOfMemoryError("low on memory"))

@@ -171,6 +171,10 @@ def test_how_a_process_ended_in_few_words() -> None:
         "The actor 548d is unavailable: RpcError: RPC error: failed to connect to all addresses; rpc_code: 14. The task"
     )
     assert exit_detail(gone) == "neither it nor its node answers"
+    killed = "2 worker(s) were killed due to the node running low on memory."
+    assert exit_detail(killed) == "Ray killed it because memory ran low"
+    killed += " Memory on the node (IP: 192.0.2.2, ID: 889) was 6.79GB used / 23.54GB limit (0.288)\nRefer to: x"
+    assert exit_detail(killed) == "Ray killed it because memory ran low (6.79GB used / 23.54GB limit)"
 
 
 def test_the_last_line_that_says_something() -> None:

@@ -170,7 +170,7 @@ def interruptions(out: Path) -> int:
 
 
 def test_what_a_worker_raises_is_told_from_a_worker_that_is_lost() -> None:
-    from ray.exceptions import ActorDiedError, RayActorError
+    from ray.exceptions import ActorDiedError, OutOfMemoryError, RayActorError
     from ray.train.v2.api.exceptions import WorkerGroupError
 
     mistake = ValueError("no such class")
@@ -182,6 +182,9 @@ def test_what_a_worker_raises_is_told_from_a_worker_that_is_lost() -> None:
     gone = WorkerGroupError("", {0: broken, 1: RayActorError(error_msg="Worker exit detail: out of memory.")})
     assert _lost_because(gone) == "rank 1 was lost: out of memory"
     assert _lost_because(WorkerGroupError("", {0: broken})) == OTHERS_LOST
+    killed = WorkerGroupError("", {0: OutOfMemoryError("running low on memory. It was 9GB used / 10GB limit (0.9)")})
+    assert _raised(killed) is None
+    assert _lost_because(killed) == "rank 0 was lost: Ray killed it because memory ran low (9GB used / 10GB limit)"
     leaves = NodeGoes("its node is being taken away; saved at step 7")
     assert _lost_because(WorkerGroupError("", {0: leaves, 1: broken})) == str(leaves)
     assert _raised(WorkerGroupError("", {0: leaves})) is None
