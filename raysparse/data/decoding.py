@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import warnings
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ Raw = Path | bytes | NDArray[np.uint8]  # a file, its bytes, or pixels [H, W, 3]
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp"})
 PIXEL_LIMIT = 100_000_000  # more is taken for a decompression bomb: 300 MB of RGB
+_NOT_THERE = {errno.ENOENT, errno.EACCES, errno.EPERM, errno.EISDIR, errno.ELOOP}  # a link into the void or to itself
 _ORIENTATION = 0x0112  # the EXIF tag
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -64,7 +66,9 @@ def _opened(raw: Path | bytes) -> Iterator[Image.Image]:
     """A picture whose header is read. What is raised in the block becomes Damaged too."""
     try:
         stream = io.BytesIO(raw) if isinstance(raw, bytes) else raw.open("rb")
-    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:  # a link into the void, say
+    except OSError as error:
+        if error.errno not in _NOT_THERE:
+            raise
         raise Damaged(str(error.strerror).lower()) from error
     with stream, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of what is decided above, and of bombs, which are refused below

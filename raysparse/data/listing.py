@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -205,11 +206,20 @@ def find(folder: Path) -> tuple[list[str], int]:
         for name in names:
             if name.startswith("."):
                 continue
-            if os.path.splitext(name)[1].lower() in SUFFIXES:
+            if os.path.splitext(name)[1].lower() in SUFFIXES and not _is_special(os.path.join(place, name)):
                 found.append(name if within == "." else os.path.join(within, name))
             else:
                 others += 1
     return sorted(found), others
+
+
+def _is_special(path: str) -> bool:
+    """A pipe, a socket or a device, from which reading would wait or never end. A link into the void is none: it is
+    named as damaged."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def none_found(folder: Path, others: int, expects: str) -> UsageError:

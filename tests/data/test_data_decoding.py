@@ -168,6 +168,12 @@ def test_a_link_into_the_void_is_damaged(tmp_path: Path) -> None:
         decoding.decode(tmp_path / "gone.png")
 
 
+def test_a_link_to_itself_is_damaged(tmp_path: Path) -> None:
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    with pytest.raises(Damaged, match="symbolic links"):
+        decoding.decode(tmp_path / "loop.png")
+
+
 def test_a_failing_disk_is_not_a_damaged_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It must not shrink the data set."""
 

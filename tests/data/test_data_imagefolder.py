@@ -77,6 +77,15 @@ def test_links_are_followed_and_loops_end(tmp_path: Path) -> None:
     assert prepared.damaged(folder) == [("gone.png", "no such file or directory")]
 
 
+def test_pipes_and_devices_are_no_pictures(tmp_path: Path) -> None:
+    """Reading a pipe waits for ever, and /dev/zero has no end."""
+    draw(tmp_path, "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "zero.png").symlink_to("/dev/zero")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    assert listing.find(tmp_path) == (["a.png", "loop.png"], 2)
+
+
 def test_the_split_is_fixed_and_validation_stays(tmp_path: Path) -> None:
     source = draw(tmp_path / "s", *(f"{i:03d}.png" for i in range(60)))
     whole = find(source, tmp_path, validation_examples=None)
