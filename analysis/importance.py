@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from typing import Any
 
@@ -24,6 +25,7 @@ from analysis.tables import Column, Table
 
 FEWEST = 8  # results; below, the best tenth is one trial and the answer an accident of which
 COLOURS = ("#2c5d8f", "#3b9c9c", "#8fbf5a", "#e0a63a", "#c8503c")  # best fifth to worst
+_BETWEEN = re.compile(r", (?=[\w.]+=)")  # two of the other settings
 COLUMNS = {"sparsity": "S", "prune_ratio": "p", "update_interval_steps": "ΔTe"}
 
 
@@ -177,7 +179,7 @@ def _logarithmic(known: pd.Series, name: str) -> bool:
 def _others(text: str) -> dict[str, Any]:
     """`other_settings` taken apart; numbers as numbers."""
     found: dict[str, Any] = {}
-    for piece in text.split(", ") if text else []:
+    for piece in _BETWEEN.split(text) if text else []:  # a list has commas of its own
         name, equals, value = piece.partition("=")
         if equals:
             try:

@@ -51,6 +51,16 @@ def test_settings_are_those_that_vary(search: Section) -> None:
     assert rows["optimizer.lr"].dtype == np.float64
 
 
+def test_a_list_is_one_value() -> None:
+    text = "model.options.block_out_channels=[32, 64], optimizer.lr=0.001, sparse.pattern=block"
+    assert importance._others(text) == {
+        "model.options.block_out_channels": "[32, 64]",
+        "optimizer.lr": 0.001,
+        "sparse.pattern": "block",
+    }
+    assert importance._others("") == {}
+
+
 def test_parts_say_what_is_left_out(search: Section) -> None:
     names = [part.name for part in importance.parts(search)]
     assert names == ["importance", "parallel"]
