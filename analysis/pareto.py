@@ -61,7 +61,8 @@ def figure(section: Section, cost: Cost) -> go.Figure | None:
     ranked = candidates(section, cost)
     front = ranked[on_front(ranked, cost)].sort_values(cost.column)
     _band(drawn, ranked, cost)
-    of = "confirmed" if len(front) and front["stage"].eq("confirm").all() else "one seed each"
+    sure = front["stage"].eq("confirm")
+    of = "one seed each" if not sure.any() else "confirmed" if sure.all() else "confirmed, or one seed"
     drawn.add_scatter(
         x=front[cost.column], y=front["fid_mean"], mode="lines", name=f"Pareto front ({of})",
         line={"shape": "hv", "dash": "dot", "width": 2, "color": style.KNOWN[DENSE][0]}, hoverinfo="skip",

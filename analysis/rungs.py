@@ -29,6 +29,7 @@ def parts(section: Section) -> list[Part]:
 def saved(section: Section) -> str:
     """Steps and FLOPs that the stopped trials did not spend, in words."""
     stopped = tables.stopped_trials(section)
+    stopped = stopped[stopped["stage"].ne("confirm")]
     searched = section.trials[section.trials["stage"].ne("confirm")]
     budget = int(searched["total_steps"].sum())
     if stopped.empty or not budget:
@@ -90,9 +91,9 @@ def table(section: Section, rows: pd.DataFrame) -> Table:
 
 
 def _rungs(section: Section, reports: pd.DataFrame, count: int) -> list[int]:
-    stopped = tables.stopped_trials(section)
-    if len(stopped):
-        steps = sorted({int(step) for step in stopped["stopped_at_step"] if step > 0})
+    stopped_at = tables.stopped_trials(section)["rung"].dropna()
+    if len(stopped_at):
+        steps = sorted({int(step) for step in stopped_at if step > 0})
     else:
         counts = reports.groupby("step")["trial_id"].nunique()
         steps = sorted(int(step) for step in counts[counts.eq(count)].index)

@@ -145,7 +145,10 @@ def summary(section: Section) -> Table:
     ranked = ranked.sort_values("method", key=lambda names: names.ne(DENSE), kind="stable")
     if section.dense is not None and not ranked["method"].eq(DENSE).any():  # confirmed winners, dense still searched
         ranked = pd.concat([pd.DataFrame([section.dense]), ranked], ignore_index=True)
-    stage = "confirmed, over seeds" if len(ranked) and ranked["stage"].eq("confirm").all() else "search, one seed each"
+    confirmed = ranked["stage"].eq("confirm")
+    stage = "confirmed, over seeds" if len(ranked) and confirmed.all() else "search, one seed each"
+    if confirmed.any() and not confirmed.all():
+        stage = "confirmed, over seeds; with one seed from the search"
     caption = (
         f"The lowest FID per method ({stage}), mean ± standard deviation. {MARKED} Params and FLOPs of dense are "
         "counts, those of the others ratios to the same model at S = 0; test FLOPs are of one sample."
@@ -242,7 +245,7 @@ def _early(section: Section) -> tuple[Column, ...]:
 
 
 def stopped(section: Section) -> Table:
-    """What the trial scheduler ended before its budget, when, and what that saved."""
+    """What the trial scheduler, or a person, ended before its budget, when, and what that saved."""
     frame = stopped_trials(section)
     columns = (
         Column("trial", lambda row: row["trial_id"], numeric=False),
@@ -255,22 +258,28 @@ def stopped(section: Section) -> Table:
         Column(f"{section.early_name} then", lambda row: words.number(row["early_fid"])),
         Column("reason", lambda row: words.text(row["state_reason"]), numeric=False),
     )
-    caption = "Trials ended early by the trial scheduler, earliest first; FLOPs in the true convention."
+    caption = (
+        "Trials ended early by the trial scheduler or a person (see the reason), earliest first; FLOPs in the true "
+        "convention."
+    )
     return Table("stopped", "Stopped early", caption, frame, columns, "No trial was stopped early.")
 
 
 def stopped_trials(section: Section) -> pd.DataFrame:
-    """Stopped trials with `steps_saved` and `flops_saved_true`, earliest first."""
+    """Stopped trials with `steps_saved`, `flops_saved_true` and `rung` (none: a person did it), earliest first."""
     frame = section.trials[section.trials["state"].eq("STOPPED") & ~section.trials["full_budget"]]
     at = frame["stopped_at_step"].fillna(frame["step"]).fillna(0)
     saved = (frame["total_steps"] - at).clip(lower=0)
     frame = frame.assign(
-        stopped_at_step=at, steps_saved=saved, flops_saved_true=frame["flops_train_true"] * saved / frame["total_steps"]
+        rung=frame["stopped_at_step"],
+        stopped_at_step=at,
+        steps_saved=saved,
+        flops_saved_true=frame["flops_train_true"] * saved / frame["total_steps"],
     )
     keep = [
         "trial_id", "stage", "seed", "method", "sparsity", "prune_ratio", "update_interval_steps", "other_settings",
-        "configuration", "stopped_at_step", "total_steps", "steps_saved", "flops_saved_true", "fid", "early_fid",
-        "kid", "state_reason", "model", "dataset", "protocol", "intermediate_protocol",
+        "configuration", "rung", "stopped_at_step", "total_steps", "steps_saved", "flops_saved_true", "fid",
+        "early_fid", "kid", "state_reason", "model", "dataset", "protocol", "intermediate_protocol",
     ]  # fmt: skip
     return frame[keep].sort_values(["stopped_at_step", "trial_id"], kind="stable", ignore_index=True)
 

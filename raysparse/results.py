@@ -93,7 +93,7 @@ class Outcome:
     """Where a trial stands; repeated in each row, written anew when it changes."""
 
     state: str = "RUNNING"  # one of STATES
-    stopped_at_step: int | None = None  # STOPPED only: the rung
+    stopped_at_step: int | None = None  # STOPPED by the scheduler only: the rung
     state_reason: str | None = None
 
 

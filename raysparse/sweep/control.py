@@ -177,7 +177,7 @@ def outcome_of(row: Row) -> Outcome:
     """Where a row stands, as its records say it."""
     return Outcome(
         state="RUNNING" if row.open else row.state,
-        stopped_at_step=row.step if row.state == "STOPPED" else None,
+        stopped_at_step=row.step if row.state == "STOPPED" and not row.stopped_by else None,
         state_reason=row.reason,
     )
 

@@ -119,7 +119,8 @@ class Folder:
         reports = [report(step, fid, density=1 - trial.sparsity, **changes) for step, fid in points]
         if samples and reports:
             reports[-1] = dataclasses.replace(reports[-1], samples_png=samples)
-        stopped = points[-1][0] if state == "STOPPED" and points else None
+        rung = state == "STOPPED" and points and not (reason or "").startswith("by ")  # else a person stopped it
+        stopped = points[-1][0] if rung else None
         return write_trial(self.path, trial, Outcome(state, stopped, reason), reports)
 
 

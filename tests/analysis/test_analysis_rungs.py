@@ -57,6 +57,14 @@ def test_without_stopped_trials_the_common_reports_are_the_rungs(folder: Folder)
     assert rows["rho"].tolist() == pytest.approx([1, 1, 1])
 
 
+def test_where_a_person_stopped_a_trial_is_no_rung_and_saves_nothing_of_a_search(folder: Folder) -> None:
+    section = search(folder, [10.0, 12.0, 11.0, 13.0, 9.0, 14.0])
+    said, rows = rungs.saved(section), rungs.correlations(section)
+    folder.add(facts("static", 0.5, 3, trial_id="by-hand"), [(200, 9.0)], "STOPPED", reason="by me@here at step 200")
+    assert rungs.correlations(only(folder))["step"].tolist() == rows["step"].tolist() == [100]
+    assert rungs.saved(only(folder)) == said  # it is a confirmed one
+
+
 def test_too_few_trials_say_so_or_nothing(folder: Folder) -> None:
     section = search(folder, [10.0, 11.0, 12.0])
     assert rungs.parts(section)[-1].sentences[0].startswith("Only 3 trials have a value")

@@ -71,6 +71,25 @@ def test_what_was_stopped_when_and_what_it_saved(sweep: Folder) -> None:
     assert "ASHA: rung 100" in table.markdown()
 
 
+def test_what_a_person_stopped_is_not_the_schedulers(sweep: Folder) -> None:
+    by_hand = facts("rigl", 0.5, 7, stage="search", trial_id="by-hand")
+    sweep.add(by_hand, [(300, 30.0)], "STOPPED", reason="by me@here at step 300")
+    table = tables.stopped(only(sweep))
+    assert table.frame["stopped_at_step"].tolist() == [100, 100, 200, 300]
+    assert table.frame["rung"].isna().tolist() == [False, False, False, True]
+    assert "by me@here at step 300" in table.markdown()
+    assert "or a person" in table.caption
+
+
+def test_the_summary_says_which_stage_its_rows_are_of(folder: Folder) -> None:
+    folder.add(facts("dense", 0.0, stage="search"), [(400, 10.0)])
+    folder.add(facts("static", 0.5, stage="search"), [(400, 12.0)])
+    assert "(search, one seed each)" in tables.summary(only(folder)).caption
+    folder.add(facts("static", 0.5, 1), [(400, 11.0)])
+    folder.add(facts("static", 0.5, 2), [(400, 12.0)])
+    assert "(confirmed, over seeds; with one seed from the search)" in tables.summary(only(folder)).caption
+
+
 def test_every_trial_is_in_the_trials_table(sweep: Folder) -> None:
     table = tables.trials(only(sweep))
     assert len(table.frame) == 22
