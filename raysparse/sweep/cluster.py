@@ -19,6 +19,7 @@ WAIT_S = 45.0  # so long a cluster that may grow gets to show enough resources
 SHORT_S = 20.0  # and one that has lost its nodes, before it is said: a spot machine is often followed by another
 
 # Read by Ray when it is imported or started; a value that the user has set stays.
+HANDOVER = "TUNE_FUNCTION_THREAD_TIMEOUT_S"
 ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # tuner.py has its own, for SIGTERM too
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "-1",  # asked beforehand
@@ -28,7 +29,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",  # else the dashboard's Train page is empty
     # The next trial of a process waits so long for the one before to end there, which may be waiting for storage. After
     # 2 s, the default, Tune drops it without a word to anyone, and its place among the trials that run at a time.
-    "TUNE_FUNCTION_THREAD_TIMEOUT_S": "86400",
+    HANDOVER: "86400",
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints even at verbose=0
     "RAY_prestart_worker_first_driver": "0",  # a process per core, .4 s of CPU each, none of which becomes a trial's
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # 2.60 warns at every start unless it is chosen: keep CUDA's own
@@ -70,6 +71,9 @@ def ray_for(
         )
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise UsageError(f"cannot start or reach Ray at {address!r}: {error}") from error
+    from ray.tune.execution import class_cache
+
+    class_cache.ENV_VARS_TO_PROPAGATE.add(HANDOVER)  # to processes on other nodes too
     with _said_to(results / "ray.log"):
         try:
             with _one_ray() if resources.workers > 1 else nullcontext(), _killed_is_lost():

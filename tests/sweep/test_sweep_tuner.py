@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 from driven import check_records, no_step_back
+from ray.tune.execution import class_cache
 
 from raysparse import config, results, space
 from raysparse.errors import UsageError
 from raysparse.space import Sweep
-from raysparse.sweep import patience, tuner
+from raysparse.sweep import cluster, patience, tuner
 from raysparse.sweep.board import Ledger
 from raysparse.sweep.journal import Event, event, read
 from raysparse.sweep.search import planned
@@ -94,14 +95,18 @@ def test_a_process_lost_between_two_trials_costs_no_trial(
 ) -> None:
     sweep = sweep_of(search=None, grid={"static": {"sparsity": [0.5, 0.75]}}, asha=None, confirm=None)
     lost: list[int] = []
+    environments: list[bytes] = []
 
     def on_event(item: Event) -> None:
         if item.kind == "completed" and not lost:  # the next trial is about to be handed to it
             lost.append(int((tmp_path / "out" / "trials" / str(item.trial_id) / "lock").read_text().split()[0]))
+            environments.append(Path(f"/proc/{lost[0]}/environ").read_bytes())
             os.kill(lost[0], signal.SIGKILL)
 
     summary = tuner.run(sweep, tmp_path / "out", command="", on_event=on_event, num_cpus=1, temp_dir=ray_home)
     assert lost
+    assert b"\0TUNE_FUNCTION_THREAD_TIMEOUT_S=86400\0" in environments[0]  # or a slow end costs the next trial too
+    assert cluster.HANDOVER in class_cache.ENV_VARS_TO_PROPAGATE
     assert summary.board.finished
     assert summary.board.counts() == {"COMPLETED": 3}
     check_records(tmp_path / "out", summary.board)
