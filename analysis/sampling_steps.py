@@ -41,7 +41,9 @@ def parts(section: Section) -> list[Part]:
 
 
 def by_steps(section: Section) -> pd.DataFrame:
-    """A row per configuration, stage and number of steps: seeds, fid_mean, fid_std; the trials' own results included.
+    """A row per configuration, stage, trial (confirmed: all together) and number of steps: seeds, fid_mean, fid_std.
+
+    The trials' own results are included.
 
     Only models at full budget, only protocols that differ from the section's in the number of steps alone, and no
     stage pooled with another.
@@ -63,12 +65,14 @@ def by_steps(section: Section) -> pd.DataFrame:
         "other_settings",
         "configuration",
         "stage",
+        "trial",
         STEPS,
     ]
-    rows["stage"] = rows["stage"].where(rows["stage"].eq("confirm"), rows["trial_id"])  # search: each trial on its own
+    confirmed = rows["stage"].eq("confirm")
+    rows["trial"] = rows["trial_id"].mask(confirmed, "")  # search: each trial on its own
+    rows["stage"] = rows["stage"].where(confirmed, "search")
     found = rows.groupby(keys, dropna=False)["fid"].agg(list).reset_index(name="fid_values")
     samples = [stats.sample(values) for values in found["fid_values"]]
-    found["stage"] = found["stage"].where(found["stage"].eq("confirm"), "search")
     return found.assign(
         seeds=[s.n for s in samples], fid_mean=[s.mean for s in samples], fid_std=[s.std for s in samples]
     ).sort_values(["method", "sparsity", STEPS], key=_dense_first, kind="stable", ignore_index=True)
@@ -78,7 +82,8 @@ def figure(section: Section, rows: pd.DataFrame) -> go.Figure:
     """A line per configuration over the number of steps (a logarithmic axis with its own ticks)."""
     drawn = style.figure("DDIM steps (each a protocol of its own)", plain(section.fid_name))
     looks = style.looks(section.methods())
-    for (method, _, stage), points in rows.groupby(["method", "configuration", "stage"], sort=False, dropna=False):
+    lines = ["method", "configuration", "stage", "trial"]
+    for (method, _, stage, _), points in rows.groupby(lines, sort=False, dropna=False):
         colour, symbol = looks[method]
         confirmed = stage == "confirm"
         name = plain(words.configuration(marks.records_of(points)[0])) + ("" if confirmed else " (one seed)")
@@ -100,6 +105,7 @@ def figure(section: Section, rows: pd.DataFrame) -> go.Figure:
 def table(section: Section, rows: pd.DataFrame) -> Table:
     """A row per configuration, a column per number of steps; bold where it beats dense at that number."""
     keys = ["method", "sparsity", "prune_ratio", "update_interval_steps", "other_settings", "configuration", "stage"]
+    keys.append("trial")
     steps = [int(step) for step in sorted(rows[STEPS].unique())]
     wide = rows.drop_duplicates(keys, keep="first")[keys].reset_index(drop=True)
     for step in steps:

@@ -41,6 +41,20 @@ def test_lines_go_over_the_steps(grid: Section) -> None:
     assert list(figure.layout.xaxis.ticktext) == ["25", "50", "100"]
 
 
+def test_two_search_trials_of_a_configuration_stay_two(folder: Folder) -> None:
+    for seed in (1, 2, 3):
+        for method, s, p in (("dense", 0.0, None), ("rigl", 0.25, 0.05)):
+            name = facts(method, s, seed, prune_ratio=p).trial_id  # as `evaluated` names it
+            folder.add(facts(method, s, seed, stage="search", trial_id=name, prune_ratio=p), [(400, 20.0 + seed)])
+    evaluated(folder, 25, 2.0)
+    evaluated(folder, 100, 0.5)
+    (section,) = split(read(folder.path))
+    rows = sampling_steps.by_steps(section)
+    assert len(sampling_steps.table(section, rows).frame) == 6
+    figure = sampling_steps.figure(section, rows)
+    assert [list(trace.x) for trace in figure.data] == 6 * [[25, 50, 100]]
+
+
 def test_nothing_without_evaluations_and_nothing_of_unknown_trials(folder: Folder) -> None:
     folder.add(facts(), [(400, 10.0)])
     (section,) = split(read(folder.path))
