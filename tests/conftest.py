@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import signal
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -55,6 +56,14 @@ def compiler() -> None:
 @pytest.fixture(scope="session")
 def ray_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A Ray of one's own: own sockets in a short folder (107 bytes are allowed), own token, never one that runs."""
+    from ray._private.services import ConsolePopen
+
+    def reaped(process: subprocess.Popen[bytes]) -> None:
+        """Ray waits a second for what it has killed, which is too short on busy cores: one CI run warned of it."""
+        if getattr(process, "pid", None) and process.returncode is None:
+            process.wait(timeout=30)
+
+    ConsolePopen.__del__ = reaped
     home = Path(tempfile.mkdtemp(prefix="rs", dir="/tmp"))
     token = home / "token"
     token.write_text(secrets.token_hex(32))
