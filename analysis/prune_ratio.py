@@ -11,6 +11,7 @@ from analysis.parts import Part
 from analysis.sections import CONFIDENCE, DENSE, Section
 from analysis.tables import Column, Table
 
+BUDGET = ("total_steps", "batch_size")
 PAPERS_SPARSITY = 0.9  # of Tables 9 and 10
 STATIC = "static"  # others have no p either (timesteps, nm_ste), and are not what these tables call static
 MOST_LINES = 10  # configurations over p that get a line; a search's scattered p do not make one
@@ -39,8 +40,8 @@ def figure(section: Section) -> go.Figure | None:
     low, high = float(rows["prune_ratio"].min()), float(rows["prune_ratio"].max())
     marks.dense_line(drawn, section, ends=(low / 1.3, high * 1.3))
     confirmed = rows["stage"].eq("confirm")
-    lines = rows[confirmed].groupby(["method", "sparsity", "total_steps"])  # no line from one budget to another
-    for (method, sparsity, _), group in sorted(lines, key=lambda item: -len(item[1]))[:MOST_LINES]:
+    lines = rows[confirmed].groupby(["method", "sparsity", *BUDGET])  # no line from one budget to another
+    for (method, sparsity, *_), group in sorted(lines, key=lambda item: -len(item[1]))[:MOST_LINES]:
         best = group.sort_values("fid_mean", kind="stable").drop_duplicates("prune_ratio").sort_values("prune_ratio")
         if len(best) > 1:
             colour = style.looks(section.methods())[method][0]
@@ -117,7 +118,7 @@ def _contrast(rows: pd.DataFrame) -> pd.DataFrame | None:
     """Static and what has a p, of an S and a budget that has static and a dynamic method at two p."""
     rows = rows[rows["method"].eq(STATIC) | (rows["prune_ratio"].notna() & rows["method"].ne(DENSE))]
     found = {}
-    for (sparsity, *budget), group in rows.groupby(["sparsity", "total_steps", "batch_size"]):
+    for (sparsity, *budget), group in rows.groupby(["sparsity", *BUDGET]):
         ratios = group.groupby("method")["prune_ratio"].nunique()
         if group["method"].eq(STATIC).any() and ratios.ge(2).any():
             found[sparsity == PAPERS_SPARSITY, sparsity, *budget] = group
