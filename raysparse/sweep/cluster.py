@@ -18,8 +18,8 @@ from raysparse.sweep.auth import make_token
 WAIT_S = 45.0  # so long a cluster that may grow gets to show enough resources
 SHORT_S = 20.0  # and one that has lost its nodes, before it is said: a spot machine is often followed by another
 
-# Read by Ray when it is imported or started; a value that the user has set stays.
 HANDOVER = "TUNE_FUNCTION_THREAD_TIMEOUT_S"
+# Read by Ray when it is imported or started; a value that the user has set stays.
 ENVIRONMENT = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # tuner.py has its own, for SIGTERM too
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "-1",  # asked beforehand
