@@ -24,7 +24,7 @@ import hashlib
 import itertools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -49,6 +49,9 @@ LATER: tuple[tuple[str, str, Any], ...] = (
 )
 RAY_UNIT = 1e-4  # Ray counts resources in ten-thousandths
 _COMBINATIONS = 2_000  # of one method's settings that are checked before a sweep; a check takes .2 ms
+# What names a file or a folder: a relative one counts from where the sweep was started.
+PLACES = ("data.source", "data.root", "evaluate.weights", "first_stage.weights", "sparse.teacher")
+_PLACE_AXES = {"teacher": "sparse.teacher"} | {path: path for path in PLACES}  # a method's own axis has no dot
 NOT_AN_AXIS = ("seed", "sparse.method", "train.steps")  # replicates, the outer axis, the budget
 
 
@@ -320,9 +323,42 @@ def grid_points(sweep: Sweep) -> list[Point]:
     return list({trial(sweep, point).trial_id: point for point in reversed(points)}.values())[::-1]
 
 
+def own_points(sweep: Sweep, method: str) -> Iterator[Point]:
+    """A method's own settings in every combination of choices and of ranges' ends, or in many; no dotted axis."""
+    known = config.all_settings()
+    own = {name: _ends(axis) for name, axis in sweep.axes[method].items() if name in known}
+    for row in itertools.islice(itertools.product(*own.values()), _COMBINATIONS):
+        yield {"method": method, **dict(zip(own, row, strict=True))}
+
+
 def trial_count(sweep: Sweep) -> int:
     """Trials of the search stage."""
     return sweep.search.trials if sweep.search else len(grid_points(sweep))
+
+
+def with_places(sweep: Sweep, change: Callable[[str, str], str]) -> Sweep:
+    """The sweep with `change(where, place)` for each of its PLACES, in the base trial and among the axes.
+
+    where: dotted, in the file. An id of the Hub is no place.
+    """
+
+    def changed(path: str, where: str, value: Any) -> Any:
+        hub_id = path == "first_stage.weights" and isinstance(value, str) and not Path(value).expanduser().exists()
+        return value if not isinstance(value, str) or hub_id else change(where, value)
+
+    content = sweep.model_dump(mode="json")
+    for path in PLACES:
+        section, name = path.split(".")
+        if (value := (content["base"].get(section) or {}).get(name)) is not None:
+            content["base"] = config.with_value(content["base"], path, changed(path, f"base.{path}", value))
+    walk, walked = ("search.axes", content["search"]["axes"]) if sweep.search else ("grid", content["grid"])
+    for method, axes in walked.items():
+        for name in axes.keys() & _PLACE_AXES.keys():
+            axes[name] = [changed(_PLACE_AXES[name], f"{walk}.{method}.{name}", value) for value in axes[name]]
+    for point in content["search"]["seed_points"] if sweep.search else ():
+        for name in point.keys() & _PLACE_AXES.keys():
+            point[name] = changed(_PLACE_AXES[name], "search.seed_points", point[name])
+    return parse(content, sweep.name)
 
 
 def _trial(sweep: Sweep, data: Mapping[str, Any], where: str) -> TrialConfig:
@@ -360,9 +396,7 @@ def _check_axes(sweep: Sweep, method: str, axes: Mapping[str, Axis]) -> None:
             raise ValueError(f"{method}.{name}: a grid takes a list of values, got a range; use `search:` for ranges")
     # Both ends or every choice must be a legal trial now rather than fail in the middle of a sweep: the method's own
     # settings in every combination, because one decides what another may be, and each other axis by itself.
-    own = {name: _ends(axis) for name, axis in axes.items() if name in known}
-    for row in itertools.islice(itertools.product(*own.values()), _COMBINATIONS):
-        first = {"method": method, **dict(zip(own, row, strict=True))}
+    for first in own_points(sweep, method):
         trial(sweep, first)
     for name, axis in axes.items():
         for value in _ends(axis) if name not in known else ():

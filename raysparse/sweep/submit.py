@@ -207,20 +207,18 @@ def cluster_path(text: str, option: str) -> str:
 
 def check_paths(sweep: Sweep) -> None:
     """UsageError for a file of this machine in the sweep: it is not sent along, the cluster needs it on its storage."""
-    trial = space.parsed_base(sweep).model_dump(mode="json")
-    for section, name in (
-        ("data", "source"), ("data", "root"), ("evaluate", "weights"), ("first_stage", "weights"),
-    ):  # fmt: skip
-        value = (trial.get(section) or {}).get(name)
-        if value is None or PurePosixPath(value).is_absolute():
-            continue
-        if (section, name) == ("first_stage", "weights") and not Path(value).expanduser().exists():
-            continue  # an id of the Hub
+
+    def checked(where: str, place: str) -> str:
+        if PurePosixPath(place).is_absolute():
+            return place
+        there = SHARED / PurePosixPath(place).name
+        say = f"say --set {where}={there}" if where.startswith("base.") else f"name it {there} in {where}"
         raise UsageError(
-            f"base.{section}.{name} is {value!r}, a path on this machine, and data is not sent with a job: copy it to "
-            f"the cluster's storage (`ray rsync-up cluster.yaml {value} {SHARED}/`) and say "
-            f"--set base.{section}.{name}={SHARED}/{PurePosixPath(value).name}"
+            f"{where} is {place!r}, a path on this machine, and data is not sent with a job: copy it to the cluster's "
+            f"storage (`ray rsync-up cluster.yaml {place} {SHARED}/`) and {say}"
         )
+
+    space.with_places(sweep, checked)
 
 
 def read_requirements(path: Path) -> list[str]:

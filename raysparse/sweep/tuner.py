@@ -113,14 +113,9 @@ def with_whole_paths(sweep: Sweep) -> Sweep:
     may start in one."""
     from raysparse.data.prepared import default_root
 
-    base = with_value(sweep.base, "data.root", space.parsed_base(sweep).data.root or str(default_root()))
-    for path in ("data.source", "data.root", "evaluate.weights", "first_stage.weights"):
-        section, name = path.split(".")
-        value = (base.get(section) or {}).get(name)
-        hub_id = path == "first_stage.weights" and value is not None and not Path(value).expanduser().exists()
-        if value is not None and not hub_id:
-            base = with_value(base, path, str(Path(value).expanduser().absolute()))
-    return space.parse(sweep.model_dump(mode="json") | {"base": base}, sweep.name)
+    root = space.parsed_base(sweep).data.root or str(default_root())
+    rooted = sweep.model_copy(update={"base": with_value(sweep.base, "data.root", root)})
+    return space.with_places(rooted, lambda _, place: str(Path(place).expanduser().absolute()))
 
 
 def prepare(sweep: Sweep, *, progress: Progress | None = None, **ray: Any) -> None:
@@ -129,19 +124,22 @@ def prepare(sweep: Sweep, *, progress: Progress | None = None, **ray: Any) -> No
     ray: as `run`; pictures are encoded on it, which starts and ends where there are any to encode.
     """
     from raysparse.sweep import encode
-    from raysparse.sweep.axes import first_points
     from raysparse.train import plan, setup
 
     plan.check_methods(sweep)
-    points = first_points(sweep.search) if sweep.search else space.grid_points(sweep)
+    if sweep.search:
+        own = [point for method in sweep.axes for point in space.own_points(sweep, method)]
+        points = [{"method": "dense"}, *sweep.search.seed_points, *own]
+    else:
+        points = space.grid_points(sweep)
     trials = [space.trial(sweep, point) for point in points]
     # Sparsity and optimizer have been checked with the file.
-    sections = ("data", "model", "first_stage", "diffusion", "train", "evaluate")
-    different = {trial.model_dump_json(include=set(sections)): trial for trial in trials}.values()
-    for trial in different:
+    sections = {"data", "model", "first_stage", "diffusion", "train", "evaluate"}
+    different = {(trial.model_dump_json(include=sections), trial.sparse.setting("teacher")): trial for trial in trials}
+    for trial in different.values():
         setup.check(trial)
     options = {name: value for name, value in ray.items() if name != "num_cpus"}
-    for trial in different:
+    for trial in {text: trial for (text, _), trial in different.items()}.values():
         encode.prepare(trial, cpus=ray.get("num_cpus"), progress=progress, **options)
         setup.prepare_data(trial)
 

@@ -76,7 +76,7 @@ def plan(sweep: Sweep, *, cpus: int | None = None, seconds: Seconds | None = Non
 def check_methods(sweep: Sweep) -> None:
     """UsageError where the base asks for kernels that one of the methods never has: all its trials would fail."""
     for method in sweep.axes:
-        runtime.check_method(space.trial(sweep, {"method": method}))
+        runtime.check_method(space.trial(sweep, next(space.own_points(sweep, method))))
 
 
 def _confirmed(sweep: Sweep) -> int:

@@ -156,6 +156,7 @@ def test_the_file_that_is_given_wins(token: Path, monkeypatch: pytest.MonkeyPatc
     [
         ({"data": {"name": "hershey", "source": "kanji.npz"}}, "base.data.source=/mnt/raysparse/kanji.npz"),
         ({"data": {"name": "hershey", "root": "data"}}, "base.data.root=/mnt/raysparse/data"),
+        ({"sparse": {"teacher": "results/dense"}}, "base.sparse.teacher=/mnt/raysparse/dense"),
     ],
 )
 def test_a_file_of_this_machine_is_refused(changes: dict[str, Any], path: str, sweep_of: Callable[..., Sweep]) -> None:
@@ -163,6 +164,14 @@ def test_a_file_of_this_machine_is_refused(changes: dict[str, Any], path: str, s
     with pytest.raises(UsageError, match=path):
         submit.check_paths(sweep.model_copy(update={"base": sweep.base | changes}))
     submit.check_paths(sweep)
+
+
+def test_a_teacher_of_this_machine_among_the_axes_is_refused(sweep_of: Callable[..., Sweep]) -> None:
+    axes = {"nm_ste": {"teacher": ["/mnt/raysparse/dense", "results/dense"], "start": ["teacher"]}}
+    with pytest.raises(UsageError, match=r"search\.axes\.nm_ste\.teacher is 'results/dense', a path on this machine"):
+        submit.check_paths(sweep_of(search={"trials": 2, "axes": axes}))
+    axes["nm_ste"]["teacher"].pop()
+    submit.check_paths(sweep_of(search={"trials": 2, "axes": axes}))
 
 
 def test_a_relative_results_folder_is_refused(
