@@ -49,6 +49,7 @@ LATER: tuple[tuple[str, str, Any], ...] = (
 )
 RAY_UNIT = 1e-4  # Ray counts resources in ten-thousandths
 _COMBINATIONS = 2_000  # of one method's settings that are checked before a sweep; a check takes .2 ms
+_OF_A_RANGE = 1_000  # so many of its numbers are
 # What names a file or a folder: a relative one counts from where the sweep was started.
 PLACES = ("data.source", "data.root", "evaluate.weights", "first_stage.weights", "sparse.teacher")
 _PLACE_AXES = {"teacher": "sparse.teacher"} | {path: path for path in PLACES}  # a method's own axis has no dot
@@ -74,6 +75,15 @@ class Range(Section):
     @property
     def integer(self) -> bool:
         return all(float(v).is_integer() for v in (self.low, self.high, self.step or 1)) and self.high > 1
+
+    def drawn(self, most: int) -> tuple[float, ...]:
+        """What may be drawn, rising: the first `most` and the last; without steps both ends and the middle."""
+        step = self.step or (1 if self.integer else None)
+        if step is None:
+            return (self.low, (self.low + self.high) / 2, self.high)
+        count = math.floor((self.high - self.low) / step + 1e-9)
+        values = [min(self.low + number * step, self.high) for number in (*range(min(most, count)), count)]
+        return tuple(int(value) if self.integer else value for value in values)
 
 
 def _axis(given: Any) -> Any:
@@ -225,6 +235,8 @@ class Sweep(Section):
             _check_axes(self, method, axes)
         for point in self.search.seed_points if self.search else ():
             check_point(self, point)
+        if self.grid is not None:
+            grid_points(self)  # every combination is a legal trial
         return self
 
     @property
@@ -394,19 +406,24 @@ def _check_axes(sweep: Sweep, method: str, axes: Mapping[str, Axis]) -> None:
             raise ValueError(f"{method}.{name} has no values")
         if sweep.grid is not None and isinstance(axis, Range):
             raise ValueError(f"{method}.{name}: a grid takes a list of values, got a range; use `search:` for ranges")
-    # Both ends or every choice must be a legal trial now rather than fail in the middle of a sweep: the method's own
-    # settings in every combination, because one decides what another may be, and each other axis by itself.
+    # Every choice, and what a range may draw, must be a legal trial now rather than fail in the middle of a sweep: the
+    # method's own settings in every combination, because one decides what another may be, and each axis by itself.
     for first in own_points(sweep, method):
         trial(sweep, first)
     for name, axis in axes.items():
-        for value in _ends(axis) if name not in known else ():
-            trial(sweep, {**first, name: value})
+        for value in axis.drawn(_OF_A_RANGE) if isinstance(axis, Range) else axis:
+            try:
+                trial(sweep, {**first, name: value})
+            except ValueError as error:
+                if not isinstance(axis, Range):
+                    raise
+                raise ValueError(f"{error}; a range is drawn from as a whole: give a fitting step, or a list") from None
 
 
 def _ends(axis: Axis) -> tuple[Any, ...]:
     """Every choice of a list, both ends of a range."""
     if isinstance(axis, Range):
-        return tuple(int(value) if axis.integer else value for value in (axis.low, axis.high))
+        return (axis.drawn(1)[0], axis.drawn(1)[-1])
     return axis
 
 

@@ -108,6 +108,10 @@ def test_the_digest_is_of_what_is_computed() -> None:
         ({"resources": {"gpus_per_worker": 1e-5}}, ["at least 0.0001", "1e-05"]),
         ({"resources": {"workers": 2, "gpus_per_worker": 0.5}}, ["2 workers cannot share a GPU", "workers: 1"]),
         ({"name": "../up"}, ["name", "../up"]),
+        (
+            {"grid": {"rigl": {"train.batch_size": [96, 128], "train.accumulate": [1, 64]}}},
+            ["'train.batch_size': 96, 'train.accumulate': 64}", "96 is not a multiple of accumulate 64"],
+        ),
     ],
 )
 def test_a_bad_file_is_refused_with_the_place_and_the_rule(changes: dict[str, Any], words: list[str]) -> None:
@@ -119,7 +123,8 @@ def test_a_bad_file_is_refused_with_the_place_and_the_rule(changes: dict[str, An
 
 def search(**changes: Any) -> space.Sweep:
     axes = {"dense": {}, "rigl": {"sparsity": [0.5, 0.9], "prune_ratio": {"low": 0.05, "high": 0.5, "log": True}}}
-    return sweep(grid=None, search={"trials": 8, "axes": axes} | changes)
+    base = BASE | {"train": {"steps": 100, "accumulate": 2}}
+    return sweep(base=base, grid=None, search={"trials": 8, "axes": axes} | changes)
 
 
 def test_a_search_takes_ranges_and_seed_points() -> None:
@@ -141,6 +146,10 @@ def test_a_search_takes_ranges_and_seed_points() -> None:
         ({"axes": {"rigl": {"sparsity": {"low": 0.5, "high": 1.5}}}}, ["[0, 1)"]),
         ({"axes": {"rigl": {"sparsity": {"low": 0.5, "hig": 0.9}}}}, ["did you mean 'high'"]),
         ({"axes": {"rigl": {"sparsity": 0.5}}}, ["search.axes.rigl.sparsity: ", "a list of values such as", "got 0.5"]),
+        ({"axes": {"rigl": {"update_interval": {"low": 10, "high": 100, "step": 0.5}}}}, ["10.5", "a fitting step"]),
+        ({"axes": {"rigl": {"update_interval": {"low": 10, "high": 1e6, "step": 0.5}}}}, ["10.5", "a fitting step"]),
+        ({"axes": {"dense": {"optimizer.warmup_steps": {"low": 0, "high": 1}}}}, ["0.5", "valid integer"]),
+        ({"axes": {"dense": {"train.batch_size": {"low": 32, "high": 128}}}}, ["33 is not a multiple of accumulate 2"]),
         ({"sampler": "gp"}, ["sampler", "gp"]),
         ({"trials": 0}, ["trials", "0"]),
         ({"samples": 3}, ["unknown key 'samples'", "search"]),
@@ -152,6 +161,15 @@ def test_a_bad_search_is_refused(changes: dict[str, Any], words: list[str]) -> N
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)  # one mistake, one complaint
+
+
+def test_what_a_range_may_draw() -> None:
+    assert space.Range(low=32, high=127, step=32).drawn(9) == (32, 64, 96)
+    assert space.Range(low=1, high=10**9).drawn(2) == (1, 2, 10**9)
+    assert space.Range(low=0, high=0.1, step=0.05).drawn(9) == (0, 0.05, 0.1)
+    assert space.Range(low=0.5, high=1).drawn(9) == (0.5, 0.75, 1)
+    assert space.Range(low=2, high=3, step=2).drawn(9) == (2,)
+    search(axes={"dense": {"train.batch_size": {"low": 32, "high": 127, "step": 32}}})
 
 
 def test_whole_numbers_make_an_integer_range() -> None:

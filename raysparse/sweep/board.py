@@ -83,6 +83,7 @@ class Board:
     def __init__(self) -> None:
         self.rows: dict[str, Row] = {}  # trial id -> row, in the order of planning
         self.repeats: list[Repeat] = []
+        self.refused: list[int] = []  # the Optuna trials whose points are no trials
         self.chosen: list[Event] = []
         self.second_chances = 0  # that were taken
         self.stage: str | None = None
@@ -124,6 +125,9 @@ class Board:
                 assert item.trial_id is not None
                 assert item.number is not None
                 self.repeats.append(Repeat(item.number, item.trial_id))
+            case "refused":
+                assert item.number is not None
+                self.refused.append(item.number)
             case "started" if row:
                 row.state = "RUNNING"
             case "report" | "stopped" | "completed" | "failed" if row:

@@ -23,6 +23,7 @@ Kind = Literal[
     "stage",  # `stage` begins; reason: in words
     "planned",  # a new trial: method, point, seed, total_steps, config
     "repeated",  # the search asked for a point again: nothing is trained, the known result counts
+    "refused",  # the search drew a point whose settings do not go together: no trial; reason
     "started",  # a worker began, or went on from `step`
     "report",  # an evaluation: step and fid, or intermediate_fid
     "stopped",  # an evaluation after which ASHA stopped the trial at this rung; reason: its FID and the cutoff; or a
@@ -52,11 +53,11 @@ class Event:
     intermediate_fid: float | None = None  # under its intermediate one, where it has one
     reason: str | None = None
     method: str | None = None
-    point: dict[str, Any] | None = None  # planned, repeated: the axes' values
+    point: dict[str, Any] | None = None  # planned, repeated, refused: the axes' values
     seed: int | None = None
     total_steps: int | None = None
     config: dict[str, Any] | None = None  # planned: the whole TrialConfig
-    number: int | None = None  # planned, repeated, second_chance in a search: the Optuna trial's number
+    number: int | None = None  # planned, repeated, refused, second_chance in a search: the Optuna trial's number
     costs: dict[str, float] | None = None  # planned, where the search has several objectives; see objectives.py
     by: str | None = None  # stopped, reopened: the person, USER@HOST
 

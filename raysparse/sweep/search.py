@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 import optuna
@@ -21,7 +22,7 @@ from raysparse.errors import UsageError
 from raysparse.space import Point, Sweep
 from raysparse.sweep import chances, objectives
 from raysparse.sweep.axes import all_points, distributions, first_points, quiet, sampler, suggest, to_params
-from raysparse.sweep.board import Ledger, Repeat, Row
+from raysparse.sweep.board import Ledger, Row
 from raysparse.sweep.journal import Event, event
 from raysparse.sweep.tpe import WindowedTPE
 
@@ -183,10 +184,19 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
             fresh = self._untried() if attempt >= PATIENCE else None
             if attempt >= PATIENCE and fresh is None:
                 self._exhausted = True
-                self._ledger.add(event("note", stage="search", reason="every point of the space has been tried"))
+                reason = "every point of the space has been tried"
+                if board.refused:
+                    reason += f", or {PATIENCE} in a row were known or of settings that do not go together"
+                self._ledger.add(event("note", stage="search", reason=reason))
                 return None
             asked, point = self._ask(fresh)
-            trial = space.trial(self._sweep, point)
+            try:
+                trial = space.trial(self._sweep, point)
+            except ValueError as error:
+                number, reason = asked.number, str(error)
+                self._ledger.add(event("refused", stage="search", point=point, number=number, reason=reason))
+                self._tell(asked, None, TrialState.FAIL)
+                continue
             item = planned(trial, point, "search", asked.number, self._costs_of(trial))
             name = str(item.trial_id)
             self._asked.setdefault(name, []).append(asked)
@@ -245,7 +255,11 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
         """A point that has no trial, of a space of lists; None where there is none, or an axis is a range."""
         known = self._ledger.board.rows
         points = all_points(self._search) or []
-        left = [point for point in points if space.trial(self._sweep, point).trial_id not in known]
+        left = []
+        for point in points:
+            with suppress(ValueError):  # settings that do not go together
+                if space.trial(self._sweep, point).trial_id not in known:
+                    left.append(point)
         return left[rng.key(self._search.seed, "untried", step=self._count) % len(left)] if left else None
 
     def _learn(self, row: Row) -> None:
@@ -286,9 +300,14 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
     def _rebuild(self) -> None:
         """The study as the journal has it: the same numbers, values and states."""
         rows = self._ledger.board.rows
-        entries = [Repeat(row.number, row.trial_id) for row in rows.values() if row.number is not None]
-        for entry in sorted([*entries, *self._ledger.board.repeats], key=lambda entry: entry.number):
-            self._add(rows[entry.trial_id], entry.number)
+        of_number = {row.number: row for row in rows.values() if row.number is not None}
+        of_number |= {repeat.number: rows[repeat.trial_id] for repeat in self._ledger.board.repeats}
+        for number in sorted([*of_number, *self._ledger.board.refused]):
+            if number in of_number:
+                self._add(of_number[number], number)
+            else:
+                self.study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
+                self._count = number + 1
         for row in rows.values():
             self._learn(row)
 

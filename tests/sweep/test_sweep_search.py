@@ -17,7 +17,7 @@ from raysparse.errors import UsageError
 from raysparse.space import Sweep
 from raysparse.sweep.axes import all_points, distributions, first_points, to_params, to_point
 from raysparse.sweep.board import Ledger, Row
-from raysparse.sweep.journal import event
+from raysparse.sweep.journal import event, read
 from raysparse.sweep.search import Listed, Suggested, planned
 
 WIDE = {
@@ -157,13 +157,41 @@ def test_a_repeat_of_a_running_trial_is_told_when_that_one_ends(ledger: Ledger, 
     assert {trial.state for trial in search.study.get_trials()} == {TrialState.COMPLETE}
 
 
+HOLES: dict[str, Any] = {
+    "trials": 40,
+    "axes": {
+        "static": {"sparsity": {"low": 0.1, "high": 0.9}, "train.batch_size": [8, 12], "train.accumulate": [1, 8]},
+        "rigl": {"train.batch_size": [8, 12], "train.accumulate": [1, 8], "prune_ratio": [0.1, 0.2, 0.3, 0.4, 0.5]},
+    },
+}
+
+
+def test_settings_that_do_not_go_together_are_told_the_sampler_and_others_drawn(
+    ledger: Ledger, sweep_of: Callable[..., Sweep]
+) -> None:
+    axes = {"rigl": HOLES["axes"]["rigl"]}
+    search = Suggested(sweep_of(search=HOLES | {"axes": axes}), ledger, config_of)
+    assert len(walk(ledger, search, 40)) == 1 + 15, "dense, and of 20 points those that are trials"
+    refused = [item for item in read(ledger._journal.path) if item.kind == "refused"]
+    assert refused
+    assert ledger.board.refused == [item.number for item in refused]
+    for item in refused:
+        assert item.point
+        assert (item.point["train.batch_size"], item.point["train.accumulate"]) == (12, 8)
+        assert "12 is not a multiple of accumulate 8" in str(item.reason)
+        assert search.study.get_trials()[item.number or 0].state == TrialState.FAIL
+    (said,) = [item.reason for item in read(ledger._journal.path) if item.kind == "note"]
+    assert "every point of the space has been tried, or 20 in a row were known or of settings" in str(said)
+
+
+@pytest.mark.parametrize("space_of", [WIDE, HOLES], ids=["wide", "with holes"])
 @pytest.mark.parametrize("sampler", ["tpe", "random", "tpe of two objectives"])
 @pytest.mark.parametrize("killed_after", [1, 5, 17])
 def test_a_resumed_search_asks_what_the_undisturbed_one_asks(
-    tmp_path: Path, sweep_of: Callable[..., Sweep], sampler: str, killed_after: int
+    tmp_path: Path, sweep_of: Callable[..., Sweep], space_of: dict[str, Any], sampler: str, killed_after: int
 ) -> None:
     objectives = ["fid", "flops_inference"] if "two" in sampler else ["fid"]
-    sweep = sweep_of(search=WIDE | {"sampler": sampler.split()[0], "objectives": objectives})
+    sweep = sweep_of(search=space_of | {"sampler": sampler.split()[0], "objectives": objectives})
     for name in ("whole", "killed", "resumed"):
         (tmp_path / name).mkdir()
     whole = Ledger(tmp_path / "whole")
@@ -183,6 +211,8 @@ def test_a_resumed_search_asks_what_the_undisturbed_one_asks(
     assert search.study.get_trials()[-1].state == TrialState.RUNNING  # the open one, and no other
     rest = walk(resumed, search, 22 - killed_after, first=killed_after)
     assert undisturbed[killed_after:] == rest
+    assert whole.board.refused == resumed.board.refused
+    assert bool(whole.board.refused) == (space_of is HOLES)
     assert list(whole.board.rows) == list(resumed.board.rows)
     assert [row.costs for row in whole.board.rows.values()] == [row.costs for row in resumed.board.rows.values()]
     assert not [trial for trial in search.study.get_trials() if not trial.state.is_finished()]
