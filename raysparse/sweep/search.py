@@ -181,8 +181,10 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
         for attempt in itertools.count():
             if self._planned >= self._search.trials or self._exhausted:
                 return None
-            fresh = self._untried() if attempt >= PATIENCE else None
-            if attempt >= PATIENCE and fresh is None:
+            one_each = not any(self._search.axes.values())  # no method has an axis: there is nothing to draw
+            over = attempt >= PATIENCE or (one_each and self._count >= len(self._first))
+            fresh = self._untried() if over else None
+            if over and fresh is None:
                 self._exhausted = True
                 reason = "every point of the space has been tried"
                 if board.refused:

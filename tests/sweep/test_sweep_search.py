@@ -142,6 +142,18 @@ def test_a_point_asked_for_again_is_not_trained_again(ledger: Ledger, sweep_of: 
         assert (told.state, told.value) == (TrialState.COMPLETE, row.fid)
 
 
+def test_methods_that_are_one_point_each_are_a_space_that_ends(ledger: Ledger, sweep_of: Callable[..., Sweep]) -> None:
+    search = Suggested(
+        sweep_of(search={"trials": 5, "axes": {"dense": {}, "static": {}, "rigl": {}}}), ledger, config_of
+    )
+    asked = walk(ledger, search, 5)
+    assert [name.split("-")[0] for name in asked] == ["dense", "static", "rigl"]
+    assert [item.reason for item in read(ledger._journal.path) if item.kind == "note"] == [
+        "every point of the space has been tried"
+    ]
+    assert Suggested(search._sweep, ledger, config_of).suggest("again") == search.FINISHED
+
+
 def test_a_repeat_of_a_running_trial_is_told_when_that_one_ends(ledger: Ledger, sweep_of: Callable[..., Sweep]) -> None:
     axes = {"static": {"sparsity": [0.5]}, "rigl": {"sparsity": [0.5, 0.9]}}
     search = Suggested(sweep_of(search={"trials": 9, "axes": axes}), ledger, config_of)
