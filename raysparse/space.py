@@ -278,10 +278,14 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Sweep:
     """Read and check a sweep file; `overrides` are dotted paths into the file, e.g. {"base.train.steps": 100}."""
-    data = load_yaml(path)
-    for name, value in (overrides or {}).items():
+    return changed({"name": path.stem} | load_yaml(path), overrides or {}, str(path))
+
+
+def changed(data: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> Sweep:
+    """A checked sweep from a mapping with other values at dotted paths. UsageError as `parse`."""
+    for name, value in overrides.items():
         data = config.with_value(data, name, value)
-    return parse({"name": path.stem} | data, str(path))
+    return parse(data, where)
 
 
 def parse(data: Mapping[str, Any], where: str) -> Sweep:

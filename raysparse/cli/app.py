@@ -33,6 +33,9 @@ Changes = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one value, e.g. train.steps=100; repeatable."),
 ]
+SweepChanges = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. base.train.steps=100; repeatable.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program to read.")]
 Cpus = Annotated[int | None, typer.Option(min=1, help="CPUs to use on this machine; default all.")]
 Address = Annotated[str | None, typer.Option(help="A running Ray cluster; default $RAY_ADDRESS, else a local Ray.")]
@@ -75,10 +78,12 @@ def parse_changes(changes: list[str] | None) -> dict[str, Any]:
 
 def load_sweep(path: Path, changes: list[str] | None, data: Path | None) -> space.Sweep:
     """The sweep file with the command line's changes."""
-    overrides = parse_changes(changes)
-    if data is not None:
-        overrides["base.data.source"] = str(data)
-    return space.load(path, overrides)
+    return space.load(path, sweep_changes(changes, data))
+
+
+def sweep_changes(changes: list[str] | None, data: Path | None) -> dict[str, Any]:
+    """The command line's changes, by dotted paths into a sweep file."""
+    return parse_changes(changes) | ({} if data is None else {"base.data.source": str(data)})
 
 
 def load_trial(path: Path | None, changes: list[str] | None, data: Path | None) -> TrialConfig:

@@ -10,6 +10,7 @@ import typer
 
 from raysparse.cli.app import (
     AsJson,
+    SweepChanges,
     app,
     load_sweep,
 )
@@ -44,9 +45,7 @@ def submit(
     ] = None,
     follow: Annotated[bool, typer.Option("--follow", help="Show what the job prints until it has ended.")] = False,
     data: Annotated[str | None, typer.Option("--data", help="The raw data, as the cluster sees it.")] = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. base.train.steps=100; repeatable.")
-    ] = None,
+    changes: SweepChanges = None,
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Resume with another file, code or version; recorded.")
     ] = False,
@@ -80,6 +79,8 @@ def submit(
     limits = {"trials": max_trials, "hours": max_hours, "gpu-hours": max_gpu_hours, "disk": max_disk}
     options = [f"--max-{name}={value}" for name, value in limits.items() if value is not None]
     if resume is not None:
+        if sweep is None:  # then they change the sweep that lies there
+            options += [f"--set={change}" for change in [*(changes or []), *data_set]]
         options += ["--accept-changes"] * accept_changes
         sent = jobs.submit_resume(resume, address, sweep=sweep, options=options, token=token, requirements=requirements)
     elif sweep is not None:

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from raysparse.cli.app import AsJson, Cpus, Data, app, load_sweep
+from raysparse.cli.app import AsJson, Cpus, Data, SweepChanges, app, load_sweep
 from raysparse.errors import UsageError
 from raysparse.files import size_text
 from raysparse.space import Sweep
@@ -38,9 +38,7 @@ def plan(
         str | None, typer.Option(help="Simulate over a published data set's results, e.g. kanjivg.")
     ] = None,
     data: Data = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. base.train.steps=100; repeatable.")
-    ] = None,
+    changes: SweepChanges = None,
     cpus: Cpus = None,
     as_json: AsJson = False,
 ) -> None:

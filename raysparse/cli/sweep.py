@@ -18,9 +18,11 @@ from raysparse.cli.app import (
     AsJson,
     Cpus,
     Data,
+    SweepChanges,
     app,
     command_line,
     load_sweep,
+    sweep_changes,
 )
 from raysparse.errors import UsageError, usage_error_from
 from raysparse.files import size_bytes
@@ -39,9 +41,7 @@ def sweep(
     path: Annotated[Path, typer.Argument(help="A sweep file, such as tune_spaces/quickstart.yaml.")],
     output: Annotated[Path | None, typer.Option(help="Results folder; default results/NAME.")] = None,
     data: Data = None,
-    changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. base.train.steps=100; repeatable.")
-    ] = None,
+    changes: SweepChanges = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and print trials, FLOPs and hours; start nothing.")
     ] = False,
@@ -79,6 +79,8 @@ def resume(
     space_file: Annotated[
         Path | None, typer.Option("--space", help="The sweep file, where it has changed: more trials, other rungs.")
     ] = None,
+    data: Data = None,
+    changes: SweepChanges = None,
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Go on with another file, code or version; recorded.")
     ] = False,
@@ -90,10 +92,19 @@ def resume(
     address: Address = None,
     as_json: AsJson = False,
 ) -> None:
-    """Go on with a sweep that was interrupted or killed."""
+    """Go on with a sweep that was interrupted or killed.
+
+    --set and --data change the file of --space, without one the sweep as it began. Data is looked for where it was.
+    """
     from raysparse.sweep import folder, tuner
 
-    sweep_file = space.load(space_file) if space_file else None
+    overrides = sweep_changes(changes, data)
+    sweep_file = None
+    if space_file is not None:
+        sweep_file = space.load(space_file, overrides)
+    elif overrides:
+        begun, _ = folder.load(results)
+        sweep_file = space.changed(begun.model_dump(mode="json"), overrides, str(results / "sweep.json"))
     start = partial(
         tuner.resume,
         results,

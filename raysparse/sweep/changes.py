@@ -41,14 +41,9 @@ def refuse(results: Path, found: list[str]) -> None:
         )
 
 
-def accept(results: Path, sweep: Sweep) -> None:
-    """Make the folder go on with `sweep` and the versions of now; called with the lock held.
-
-    UsageError, with nothing changed, where it is another sweep: another base, or trials outside the new axes.
-    """
-    from raysparse.train.versions import versions
-
-    then, old = folder.read(results), folder.load(results)[0]
+def check(results: Path, sweep: Sweep) -> None:
+    """UsageError where it is another sweep than the folder's: another base, or trials outside the new axes."""
+    old = folder.load(results)[0]
     if space.parsed_base(old).content() != space.parsed_base(sweep).content() or bool(old.grid) != bool(sweep.grid):
         raise UsageError(
             f"{results} holds trials of another base or kind of walk: that is another sweep; give a new folder"
@@ -67,7 +62,18 @@ def accept(results: Path, sweep: Sweep) -> None:
                 f"trial {row.trial_id} of {results} does not belong to the new space ({error}); keep the axes wide "
                 "enough for what has run, or give a new folder"
             ) from error
-    content = then | {"sweep": sweep.model_dump(mode="json"), "digest": sweep.digest, "versions": versions()}
+
+
+def accept(results: Path, sweep: Sweep) -> None:
+    """Make the folder go on with `sweep` and the versions of now; called with the lock held. UsageError as `check`."""
+    from raysparse.train.versions import versions
+
+    check(results, sweep)
+    content = folder.read(results) | {
+        "sweep": sweep.model_dump(mode="json"),
+        "digest": sweep.digest,
+        "versions": versions(),
+    }
     write_text(results / "sweep.json", json.dumps(content, indent=2) + "\n")
 
 

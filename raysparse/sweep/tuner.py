@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from raysparse import space
-from raysparse.config import parse, with_value
+from raysparse.config import PATHS, parse, with_value
 from raysparse.errors import UsageError
 from raysparse.files import write_text
 from raysparse.results import Facts
@@ -86,26 +86,39 @@ def resume(
 ) -> Summary:
     """Go on with a sweep that was interrupted or killed, as `run`; one that is finished is returned as it is.
 
-    space_file: the sweep to go on with, where its file has changed; None: as it began. UsageError with the differences
-    where that, the code or a version is another, unless `accept_changes`: then they are recorded.
+    space_file: the sweep to go on with, where its file has changed; None: as it began. Data that it does not place lies
+    where it did. UsageError with the differences where that, the code or a version is another, unless `accept_changes`:
+    then they are recorded, once all is there that the sweep needs.
     """
     results = results.absolute()
     sweep, command = folder.load(results)
     with folder.locked(results):
-        wanted = with_whole_paths(space_file) if space_file else None
+        wanted = with_whole_paths(_placed_as(sweep, space_file)) if space_file else None
         found = changes.differences(results, wanted)
-        finished = Board.load(results).finished
-        if found and not (finished and wanted is None):
+        board = Board.load(results)
+        if board.finished and not (found and wanted):
+            return Summary(results, board, interrupted=False)
+        if found:
             if not accept_changes:
                 changes.refuse(results, found)
             sweep = wanted or sweep
+            changes.check(results, sweep)
+        prepare(sweep, **ray)
+        if found:
             changes.accept(results, sweep)
             with closing(Ledger(results, on_event)) as ledger:
                 ledger.add(event("accepted", reason="; ".join(found)))
-        if Board.load(results).finished:
-            return Summary(results, Board.load(results), interrupted=False)
-        prepare(sweep, **ray)
         return _drive(sweep, results, command, limits, on_event, ray)
+
+
+def _placed_as(begun: Sweep, sweep: Sweep) -> Sweep:
+    """The sweep with what lies on this machine where it lay when the sweep began, unless it says another place."""
+    base = sweep.base
+    for section, name in PATHS:
+        place = (begun.base.get(section) or {}).get(name)
+        if place is not None and (base.get(section) or {}).get(name) is None:
+            base = with_value(base, f"{section}.{name}", place)
+    return sweep.model_copy(update={"base": base})
 
 
 def with_whole_paths(sweep: Sweep) -> Sweep:

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from typer.testing import CliRunner
 
-from raysparse import space
+from raysparse import cli, space
+from raysparse.config import with_value
 from raysparse.errors import UsageError
 from raysparse.space import Sweep
 from raysparse.sweep import changes, folder, tuner
@@ -110,6 +113,67 @@ def test_another_sweep_is_refused_even_then(
     with pytest.raises(UsageError, match=said):
         changes.accept(out, other)
     assert (out / "sweep.json").read_bytes() == before
+
+
+@pytest.fixture
+def driven(monkeypatch: pytest.MonkeyPatch) -> list[Sweep]:
+    """The sweeps that would have been driven, whose data is taken to be there."""
+    found: list[Sweep] = []
+    monkeypatch.setattr(tuner, "prepare", lambda sweep, **_: None)
+    monkeypatch.setattr(tuner, "_drive", lambda results, *_: found.append(results))
+    return found
+
+
+def test_the_data_stays_where_it_was_unless_the_new_file_says_another_place(
+    begun: tuple[Path, Sweep], sweep_of: Callable[..., Sweep], driven: list[Sweep]
+) -> None:
+    out, sweep = begun
+    for name in ("first", "second"):
+        (out / name).touch()
+    placed = with_value(with_value(sweep.base, "data.source", str(out / "first")), "data.root", str(out))
+    changes.accept(out, sweep_of(base=placed))
+    asha = {"grace_steps": 4, "reduction_factor": 2}
+    tuner.resume(out, space_file=sweep_of(asha=asha), accept_changes=True)
+    assert driven == [folder.load(out)[0]] == [sweep_of(base=placed, asha=asha)]
+    moved = with_value(sweep_of().base, "data.source", str(out / "second"))
+    tuner.resume(out, space_file=sweep_of(base=moved, asha=asha), accept_changes=True)
+    assert driven[1].base["data"] == placed["data"] | {"source": str(out / "second")}
+
+
+def test_a_folder_is_as_it_was_where_what_is_accepted_cannot_start(
+    begun: tuple[Path, Sweep], sweep_of: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object, **__: object) -> None:
+        raise UsageError("has no public download; give --path")
+
+    monkeypatch.setattr(tuner, "prepare", missing)
+    out, _ = begun
+    before = {name: (out / name).read_bytes() for name in ("sweep.json", "journal.jsonl")}
+    with pytest.raises(UsageError, match="no public download"):
+        tuner.resume(out, space_file=sweep_of(asha=None), accept_changes=True)
+    assert {name: (out / name).read_bytes() for name in before} == before
+
+
+def test_the_command_line_changes_the_file_or_the_sweep_as_it_began(
+    begun: tuple[Path, Sweep], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, sweep = begun
+    given: list[Sweep] = []
+
+    def resumed(results: Path, *, space_file: Sweep, **_: object) -> None:
+        given.append(space_file)
+        raise UsageError("enough")
+
+    monkeypatch.setattr(tuner, "resume", resumed)
+    words = ["resume", str(out), "--set", "search.trials=9", "--data", "raw.npz"]
+    file = tmp_path / "new.yaml"
+    file.write_text(yaml.safe_dump(sweep.model_dump(mode="json") | {"asha": None}))
+    for more in ([], ["--space", str(file)]):
+        assert isinstance(CliRunner().invoke(cli.app, [*words, *more]).exception, UsageError)
+    for changed in given:
+        assert changed.search
+        assert (changed.search.trials, changed.base["data"]["source"]) == (9, "raw.npz")
+    assert (given[0].asha, given[1].asha) == (sweep.asha, None)
 
 
 @pytest.mark.ray

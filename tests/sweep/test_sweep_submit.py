@@ -240,3 +240,10 @@ def test_limits_and_changes_travel_along(token: Path, sent: dict[str, Any]) -> N
         "python -m raysparse.cli resume /mnt/raysparse/results/quickstart --space sweep.yaml --max-hours=2.5 "
         "--max-disk=500GB --accept-changes"
     )
+    more += ["--set", "search.trials=9", "--data", "/mnt/raysparse/kanji.npz"]
+    done = CliRunner().invoke(cli.app, ["submit", "--address", NOBODY, "--token", str(token), *more])
+    assert done.exit_code == 0, done.output
+    assert sent["entrypoint"].endswith(
+        "results/quickstart --max-disk=500GB --set=search.trials=9 "
+        "'--set=base.data.source=\"/mnt/raysparse/kanji.npz\"' --accept-changes"
+    )
