@@ -95,6 +95,8 @@ def test_a_report_that_cannot_be_written_leaves_a_finished_sweep(
         (["train", "--set", "sparse.method=static", "--set", "sparse.sparsity=1"], "[0, 1)"),
         (["train", "--set", "train.steps"], "--set takes KEY=VALUE"),
         (["train", "--set", "train.steps=[1"], "not a YAML value"),
+        (["train", "--set", "data.name=2024-13-45"], "'2024-13-45' is not a YAML value"),
+        (["train", "--set", "data.options=" + "[" * 9_999], "is not a YAML value"),
         (["train", "--set", "model.options.hiden=3"], "did you mean 'hidden'"),
         (["train", "--set", "data.name=hershy"], "did you mean 'hershey'"),
         (["train", "--set", "evaluate.extractor=none"], "unknown extractor"),
