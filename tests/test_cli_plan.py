@@ -15,6 +15,8 @@ from recorded_trials import record
 from raysparse import cli, space
 from raysparse.errors import UsageError
 from raysparse.sweep import price, tuner
+from raysparse.sweep.curves import Published
+from raysparse.sweep.simulate import simulate
 from raysparse.train import plan as plans
 
 SPACES = Path(__file__).resolve().parents[1] / "tune_spaces"
@@ -64,6 +66,27 @@ def test_the_figures_add_up(run: Callable[..., tuple[int, str, str]]) -> None:
     assert found["timed"].startswith("the step is given")
     assert "standing in for hershey" in found["curves"]
     assert (found["unit"], found["workers"], found["worlds"]) == ("CPU", 2, 3)
+
+
+RIGL = {"rigl": {"sparsity": [0.5]}}
+
+
+@pytest.mark.parametrize(
+    ("walk", "best", "expected"),
+    [
+        ({"grid": RIGL}, 1, 6),
+        ({"grid": RIGL | {"dense": {}}}, 2, 6),
+        ({"grid": {"dense": {"optimizer.lr": [1e-3, 2e-3]}}}, 2, 6),
+        ({"search": {"trials": 2, "axes": RIGL}}, 1, 6),
+        ({"search": {"trials": 9, "axes": {"static": {}, "rigl": {"sparsity": [0.5, 0.9]}}}}, 2, 12),
+    ],
+)
+def test_the_confirm_stage_is_counted_as_it_runs(walk: dict[str, Any], best: int, expected: int) -> None:
+    confirm = {"confirm": {"seeds": [1, 2, 3], "best_per_method": best}}
+    sweep = space.parse({"name": "s", "base": {"evaluate": {"every_steps": 40_800}}} | walk | confirm, "s")
+    assert plans.plan(sweep, seconds=plans.Seconds(1, 1, 1))["confirm_trials"] == expected
+    run = simulate(sweep, Published.nearest(space.parsed_base(sweep).model_dump(mode="json")), workers=1)
+    assert len(run.board.of_stage("confirm")) == expected
 
 
 @pytest.mark.parametrize(("gpus", "words"), [(0.125, "what 8 that share it lose to each other"), (1, None), (0, None)])

@@ -80,12 +80,13 @@ def check_methods(sweep: Sweep) -> None:
 
 
 def _confirmed(sweep: Sweep) -> int:
-    """Trials of the confirm stage, at most: a method of a grid cannot have more winners than points."""
+    """Trials of the confirm stage, at most: dense is always there, and no method has more winners than points."""
     if sweep.confirm is None:
         return 0
     if sweep.search and len(sweep.search.objectives) > 1:
         return len(sweep.confirm.seeds) * (sweep.confirm.front + 1)  # and dense
-    best = dict.fromkeys(sweep.axes, sweep.confirm.best_per_method)
+    axes_of = {"dense": {}, **sweep.axes}
+    best = {method: sweep.confirm.best_per_method if axes else 1 for method, axes in axes_of.items()}
     if sweep.grid:
         methods = [point["method"] for point in space.grid_points(sweep)]
         best = {method: min(most, methods.count(method)) for method, most in best.items()}
