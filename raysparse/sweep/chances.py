@@ -6,7 +6,7 @@ its rung, seen from the end, may have been stopped. Its checkpoint is there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from raysparse.asha import Asha
 from raysparse.sweep import views
@@ -51,10 +51,11 @@ def take(ledger: Ledger, asha: Asha | None, number: int | None = None) -> Row | 
     return None
 
 
-def running(board: Board, stage: str) -> bool:
-    """Whether a trial of the stage is open: it may yet be stopped and then go on, or be given up by Tune. With several
-    workers this is asked very often."""
-    return any(row.open for row in reversed(board.rows.values()) if row.stage == stage)  # the latest are open
+def running(board: Board, stage: str, waiting: Collection[str] = ()) -> bool:
+    """Whether a trial of the stage is open, those that are `waiting` left out: it may yet be stopped and then go on, or
+    be given up by Tune. With several workers this is asked very often."""
+    rows = (row for row in reversed(board.rows.values()) if row.stage == stage)  # the latest are open
+    return any(row.open and row.trial_id not in waiting for row in rows)
 
 
 def _left(board: Board, asha: Asha) -> int:

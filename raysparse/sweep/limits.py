@@ -35,9 +35,14 @@ class Guard:
         results: Path,
         board: Board,
         make_room: Callable[[], int] = lambda: 0,
+        more: Callable[[], bool] = lambda: True,
     ) -> None:
-        """make_room: removes what nobody needs and says how many bytes; tried before --max-disk ends the sweep."""
+        """make_room: removes what nobody needs and says how many bytes; tried before --max-disk ends the sweep.
+
+        more: whether the sweep is known to have trials to come; without any, --max-trials ends nothing.
+        """
         self._limits, self._results, self._board, self._make_room = limits, results, board, make_room
+        self._more = more
         self._gpus = resources.workers * resources.gpus_per_worker
         self._began = time.monotonic()
         self._disk_bytes, self._looked = 0, float("-inf")
@@ -67,7 +72,7 @@ class Guard:
         if limits.max_disk_bytes is not None and self._disk(limits.max_disk_bytes) >= limits.max_disk_bytes:
             return f"--max-disk {limits.max_disk_bytes:,} bytes is reached: {self._disk_bytes:,} in {self._results}"
         open_ones = [row for row in self._board.rows.values() if row.open and _has_begun(row)]
-        if not self.may_start() and not open_ones:
+        if not self.may_start() and not open_ones and self._more():
             return f"--max-trials {limits.max_trials} is reached"
         return None
 

@@ -67,14 +67,15 @@ class Listed(Searcher):  # type: ignore[misc]
         self._given: dict[str, Row] = {}  # Tune's id -> the trial
         self._config_of = config_of
 
-    may_start: Callable[[Row | None], bool] = staticmethod(lambda row: True)  # whether a limit allows one more
+    may_start: Callable[[Row], bool] = staticmethod(lambda row: True)  # whether a limit allows it
 
     def suggest(self, trial_id: str) -> TuneConfig | str | None:
-        if self._todo and not self.may_start(self._todo[0]):
-            return None  # Tune asks again
-        row = self._todo.popleft() if self._todo else chances.take(self._ledger, self._asha)
+        if not self._todo and (found := chances.take(self._ledger, self._asha)):
+            self._todo.append(found)
+        row = next(filter(self.may_start, self._todo), None)
         if row is None:
             return None if chances.running(self._ledger.board, self._stage) else str(Searcher.FINISHED)
+        self._todo.remove(row)
         self._given[trial_id] = row
         return self._config_of(row)
 
@@ -146,14 +147,16 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
         study: optuna.Study = self._ot_study
         return study
 
-    may_start: Callable[[Row | None], bool] = staticmethod(lambda row: True)  # whether a limit allows one more
+    may_start: Callable[[Row], bool] = staticmethod(lambda row: True)  # whether a limit allows it
 
     def suggest(self, trial_id: str) -> TuneConfig | str | None:
-        if not self.may_start(self._todo[0] if self._todo else None):
-            return None  # Tune asks again
-        row = self._todo.popleft() if self._todo else self._new() or self._second_chance()
-        if row is None:
-            return None if chances.running(self._ledger.board, "search") else str(Searcher.FINISHED)
+        if not self._todo and (found := self._new() or self._second_chance()):
+            self._todo.append(found)
+        row = next(filter(self.may_start, self._todo), None)
+        if row is None:  # Tune asks again; where it has no trial it would do nothing else
+            waiting = [each.trial_id for each in self._todo]
+            return None if chances.running(self._ledger.board, "search", waiting) else str(Searcher.FINISHED)
+        self._todo.remove(row)
         self._ours[trial_id] = row.trial_id
         return self._config_of(row)
 

@@ -176,7 +176,8 @@ def _drive(
             folder.create(results, sweep, command)
         with closing(Ledger(results, on_event)) as ledger:
             budget = Budget(results, ledger, sweep)
-            guard = Guard(limits, sweep.resources, results, ledger.board, budget.make_room)
+            more = functools.partial(_more, sweep, ledger.board)
+            guard = Guard(limits, sweep.resources, results, ledger.board, budget.make_room, more)
 
             def interrupted() -> bool:
                 budget.keep()
@@ -194,6 +195,11 @@ def _drive(
             summary = Summary(results, ledger.board, interrupted(), guard.reached())
     leaving.forget(results)  # its processes have ended with Ray
     return summary
+
+
+def _more(sweep: Sweep, board: Board) -> bool:
+    """Whether trials are to come: planned ones, of which a search that is at a limit has the next, or a whole stage."""
+    return any(row.open for row in board.rows.values()) or (sweep.confirm is not None and board.stage != "confirm")
 
 
 def _stage(

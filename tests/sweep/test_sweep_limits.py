@@ -11,9 +11,10 @@ from raysparse.errors import UsageError
 from raysparse.files import size_bytes
 from raysparse.space import Resources, Sweep
 from raysparse.sweep import limits, tuner
-from raysparse.sweep.board import Board, Row
-from raysparse.sweep.journal import read
+from raysparse.sweep.board import Board, Ledger, Row
+from raysparse.sweep.journal import event, read
 from raysparse.sweep.limits import Guard, Limits
+from raysparse.sweep.search import Suggested
 
 
 def board_of(*rows: tuple[str, float | None, float]) -> Board:
@@ -46,6 +47,63 @@ def test_trials_that_have_begun_count_and_may_end(tmp_path: Path) -> None:
     board.rows["1"].state = "STOPPED"
     assert two.reached() == "--max-trials 2 is reached"
     assert guard(board, tmp_path, max_trials=3).may_start(board.rows["2"])
+
+
+def test_what_is_left_of_a_limit_ends_nothing_where_no_trial_is_to_come(tmp_path: Path) -> None:
+    board, more = board_of(("COMPLETED", 1.0, 0), ("STOPPED", 2.0, 0)), [False]
+    full = Guard(Limits(max_trials=2), Resources(), tmp_path, board, more=lambda: more[0])
+    assert not full.may_start()
+    assert full.reached() is None
+    more[0] = True
+    assert full.reached() == "--max-trials 2 is reached"
+
+
+def test_a_search_at_its_limit_has_its_next_trial_planned_or_none(
+    tmp_path: Path, sweep_of: Callable[..., Sweep]
+) -> None:
+    def ended(count: int, begun: int) -> tuple[list[object], list[str]]:
+        """What a search of three points suggests when `begun` trials were allowed and ended, and the trials' states."""
+        place = tmp_path / f"{count} {begun}"
+        place.mkdir()
+        ledger = Ledger(place)
+        axes = {"dense": {}, "static": {"sparsity": [0.5, 0.75]}}
+        search = Suggested(sweep_of(search={"trials": count, "axes": axes}), ledger, lambda row: {"id": row.trial_id})
+        guard = Guard(Limits(max_trials=begun), Resources(), place, ledger.board)
+        search.may_start = guard.may_start
+        said: list[object] = []
+        for number in range(begun):
+            search.suggest(str(number))
+            name = search._ours[str(number)]
+            ledger.add(event("started", stage="search", trial_id=name))
+            said.append(search.suggest("too many") if number == begun - 1 else None)
+            ledger.add(event("completed", stage="search", trial_id=name, step=8, fid=1.0))
+            search.on_trial_complete(str(number))
+        said.append(search.suggest("after all"))
+        states = [row.state for row in ledger.board.rows.values()]
+        ledger.close()
+        return said[-2:], states
+
+    done = ["COMPLETED"] * 3
+    assert ended(3, 3) == ended(9, 3) == ([None, "FINISHED"], done), "a resume would find nothing to do"
+    assert ended(3, 2) == ([None, "FINISHED"], ["COMPLETED", "COMPLETED", "PENDING"])
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_sweep_that_ends_at_its_limit_is_finished(
+    tmp_path: Path, sweep_of: Callable[..., Sweep], ray_home: Path
+) -> None:
+    axes = {"dense": {}, "static": {"sparsity": [0.5, 0.75]}}
+    sweep, out = sweep_of(search={"trials": 3, "sampler": "random", "axes": axes}, asha=None), tmp_path / "out"
+    first = tuner.run(sweep, out, command="", limits=Limits(max_trials=2), num_cpus=1, temp_dir=ray_home)
+    assert (first.interrupted, first.limit) == (True, "--max-trials 2 is reached")
+    for most in (2, 3):
+        again = tuner.resume(out, limits=Limits(max_trials=most), num_cpus=1, temp_dir=ray_home)
+        assert (again.interrupted, again.limit) == (True, f"--max-trials {most} is reached")
+        assert sum(row.state == "COMPLETED" for row in again.board.rows.values()) == most
+    last = tuner.resume(out, limits=Limits(max_trials=5), num_cpus=1, temp_dir=ray_home)
+    assert (last.interrupted, last.limit, last.board.finished) == (False, None, True)
+    assert last.board.counts() == {"COMPLETED": 5}, "3 of the search, dense and static once more"
 
 
 def test_gpu_hours_are_of_all_workers(tmp_path: Path) -> None:
