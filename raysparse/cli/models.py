@@ -73,7 +73,9 @@ def sample(
 
 @app.command()
 def evaluate(
-    checkpoints: Annotated[list[Path], typer.Argument(help="Checkpoints, or results folders: all their trials.")],
+    checkpoints: Annotated[
+        list[Path], typer.Argument(help="Checkpoints, or results folders: their trials at the last step.")
+    ],
     ddim_steps: Annotated[
         list[int] | None, typer.Option(min=1, help="DDIM steps; repeat it for a study: 50, 100, 150, 200.")
     ] = None,
@@ -98,7 +100,14 @@ def evaluate(
     if runtime is not None:
         overrides["evaluate.runtime"] = runtime
     variants = [overrides | {"evaluate.ddim_steps": steps} for steps in dict.fromkeys(ddim_steps or [])] or [overrides]
-    found = list(dict.fromkeys(folder for path in checkpoints for folder in restored.find(path)))
+    meant = [restored.to_evaluate(path) for path in checkpoints]
+    found = list(dict.fromkeys(folder for those, _ in meant for folder in those))
+    if left := {folder.parent for _, others in meant for folder in others if folder not in found}:
+        typer.echo(
+            f"left out, not at their last step: {len(left)} of {len(left) + len(found)} trials; to evaluate one as it "
+            f"is, give its folder, such as {min(left)}",
+            err=True,
+        )
     rows: list[reevaluate.Row] = []
     with progress("evaluating") as advance:
 

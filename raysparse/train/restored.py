@@ -107,6 +107,24 @@ def find(path: Path) -> list[Path]:
     return found
 
 
+def to_evaluate(path: Path) -> tuple[list[Path], list[Path]]:
+    """The checkpoints of `find`, those first that an evaluation is for: of several trials the ones at their last step.
+
+    Others, such as those that ASHA stopped, compare with none of them. UsageError where all of several are such.
+    """
+    found = find(path)
+    if len(found) == 1:
+        return found, []
+    contents = {folder: state.manifest(folder) for folder in found}
+    ended = [folder for folder, of in contents.items() if of["step"] >= of["config"]["train"]["steps"]]
+    if not ended:
+        raise UsageError(
+            f"none of the {len(found)} trials in {path} has reached its last step; to evaluate one as it is, give its "
+            f"folder, such as {found[0].parent}"
+        )
+    return ended, [folder for folder in found if folder not in ended]
+
+
 def model_of(trial: TrialConfig, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], where: str) -> nn.Module:
     """A trial's model with the given state, on the CPU, in eval mode and without gradients.
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from PIL import Image
 
 from raysparse import cli, results
 from raysparse.errors import UsageError
-from raysparse.train import draw, ranks, reevaluate, restored, run, setup
+from raysparse.train import draw, ranks, reevaluate, restored, run, setup, state
 
 STEPS = [{"evaluate.ddim_steps": 2}, {"evaluate.ddim_steps": 3, "evaluate.timestep_spacing": "original"}]
 
@@ -169,6 +171,26 @@ def test_the_commands(trained, tmp_path, capsys, monkeypatch):
     assert _cli(monkeypatch, "sample", str(out), "--output", str(drawn), "--count", "5", "--device", "cpu") == 2
     assert "not empty" in capsys.readouterr().err
     assert _cli(monkeypatch, "sample", str(tmp_path / "nowhere"), "--output", str(drawn), "--count", "5") == 2
+
+
+def test_a_sweeps_trials_that_were_stopped_are_left_out_and_counted(trained, capsys, monkeypatch):
+    trial, out = trained
+    stopped = out / "checkpoints" / "rigl-stopped"
+    shutil.copytree(out / "checkpoints" / trial.trial_id, stopped)
+    for path in stopped.glob("*/manifest.json"):
+        content = state.manifest(path.parent)
+        content["config"]["train"]["steps"] = 99
+        sha256 = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+        path.write_text(json.dumps({"content": content, "sha256": sha256}))
+    assert _cli(monkeypatch, "evaluate", str(out), "--device", "cpu", "--json") == 0
+    said = capsys.readouterr()
+    assert [row["trial_id"] for row in json.loads(said.out)] == [trial.trial_id]
+    assert "left out, not at their last step: 1 of 2 trials; to evaluate one as it is, give its folder" in said.err
+    assert f"such as {stopped}\n" in said.err
+    assert _cli(monkeypatch, "evaluate", str(out), str(stopped), "--device", "cpu", "--json") == 0
+    said = capsys.readouterr()
+    assert [Path(row["checkpoint"]).parent.name for row in json.loads(said.out)] == [trial.trial_id, "rigl-stopped"]
+    assert "left out" not in said.err
 
 
 def test_the_commands_take_a_number_of_threads(trained, tmp_path, monkeypatch):

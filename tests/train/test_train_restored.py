@@ -60,6 +60,19 @@ def test_all_trials_below_a_results_folder(tmp_path):
         restored.load(tmp_path)
 
 
+def test_of_several_trials_those_at_their_last_step_are_evaluated(tmp_path):
+    stopped = in_results(tmp_path, trial(seed=0, train__steps=STEP + 1))
+    assert restored.to_evaluate(tmp_path) == ([stopped], []), "the one trial of a folder, as it is"
+    also = in_results(tmp_path, trial(seed=1, train__steps=STEP + 1))
+    with pytest.raises(UsageError, match=r"none of the 2 trials in .* give its folder, such as .*checkpoints/"):
+        restored.to_evaluate(tmp_path)
+    ended = in_results(tmp_path, trial(seed=2, train__steps=STEP))
+    for given in (tmp_path, tmp_path / "checkpoints"):
+        assert restored.to_evaluate(given) == ([ended], sorted([stopped, also]))
+    for given in (stopped, stopped.parent):
+        assert restored.to_evaluate(given) == ([stopped], [])
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
