@@ -10,7 +10,7 @@ import itertools
 import json
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,6 +22,7 @@ from raysparse.space import Axis, Point, Range, Search
 from raysparse.sweep.tpe import WHOLE, ParetoTPE, WindowedTPE
 
 METHOD = "method"
+DRAWS = 20  # of a method, for a point that is new
 optuna.logging.set_verbosity(optuna.logging.WARNING)  # the terminal is the command line's
 
 
@@ -90,6 +91,32 @@ def all_points(search: Search) -> list[Point] | None:
     return points
 
 
+def new_point(search: Search, seed: int, known: Callable[[Point], bool]) -> Point | None:
+    """A point that is not known, drawn without regard to what is good; None where all are known."""
+    points = all_points(search)
+    if points is not None:
+        left = [point for point in points if not known(point)]
+        return left[seed % len(left)] if left else None
+    draws, kinds = optuna.samplers.RandomSampler(seed % 2**32), distributions(search)
+    methods = sorted(search.axes, key=lambda method: rng.key(seed, method))
+
+    def drawn(method: str) -> Point:
+        names = [f"{method}.{axis}" for axis in search.axes[method]]
+        values: Any = {name: draws.sample_independent(None, None, name, kinds[name]) for name in names}  # type: ignore[arg-type]
+        return to_point(search, {METHOD: method, **values})
+
+    # Of many points a few draws find a new one; few points, and those with axes that have no effect, are walked.
+    some = (drawn(method) for method in methods for _ in range(DRAWS))
+    walked = (point for method in methods for point in _walk(search, method, kinds))
+    return next((point for point in itertools.chain(some, walked) if not known(point)), None)
+
+
+def _walk(search: Search, method: str, kinds: dict[str, BaseDistribution]) -> Iterator[Point]:
+    names = [f"{method}.{axis}" for axis in search.axes[method]]
+    for row in itertools.product(*(_values(kinds[name]) for name in names)):
+        yield to_point(search, {METHOD: method, **dict(zip(names, row, strict=True))})
+
+
 def sampler(search: Search, number: int, windowed: WindowedTPE) -> optuna.samplers.BaseSampler:
     """The sampler of the trial with this number: as if made for it alone, so that a resumed search draws the same.
 
@@ -125,6 +152,20 @@ def _distribution(axis: Axis) -> BaseDistribution:
     if axis.step:  # Optuna wants the last multiple as the end; the 1e-9 is for 0.05 + 17 * 0.05
         high = axis.low + math.floor((axis.high - axis.low) / axis.step + 1e-9) * axis.step
     return FloatDistribution(axis.low, high, log=axis.log, step=axis.step)
+
+
+def _values(kind: BaseDistribution) -> Sequence[Any]:
+    """All that can be drawn; of a range without steps, which has no end, its lower end."""
+    match kind:
+        case CategoricalDistribution():
+            return kind.choices
+        case IntDistribution():
+            return range(kind.low, kind.high + 1, kind.step)
+        case FloatDistribution(step=None):
+            return (kind.low,)
+        case FloatDistribution(step=float(step)):
+            return [min(kind.low + n * step, kind.high) for n in range(round((kind.high - kind.low) / step) + 1)]
+    raise AssertionError(kind)
 
 
 def _draw(trial: optuna.Trial, name: str, kind: BaseDistribution) -> Any:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any
 
 import optuna
@@ -21,14 +20,15 @@ from raysparse.config import TrialConfig
 from raysparse.errors import UsageError
 from raysparse.space import Point, Sweep
 from raysparse.sweep import chances, objectives
-from raysparse.sweep.axes import all_points, distributions, first_points, quiet, sampler, suggest, to_params
+from raysparse.sweep.axes import distributions, first_points, new_point, quiet, sampler, suggest, to_params
 from raysparse.sweep.board import Ledger, Row
 from raysparse.sweep.journal import Event, event
 from raysparse.sweep.tpe import WindowedTPE
 
 TuneConfig = dict[str, Any]  # what Tune hands to a trial
 
-# So many known points in a row, and the sampler is asked no more: a point not yet tried is taken instead.
+# So many known points in a row, and a point not yet tried is taken instead of the sampler's: TPE settles on a method
+# whose axes are short lists, the more so as the results of repeats are told to it.
 PATIENCE = 20
 
 
@@ -191,7 +191,7 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
                 self._exhausted = True
                 reason = "every point of the space has been tried"
                 if board.refused:
-                    reason += f", or {PATIENCE} in a row were known or of settings that do not go together"
+                    reason += ", or is of settings that do not go together"
                 self._ledger.add(event("note", stage="search", reason=reason))
                 return None
             asked, point = self._ask(fresh)
@@ -257,15 +257,19 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
             return asked, suggest(asked, self._search)
 
     def _untried(self) -> Point | None:
-        """A point that has no trial, of a space of lists; None where there is none, or an axis is a range."""
-        known = self._ledger.board.rows
-        points = all_points(self._search) or []
-        left = []
-        for point in points:
-            with suppress(ValueError):  # settings that do not go together
-                if space.trial(self._sweep, point).trial_id not in known:
-                    left.append(point)
-        return left[rng.key(self._search.seed, "untried", step=self._count) % len(left)] if left else None
+        """A point that has no trial, by the search's seed and the number of the next trial; None where there is none.
+
+        Settings that do not go together are no point.
+        """
+        rows = self._ledger.board.rows
+
+        def known(point: Point) -> bool:
+            try:
+                return space.trial(self._sweep, point).trial_id in rows
+            except ValueError:
+                return True
+
+        return new_point(self._search, rng.key(self._search.seed, "untried", step=self._count), known)
 
     def _learn(self, row: Row) -> None:
         """Bring the row's trials in the study to where the row is."""

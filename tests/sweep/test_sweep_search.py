@@ -15,7 +15,7 @@ from optuna.trial import TrialState
 from raysparse import space
 from raysparse.errors import UsageError
 from raysparse.space import Sweep
-from raysparse.sweep.axes import all_points, distributions, first_points, to_params, to_point
+from raysparse.sweep.axes import all_points, distributions, first_points, new_point, to_params, to_point
 from raysparse.sweep.board import Ledger, Row
 from raysparse.sweep.journal import event, read
 from raysparse.sweep.search import Listed, Suggested, planned
@@ -154,6 +154,43 @@ def test_methods_that_are_one_point_each_are_a_space_that_ends(ledger: Ledger, s
     assert Suggested(search._sweep, ledger, config_of).suggest("again") == search.FINISHED
 
 
+def settled(ledger: Ledger, search: Suggested, count: int) -> list[str]:
+    """Ask and complete `count` trials, of which static's are by far the best."""
+    for number in range(count):
+        config = search.suggest(str(number))
+        assert isinstance(config, dict), "it ended early"
+        row = ledger.board.rows[config["trial_id"]]
+        end(ledger, search, str(number), "completed", step=8, fid=fid_of(row) - 5 * (row.method == "static"))
+    return list(ledger.board.rows)
+
+
+def test_a_search_that_settles_on_few_points_goes_on_with_new_ones(
+    tmp_path: Path, sweep_of: Callable[..., Sweep]
+) -> None:
+    sweep = sweep_of(search=WIDE | {"sampler": "tpe"})
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+    whole, resumed = Ledger(tmp_path / "whole"), Ledger(tmp_path / "resumed")
+    names = settled(whole, Suggested(sweep, whole, config_of), 28)
+    assert len(set(names)) == 28
+    assert len(whole.board.repeats) > 60, "static's three points, again and again"
+    settled(resumed, Suggested(sweep, resumed, config_of), 24)
+    assert settled(resumed, Suggested(sweep, resumed, config_of), 4) == names
+    whole.close()
+    resumed.close()
+
+
+def test_every_point_is_found_once_and_then_none(sweep_of: Callable[..., Sweep]) -> None:
+    ranges = {"sparsity": {"low": 0.5, "high": 0.95, "step": 0.05}, "update_interval": {"low": 2, "high": 8, "step": 2}}
+    axes = {"dense": {}, "static": {"sparsity": [0.5, 0.75]}, "rigl": ranges}
+    search = sweep_of(search={"trials": 9, "axes": axes}).search
+    assert search
+    found: list[str] = []
+    while point := new_point(search, len(found), lambda point: str(point) in found):
+        found.append(str(point))
+    assert len(found) == 1 + 2 + 10 * 4
+
+
 def test_a_repeat_of_a_running_trial_is_told_when_that_one_ends(ledger: Ledger, sweep_of: Callable[..., Sweep]) -> None:
     axes = {"static": {"sparsity": [0.5]}, "rigl": {"sparsity": [0.5, 0.9]}}
     search = Suggested(sweep_of(search={"trials": 9, "axes": axes}), ledger, config_of)
@@ -193,7 +230,7 @@ def test_settings_that_do_not_go_together_are_told_the_sampler_and_others_drawn(
         assert "12 is not a multiple of accumulate 8" in str(item.reason)
         assert search.study.get_trials()[item.number or 0].state == TrialState.FAIL
     (said,) = [item.reason for item in read(ledger._journal.path) if item.kind == "note"]
-    assert "every point of the space has been tried, or 20 in a row were known or of settings" in str(said)
+    assert "every point of the space has been tried, or is of settings that do not go together" in str(said)
 
 
 @pytest.mark.parametrize("space_of", [WIDE, HOLES], ids=["wide", "with holes"])
