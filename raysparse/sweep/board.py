@@ -154,7 +154,8 @@ class Board:
             case "finished":
                 self.finished = True
             case "accepted":
-                self.finished, self.stage = False, None  # a changed sweep may have more to do, in its search too
+                # A changed sweep may have more to do, in its search too: then the event names no stage.
+                self.finished, self.stage = False, item.stage
             case _:
                 pass
 

@@ -101,13 +101,15 @@ def resume(
         if found:
             if not accept_changes:
                 changes.refuse(results, found)
+            same = wanted is None or wanted == sweep
             sweep = wanted or sweep
             changes.check(results, sweep)
         prepare(sweep, **ray)
         if found:
             changes.accept(results, sweep)
             with closing(Ledger(results, on_event)) as ledger:
-                ledger.add(event("accepted", reason="; ".join(found)))
+                stage = ledger.board.stage if same else None  # other versions alone have nothing more to search
+                ledger.add(event("accepted", stage=stage, reason="; ".join(found)))
         return _drive(sweep, results, command, limits, on_event, ray)
 
 
@@ -230,8 +232,8 @@ def _stage(
     pause = Pause(results, interrupted, lambda: _running(ledger), asked)
     callback = Records(ledger, results, lambda row: facts(row.trial_id), pause, Shortage(sweep.resources))
     callback.repair()
-    if stage == "confirm" and not any(row.open for row in ledger.board.of_stage(stage)):
-        return
+    if ledger.board.stage == "confirm" and not any(row.open for row in ledger.board.of_stage(stage)):
+        return  # a search asked again might find new trials, and the confirm stage a second winner
     total_steps = space.parsed_base(sweep).train.steps
     scheduler = Rungs(
         ledger,

@@ -16,9 +16,10 @@ from ray.tune.execution import class_cache
 from raysparse import config, results, space
 from raysparse.errors import UsageError
 from raysparse.space import Sweep
-from raysparse.sweep import cluster, patience, tuner
-from raysparse.sweep.board import Ledger
+from raysparse.sweep import changes, cluster, folder, patience, tuner
+from raysparse.sweep.board import Board, Ledger
 from raysparse.sweep.journal import Event, event, read
+from raysparse.sweep.limits import Guard, Limits
 from raysparse.sweep.search import planned
 
 
@@ -227,6 +228,55 @@ def test_a_search_that_is_over_does_not_begin_again(tmp_path: Path, sweep_of: Ca
     assert stages() == ["search", "confirm"], "a trial of the search is open"
     ledger.add(event("completed", stage="search", trial_id=trial.trial_id, step=8, fid=1.0))
     assert stages() == []
+    ledger.add(event("accepted", stage="confirm", reason="another version"))
+    assert stages() == []
     ledger.add(event("accepted", reason="more trials"))
     assert stages() == ["search", "confirm"]
     ledger.close()
+
+
+def test_a_search_that_is_over_is_not_asked_again(
+    tmp_path: Path, sweep_of: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended with one trial of six, all points tried; the sweep was killed in its confirm stage."""
+    sweep, out = tuner.with_whole_paths(sweep_of()), tmp_path / "out"
+    folder.create(out, sweep, "")
+    guard = Guard(Limits(), sweep.resources, out, Board())
+
+    class Searched(Exception):
+        pass
+
+    def searcher(*_: Any) -> None:
+        raise Searched
+
+    monkeypatch.setattr(tuner, "_searcher", searcher)
+    ledger = Ledger(out)
+    point = {"method": "static", "sparsity": 0.5}
+    ledger.add(event("stage", stage="search"))
+    ledger.add(planned(space.trial(sweep, point), point, "search", 0))
+    ledger.add(event("failed", stage="search", trial_id=next(iter(ledger.board.rows)), reason="lost"))
+    ledger.add(event("stage", stage="confirm"))
+    tuner._stage("search", sweep, out, "", ledger, 1, lambda: False, guard)
+    ledger.add(event("accepted", reason="search.trials 6 then, 7 now"))
+    with pytest.raises(Searched):
+        tuner._stage("search", sweep, out, "", ledger, 1, lambda: False, guard)
+    ledger.close()
+
+
+def test_other_versions_alone_do_not_begin_the_search_again(
+    tmp_path: Path, sweep_of: Callable[..., Sweep], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep, out = tuner.with_whole_paths(sweep_of()), tmp_path / "out"
+    more = sweep_of(search=sweep.model_dump(mode="json")["search"] | {"trials": 7})
+    folder.create(out, sweep, "")
+    monkeypatch.setattr(tuner, "prepare", lambda *_, **__: None)
+    monkeypatch.setattr(tuner, "_drive", lambda *_, **__: None)
+    monkeypatch.setattr(changes, "differences", lambda *_: ["torch 2.14 then, 2.15 now"])
+    stages = []
+    for file in (None, sweep, more):
+        ledger = Ledger(out)
+        ledger.add(event("stage", stage="confirm"))
+        ledger.close()
+        tuner.resume(out, space_file=file, accept_changes=True)
+        stages.append(Board.load(out).stage)
+    assert stages == ["confirm", "confirm", None]
