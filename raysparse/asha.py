@@ -17,8 +17,9 @@ class Asha(Section):
     grace_steps: int | None = Field(None, ge=1)
     rungs: tuple[int, ...] = ()  # instead of grace_steps: the steps of all rungs
     reduction_factor: float = Field(3, gt=1)  # one in so many goes on past a rung
-    # False: the first at a rung goes on, with nobody to be compared with. True: all stop at the first rung and go on as
-    # second chances; past each rung the best 1 in reduction_factor of those who came there, rounded down.
+    # False: the first at a rung goes on, with nobody to be compared with. True: all stop at the first rung; once all
+    # have come there the best go on as second chances; slots that are free until then wait. Past each further rung the
+    # best 1 in reduction_factor of those who came there, rounded down.
     explore_first: bool = False
     # So many stopped trials go on, one rung at least, once the search has no new ones; more until one is completed.
     second_chances: int = Field(0, ge=0)

@@ -43,6 +43,8 @@ def take(ledger: Ledger, asha: Asha | None, number: int | None = None) -> Row | 
     """The next trial to go on, on record; None where there is none. number: of the Optuna trial that stands for it."""
     if asha is None or not asha.second_chances or (not _left(ledger.board, asha) and running(ledger.board, "search")):
         return None
+    if asha.explore_first and _exploring(ledger.board, asha):
+        return None
     for row, why in candidates(ledger.board, asha):
         ledger.add(
             event("second_chance", stage="search", trial_id=row.trial_id, number=number, step=row.step, reason=why)
@@ -56,6 +58,14 @@ def running(board: Board, stage: str, waiting: Collection[str] = ()) -> bool:
     be given up by Tune. With several workers this is asked very often."""
     rows = (row for row in reversed(board.rows.values()) if row.stage == stage)  # the latest are open
     return any(row.open and row.trial_id not in waiting for row in rows)
+
+
+def _exploring(board: Board, asha: Asha) -> bool:
+    """Whether a trial that will stop at the first rung has yet to come there: it may be one of the best of all."""
+    return any(
+        row.open and row.stage == "search" and row.method != "dense" and row.step < asha.rung_steps(row.total_steps)[0]
+        for row in reversed(board.rows.values())
+    )
 
 
 def _left(board: Board, asha: Asha) -> int:

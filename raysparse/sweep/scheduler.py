@@ -124,7 +124,7 @@ class Rungs(AsyncHyperBandScheduler):  # type: ignore[misc]
             rung[row.trial_id] = -fid
             place = rung.place(-fid)
             why = None
-            if self._explore_first and not self._ledger.board.second_chances:
+            if self._explore_first and rung is self._rungs[-1][1]:  # who comes there late, too
                 why = "the best of all go on when the search has no new trial"
             elif self._explore_first and place > len(rung) / self._reduction_factor:
                 why = f"not among the best 1 in {self._reduction_factor:g}"

@@ -18,7 +18,7 @@ from raysparse.sweep.board import Board, Ledger, Row
 from raysparse.sweep.curves import Published
 from raysparse.sweep.journal import Event, Journal, event, read
 from raysparse.sweep.scheduler import Rungs
-from raysparse.sweep.search import Suggested
+from raysparse.sweep.search import Listed, Suggested
 from raysparse.sweep.simulate import simulate
 
 CURVES = Published("kanjivg")
@@ -77,7 +77,23 @@ def test_exploring_first_all_stop_at_the_first_rung_and_then_the_best_go_on(tmp_
         assert rungs.on_trial_result(None, _tune(name), {"step": 4, "fid": fid}) == decision, name
     reasons = [ledger.board.rows[name].reason for name in "bc"]
     assert reasons == [f"place {n} of {n} at step 4: not among the best 1 in 2" for n in (1, 3)]
-    assert rungs.on_trial_result(None, _tune("e"), {"step": 2, "fid": 4.3}) == "CONTINUE", "late, and one of the best"
+    assert rungs.on_trial_result(None, _tune("e"), {"step": 2, "fid": 4.3}) == "STOP", "late, as the others"
+    ledger.close()
+
+
+def test_exploring_first_nobody_goes_on_before_all_have_come_to_the_first_rung(tmp_path: Path) -> None:
+    rules, ledger = asha(1, explore_first=True), Ledger(tmp_path)
+    for name, method in {"baseline": "dense", "poor": "rigl", "good": "rigl", "lost": "rigl"}.items():
+        ledger.add(event("planned", stage="search", trial_id=name, method=method, total_steps=16, config={}))
+    rungs = Rungs(ledger, "search", 16, rules)
+    listed = Listed(ledger, "search", lambda row: {"trial_id": row.trial_id}, rules)
+    assert [listed.suggest(name) for name in ("baseline", "poor", "good", "lost")][-1] == {"trial_id": "lost"}
+    rungs.on_trial_result(None, _tune("poor"), {"step": 2, "fid": 9999.0})
+    assert listed.suggest("free slot") is None
+    rungs.on_trial_result(None, _tune("good"), {"step": 2, "fid": 4.0})
+    assert listed.suggest("free slot") is None
+    ledger.add(event("failed", stage="search", trial_id="lost", reason="its process was lost"))
+    assert listed.suggest("free slot") == {"trial_id": "good"}, "the dense baseline has no rungs to come to"
     ledger.close()
 
 
@@ -88,7 +104,7 @@ def _tune(name: str) -> Any:
     return Trial()
 
 
-@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("workers", [1, 3, 6, 20])
 def test_exploring_first_each_trial_goes_to_the_first_rung_before_any_goes_on(
     sweep_of: Callable[..., Sweep], workers: int
 ) -> None:
@@ -97,7 +113,7 @@ def test_exploring_first_each_trial_goes_to_the_first_rung_before_any_goes_on(
     run = simulate(sweep, CURVES, workers=workers, on_event=happened.append)
     first = next(n for n, item in enumerate(happened) if item.kind == "second_chance")
     stopped = [item for item in happened[:first] if item.kind == "stopped"]
-    assert len(stopped) >= 13 - (workers - 1)  # of 14 one is dense
+    assert len(stopped) == 13  # of 14 one is dense
     assert {item.step for item in stopped} == {2}
     rows = [row for row in run.board.rows.values() if row.method != "dense"]
     best = sorted(rows, key=lambda row: row.fids[2])[:6]  # one in two: each has had its chance
