@@ -53,6 +53,19 @@ _OF_A_RANGE = 1_000  # so many of its numbers are
 # What names a file or a folder: a relative one counts from where the sweep was started.
 PLACES = ("data.source", "data.root", "evaluate.weights", "first_stage.weights", "sparse.teacher")
 _PLACE_AXES = {"teacher": "sparse.teacher"} | {path: path for path in PLACES}  # a method's own axis has no dot
+# Of `evaluate`, what a FID's protocol is made of (metrics/protocol.py).
+PROTOCOL = (
+    "extractor",
+    "generated",
+    "references",
+    "ddim_steps",
+    "eta",
+    "timestep_spacing",
+    "guidance",
+    "kid_subsets",
+    "kid_subset_size",
+)
+SAME_REFERENCE = ("representation", "flips")  # options of data sets that leave the reference images what they are
 NOT_AN_AXIS = ("seed", "sparse.method", "train.steps")  # replicates, the outer axis, the budget
 
 
@@ -399,6 +412,7 @@ def _check_axes(sweep: Sweep, method: str, axes: Mapping[str, Axis]) -> None:
             )
         if "." in name:
             _check_path(name)
+            _check_comparable(name)
         if name in NOT_AN_AXIS:
             raise ValueError(f"{name} is not an axis: seeds are replicates (confirm.seeds), train.steps is the budget")
         if tuple(name.split(".")) in config.PLACES:
@@ -436,6 +450,22 @@ def _check_path(name: str) -> None:
         config.field_at(name)
     except UsageError as error:
         raise ValueError(str(error)) from error
+
+
+def _check_comparable(name: str) -> None:
+    """ValueError where trials that differ in this setting have FIDs that do not compare."""
+    section, _, rest = name.partition(".")
+    option = rest.removeprefix("options").removeprefix(".")
+    other_reference = rest == "name" or (rest.startswith("options") and option not in SAME_REFERENCE)
+    if (section == "evaluate" and rest in PROTOCOL) or (section == "data" and other_reference):
+        raise ValueError(
+            f"{name} is not an axis: FIDs of different protocols, or against other reference images, do not compare; "
+            "set it for all in the base trial, or evaluate trained models again: raysparse evaluate"
+        )
+    if name == "evaluate.every_steps":
+        raise ValueError(
+            f"{name} is not an axis: trials are compared at the same steps; set it for all in the base trial"
+        )
 
 
 def check_point(sweep: Sweep, point: Point) -> None:

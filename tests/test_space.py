@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raysparse import space
+from raysparse.config import EvaluateConfig
 from raysparse.errors import UsageError
+from raysparse.metrics.protocol import Protocol
 
 BASE: dict[str, Any] = {"train": {"steps": 100}, "evaluate": {"every_steps": 10}}
 GRID = {
@@ -53,10 +56,37 @@ def test_a_seed_makes_another_trial_of_the_same_point() -> None:
 
 
 def test_dotted_axes_reach_any_setting() -> None:
-    s = sweep(grid={"dense": {"optimizer.lr": [1e-3, 4e-3], "data.options.spacing": [0.1]}})
+    s = sweep(grid={"dense": {"optimizer.lr": [1e-3, 4e-3], "data.options.representation": ["del"]}})
     trials = [space.trial(s, point) for point in space.grid_points(s)]
     assert [t.optimizer.lr for t in trials] == [1e-3, 4e-3]
-    assert trials[0].data.options == {"spacing": 0.1}
+    assert trials[0].data.options == {"representation": "del"}
+
+
+@pytest.mark.parametrize(
+    ("axis", "values", "words"),
+    [
+        ("evaluate.extractor", ["glyph_cnn", "oriented_energy"], "FIDs of different protocols"),
+        ("evaluate.ddim_steps", [10, 50], "raysparse evaluate"),
+        ("evaluate.guidance", [None, 2.0], "FIDs of different protocols"),
+        ("evaluate.every_steps", [5, 10], "compared at the same steps"),
+        ("data.name", ["hershey", "kanjivg"], "other reference images"),
+        ("data.options", [{"spacing": 0.1}], "other reference images"),
+        ("data.options.spacing", [0.05, 0.1], "other reference images"),
+    ],
+)
+def test_what_makes_fids_that_do_not_compare_is_no_axis(axis: str, values: list[Any], words: str) -> None:
+    for walk in (
+        {"grid": {"rigl": {axis: values}}},
+        {"grid": None, "search": {"trials": 1, "axes": {"rigl": {axis: values}}}},
+    ):
+        with pytest.raises(UsageError, match=f"{axis} is not an axis: .*{words}"):
+            sweep(**walk)
+    assert sweep(grid={"rigl": {"evaluate.precision": ["fp32", "bf16"], "data.train_examples": [64, None]}})
+
+
+def test_no_part_of_a_protocol_is_an_axis() -> None:
+    fields = {field.name for field in dataclasses.fields(Protocol)} & EvaluateConfig.model_fields.keys()
+    assert fields | {"references"} == set(space.PROTOCOL)
 
 
 def test_the_digest_is_of_what_is_computed() -> None:
