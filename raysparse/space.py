@@ -26,7 +26,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Self, get_args
 
 import yaml
 from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
@@ -36,6 +36,7 @@ from raysparse.asha import Asha
 from raysparse.config import Section, TrialConfig, as_before
 from raysparse.errors import UsageError, unknown, usage_error_from
 from raysparse.files import size_bytes
+from raysparse.sparse.settings import of_method
 
 Point = dict[str, Any]  # {"method": "rigl", "sparsity": 0.9, "optimizer.lr": 1e-3, ...}
 OBJECTIVES = ("fid", "flops_inference", "flops_train", "params_active")  # all are made small; FLOPs, true convention
@@ -86,17 +87,18 @@ class Range(Section):
         return self
 
     @property
-    def integer(self) -> bool:
-        return all(float(v).is_integer() for v in (self.low, self.high, self.step or 1)) and self.high > 1
+    def whole(self) -> bool:
+        """Whether it is written in whole numbers."""
+        return all(float(v).is_integer() for v in (self.low, self.high, self.step or 1))
 
-    def drawn(self, most: int) -> tuple[float, ...]:
+    def drawn(self, most: int, integer: bool) -> tuple[float, ...]:
         """What may be drawn, rising: the first `most` and the last; without steps both ends and the middle."""
-        step = self.step or (1 if self.integer else None)
+        step = self.step or (1 if integer else None)
         if step is None:
             return (self.low, (self.low + self.high) / 2, self.high)
         count = math.floor((self.high - self.low) / step + 1e-9)
         values = [min(self.low + number * step, self.high) for number in (*range(min(most, count)), count)]
-        return tuple(int(value) if self.integer else value for value in values)
+        return tuple(int(value) if integer else float(value) for value in values)
 
 
 def _axis(given: Any) -> Any:
@@ -355,7 +357,7 @@ def grid_points(sweep: Sweep) -> list[Point]:
 def own_points(sweep: Sweep, method: str) -> Iterator[Point]:
     """A method's own settings in every combination of choices and of ranges' ends, or in many; no dotted axis."""
     known = config.all_settings()
-    own = {name: _ends(axis) for name, axis in sweep.axes[method].items() if name in known}
+    own = {name: _ends(method, name, axis) for name, axis in sweep.axes[method].items() if name in known}
     for row in itertools.islice(itertools.product(*own.values()), _COMBINATIONS):
         yield {"method": method, **dict(zip(own, row, strict=True))}
 
@@ -422,6 +424,8 @@ def _check_axes(sweep: Sweep, method: str, axes: Mapping[str, Axis]) -> None:
             )
         if isinstance(axis, tuple) and not axis:
             raise ValueError(f"{method}.{name} has no values")
+        if isinstance(axis, Range) and is_integer(method, name, axis) and not axis.whole:
+            raise ValueError(f"{method}.{name} takes whole numbers: low, high and step must be such, got {axis}")
         if sweep.grid is not None and isinstance(axis, Range):
             raise ValueError(f"{method}.{name}: a grid takes a list of values, got a range; use `search:` for ranges")
     # Every choice, and what a range may draw, must be a legal trial now rather than fail in the middle of a sweep: the
@@ -429,7 +433,7 @@ def _check_axes(sweep: Sweep, method: str, axes: Mapping[str, Axis]) -> None:
     for first in own_points(sweep, method):
         trial(sweep, first)
     for name, axis in axes.items():
-        for value in axis.drawn(_OF_A_RANGE) if isinstance(axis, Range) else axis:
+        for value in _choices(method, name, axis, _OF_A_RANGE):
             try:
                 trial(sweep, {**first, name: value})
             except ValueError as error:
@@ -438,11 +442,27 @@ def _check_axes(sweep: Sweep, method: str, axes: Mapping[str, Axis]) -> None:
                 raise ValueError(f"{error}; a range is drawn from as a whole: give a fitting step, or a list") from None
 
 
-def _ends(axis: Axis) -> tuple[Any, ...]:
+def _choices(method: str, name: str, axis: Axis, most: int) -> tuple[Any, ...]:
+    """Every choice of a list; of a range what may be drawn, as `Range.drawn`."""
+    return axis.drawn(most, is_integer(method, name, axis)) if isinstance(axis, Range) else axis
+
+
+def _ends(method: str, name: str, axis: Axis) -> tuple[Any, ...]:
     """Every choice of a list, both ends of a range."""
-    if isinstance(axis, Range):
-        return (axis.drawn(1)[0], axis.drawn(1)[-1])
-    return axis
+    choices = _choices(method, name, axis, 1)
+    return (choices[0], choices[-1]) if isinstance(axis, Range) else choices
+
+
+def is_integer(method: str, name: str, axis: Range) -> bool:
+    """Whether a range's numbers are whole: where the setting's are, however the ends are written.
+
+    An option is declared by its model or data set, which may need torch: there it is as the ends are written.
+    """
+    field = of_method(method).model_fields.get(name.removeprefix("sparse.")) or config.field_at(name)
+    if field is None:
+        return axis.whole and axis.high > 1
+    kinds = get_args(field.annotation) or (field.annotation,)  # of `int | None` both
+    return int in kinds
 
 
 def _check_path(name: str) -> None:

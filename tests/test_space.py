@@ -175,11 +175,14 @@ def test_a_search_takes_ranges_and_seed_points() -> None:
         ({"axes": {"rigl": {"prune_ratio": {"low": 0, "high": 0.1, "log": True}}}}, ["log needs low > 0"]),
         ({"axes": {"rigl": {"sparsity": {"low": 0.5, "high": 1.5}}}}, ["[0, 1)"]),
         ({"axes": {"rigl": {"sparsity": {"low": 0.5, "hig": 0.9}}}}, ["did you mean 'high'"]),
+        ({"axes": {"rigl": {"update_interval": {"low": 5, "high": 9, "step": 0.5}}}}, ["takes whole numbers", "0.5"]),
+        ({"axes": {"dense": {"optimizer.warmup_steps": {"low": 0.5, "high": 9}}}}, ["takes whole numbers", "0.5"]),
+        ({"axes": {"dense": {"sparse.sparsity": {"low": 0.5, "high": 0.9}}}}, ["method 'dense' has no 'sparsity'"]),
         ({"axes": {"rigl": {"sparsity": 0.5}}}, ["search.axes.rigl.sparsity: ", "a list of values such as", "got 0.5"]),
-        ({"axes": {"rigl": {"update_interval": {"low": 10, "high": 100, "step": 0.5}}}}, ["10.5", "a fitting step"]),
-        ({"axes": {"rigl": {"update_interval": {"low": 10, "high": 1e6, "step": 0.5}}}}, ["10.5", "a fitting step"]),
-        ({"axes": {"dense": {"optimizer.warmup_steps": {"low": 0, "high": 1}}}}, ["0.5", "valid integer"]),
-        ({"axes": {"dense": {"train.batch_size": {"low": 32, "high": 128}}}}, ["33 is not a multiple of accumulate 2"]),
+        (
+            {"axes": {"dense": {"train.batch_size": {"low": 32, "high": 128}}}},
+            ["33 is not a multiple of accumulate 2", "a fitting step"],
+        ),
         ({"sampler": "gp"}, ["sampler", "gp"]),
         ({"trials": 0}, ["trials", "0"]),
         ({"samples": 3}, ["unknown key 'samples'", "search"]),
@@ -194,18 +197,30 @@ def test_a_bad_search_is_refused(changes: dict[str, Any], words: list[str]) -> N
 
 
 def test_what_a_range_may_draw() -> None:
-    assert space.Range(low=32, high=127, step=32).drawn(9) == (32, 64, 96)
-    assert space.Range(low=1, high=10**9).drawn(2) == (1, 2, 10**9)
-    assert space.Range(low=0, high=0.1, step=0.05).drawn(9) == (0, 0.05, 0.1)
-    assert space.Range(low=0.5, high=1).drawn(9) == (0.5, 0.75, 1)
-    assert space.Range(low=2, high=3, step=2).drawn(9) == (2,)
+    assert space.Range(low=32, high=127, step=32).drawn(9, True) == (32, 64, 96)
+    assert space.Range(low=1, high=10**9).drawn(2, True) == (1, 2, 10**9)
+    assert space.Range(low=0, high=0.1, step=0.05).drawn(9, False) == (0, 0.05, 0.1)
+    assert space.Range(low=0.5, high=1).drawn(9, False) == (0.5, 0.75, 1)
+    assert space.Range(low=2, high=3, step=2).drawn(9, True) == (2,)
     search(axes={"dense": {"train.batch_size": {"low": 32, "high": 127, "step": 32}}})
 
 
-def test_whole_numbers_make_an_integer_range() -> None:
-    assert space.Range(low=50, high=400).integer
-    assert not space.Range(low=0.05, high=0.5).integer
-    assert not space.Range(low=0, high=1).integer
+@pytest.mark.parametrize(
+    ("axis", "low", "high", "integer"),
+    [
+        ("update_interval", 50, 400, True),
+        ("sparse.update_interval", 50, 400, True),
+        ("prune_ratio", 0.05, 0.5, False),
+        ("prune_ratio_end", 0, 1, False),
+        ("optimizer.clip_norm", 1, 10, False),
+        ("optimizer.warmup_steps", 0, 1, True),
+        ("data.train_examples", 10, 99, True),  # int or null
+        ("model.options.hidden", 8, 96, True),
+        ("model.options.dropout", 0, 1, False),
+    ],
+)
+def test_a_range_is_of_whole_numbers_where_the_setting_is(axis: str, low: float, high: float, integer: bool) -> None:
+    assert space.is_integer("rigl", axis, space.Range(low=low, high=high)) == integer
 
 
 @pytest.mark.parametrize(

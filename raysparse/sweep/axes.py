@@ -18,7 +18,7 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from raysparse import rng
-from raysparse.space import Axis, Point, Range, Search
+from raysparse.space import Axis, Point, Range, Search, is_integer
 from raysparse.sweep.tpe import WHOLE, ParetoTPE, WindowedTPE
 
 METHOD = "method"
@@ -43,7 +43,7 @@ def distributions(search: Search) -> dict[str, BaseDistribution]:
     if methods:
         found[METHOD] = CategoricalDistribution(methods)
     for method, axes in search.axes.items():
-        found |= {f"{method}.{name}": _distribution(axis) for name, axis in axes.items()}
+        found |= {f"{method}.{name}": _distribution(method, name, axis) for name, axis in axes.items()}
     return found
 
 
@@ -143,10 +143,10 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def _distribution(axis: Axis) -> BaseDistribution:
+def _distribution(method: str, name: str, axis: Axis) -> BaseDistribution:
     if not isinstance(axis, Range):
         return CategoricalDistribution([_choice(value) for value in axis])
-    if axis.integer:
+    if is_integer(method, name, axis):
         return IntDistribution(int(axis.low), int(axis.high), log=axis.log, step=int(axis.step or 1))
     high = axis.high
     if axis.step:  # Optuna wants the last multiple as the end; the 1e-9 is for 0.05 + 17 * 0.05

@@ -101,6 +101,27 @@ def test_points_and_parameters_are_the_same_thing(sweep_of: Callable[..., Sweep]
     assert to_params(search, {"method": "dense"}) == {}
 
 
+def test_a_range_with_whole_ends_has_what_lies_between(ledger: Ledger, sweep_of: Callable[..., Sweep]) -> None:
+    axes = {"rigl": {"optimizer.clip_norm": {"low": 1, "high": 10}, "update_interval": {"low": 1, "high": 10}}}
+    search = Suggested(sweep_of(search={"trials": 6, "sampler": "random", "axes": axes}), ledger, config_of)
+    walk(ledger, search, 6)
+    points = [row.point for row in ledger.board.rows.values() if row.method == "rigl"]
+    assert any(point["optimizer.clip_norm"] % 1 for point in points)
+    assert all(isinstance(point["update_interval"], int) for point in points)
+
+
+def test_a_search_that_drew_whole_numbers_of_such_a_range_goes_on(
+    ledger: Ledger, sweep_of: Callable[..., Sweep]
+) -> None:
+    """As versions did that went by how the ends are written."""
+    sweep = sweep_of(search={"trials": 3, "axes": {"rigl": {"optimizer.clip_norm": {"low": 1, "high": 10}}}})
+    point = {"method": "rigl", "optimizer.clip_norm": 7}
+    ledger.add(planned(space.trial(sweep, point), point, "search", 0))
+    search = Suggested(sweep, ledger, config_of)
+    assert search.study.get_trials()[0].params == {"method": "rigl", "rigl.optimizer.clip_norm": 7}
+    assert len(walk(ledger, search, 3)) == 3
+
+
 def test_dense_comes_first_then_the_seed_points_then_the_methods_not_met(sweep_of: Callable[..., Sweep]) -> None:
     search = sweep_of(search=WIDE).search
     assert search
