@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis import stats, words
 from analysis.load import read
-from analysis.sections import CONFIDENCE, DENSE, Section, split
+from analysis.sections import BUDGET, CONFIDENCE, DENSE, Section, split
 from analysis.tables import Column, Table
 from raysparse.errors import UsageError
 
@@ -96,7 +96,7 @@ def _row(what: str, mine: dict[str, Any], theirs: dict[str, Any], confidence: fl
         found |= {f"{side}_{name}": row[name] for name in KEPT}
     found |= {"difference": theirs["fid_mean"] - mine["fid_mean"]}
     found |= {"difference_low": float("nan"), "difference_high": float("nan"), "verdict": stats.NOT_JUDGED}
-    if any(mine[name] != theirs[name] for name in ("total_steps", "batch_size")):
+    if any(mine[name] != theirs[name] for name in BUDGET):
         found |= {"verdict": "another budget"}
     elif _judged(mine) and _judged(theirs):
         gap = stats.welch(theirs["fid_values"], mine["fid_values"], confidence)

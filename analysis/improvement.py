@@ -12,7 +12,7 @@ import plotly.graph_objects as go
 from analysis import marks, robust, stats, style, words
 from analysis.markup import plain
 from analysis.parts import Part
-from analysis.sections import CONFIDENCE, DENSE, Section
+from analysis.sections import CONFIDENCE, DENSE, Section, same_budget
 from analysis.tables import Column, Table
 
 LEVELS = 101  # of the profile
@@ -48,7 +48,7 @@ def judged(section: Section) -> pd.DataFrame:
     rows = section.confirmed
     if dense is None or dense["stage"] != "confirm":
         return rows.iloc[:0]
-    rows = rows[rows["method"].ne(DENSE) & rows["verdict"].notna()]
+    rows = rows[rows["method"].ne(DENSE) & rows["verdict"].notna() & same_budget(rows, dense)]
     confidence = stats.simultaneous(CONFIDENCE, section.comparisons)
     found = [robust.probability_lower(values, dense["fid_values"], confidence) for values in rows["fid_values"]]
     return rows.assign(
@@ -138,7 +138,7 @@ def _groups(section: Section) -> dict[str, list[list[float]]]:
     rows = section.confirmed
     dense = section.dense
     if dense is not None:
-        rows = rows[rows["total_steps"].eq(dense["total_steps"]) & rows["batch_size"].eq(dense["batch_size"])]
+        rows = rows[same_budget(rows, dense)]
     groups = {method: rows[rows["method"].eq(method)]["fid_values"].tolist() for method in section.methods()}
     return {method: values for method, values in groups.items() if sum(len(v) for v in values) > 1}
 

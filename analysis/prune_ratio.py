@@ -8,10 +8,9 @@ import plotly.graph_objects as go
 from analysis import marks, stats, style, words
 from analysis.markup import plain
 from analysis.parts import Part
-from analysis.sections import CONFIDENCE, DENSE, Section
+from analysis.sections import BUDGET, CONFIDENCE, DENSE, Section
 from analysis.tables import Column, Table
 
-BUDGET = ("total_steps", "batch_size")
 PAPERS_SPARSITY = 0.9  # of Tables 9 and 10
 STATIC = "static"  # others have no p either (timesteps, nm_ste), and are not what these tables call static
 MOST_LINES = 10  # configurations over p that get a line; a search's scattered p do not make one

@@ -25,6 +25,7 @@ from analysis.load import TASK, Records
 
 CONFIDENCE = 0.95
 DENSE = "dense"
+BUDGET = ["total_steps", "batch_size"]  # trials of another one are held against nothing
 GOT_INTERVAL = (stats.NO_DIFFERENCE, "lower", "higher")
 
 # Facts that are the same in every seed of a configuration.
@@ -139,9 +140,15 @@ class Section:
 
     @property
     def dense(self) -> dict[str, Any] | None:
-        """The dense configuration with the lowest FID, in the stage of `ranked` where there is one."""
-        stages = (self.ranked, self.confirmed, self.searched)
-        return next(filter(None, (_lowest(rows[rows["method"].eq(DENSE)]) for rows in stages)), None)
+        """The dense configuration with the lowest FID, in the stage of `ranked` and of the budget of `best` where there
+        is one: what `best` is held against."""
+        best = self.best
+        for stage in (self.ranked, self.confirmed, self.searched):
+            rows = stage[stage["method"].eq(DENSE)]
+            own = rows if best is None else rows[same_budget(rows, best)]
+            if found := _lowest(own) or _lowest(rows):
+                return found
+        return None
 
     @property
     def best(self) -> dict[str, Any] | None:
@@ -175,6 +182,11 @@ def split(records: Records) -> list[Section]:
         trials, reports = (_one_early_protocol(rows, trials) for rows in (trials, reports))
         sections.append(Section(protocol, model, dataset, trials, reports, variant, again))
     return sorted(sections, key=lambda section: -len(section.trials))
+
+
+def same_budget(rows: pd.DataFrame, row: dict[str, Any]) -> pd.Series:
+    """Which of `rows` have the budget of `row`."""
+    return rows[BUDGET].eq([row[name] for name in BUDGET]).all(axis=1)
 
 
 def _fields(protocol: str) -> dict[str, Any]:
@@ -245,31 +257,29 @@ def _alone(trials: pd.DataFrame) -> pd.DataFrame:
 
 
 def _against_dense(rows: pd.DataFrame) -> pd.DataFrame:
-    verdicts = []
-    confirmed = rows[rows["stage"].eq("confirm") & rows["seeds"].gt(0)]
-    dense = {
-        stage: _lowest(rows[rows["stage"].eq(stage) & rows["method"].eq(DENSE)]) for stage in rows["stage"].unique()
-    }
-    judge = dense.get("confirm")
-    rivals = [
-        row for row in confirmed.to_dict("records") if row["method"] != DENSE and judge and _same_budget(row, judge)
+    """`rows` with the difference from the dense configuration of their own budget, and the ratio of seconds to it."""
+    done = rows[rows["seeds"].gt(0)]
+    dense = done[done["method"].eq(DENSE)]
+    of_stage = {stage: _lowest(found) for stage, found in dense.groupby("stage")}
+    of_budget = {key: _lowest(found) for key, found in dense.groupby(["stage", *BUDGET])}
+    rivals = done[done["stage"].eq("confirm") & done["method"].ne(DENSE) & done["seeds"].gt(1)]
+    judged = [
+        key for key in zip(rivals["stage"], *(rivals[name] for name in BUDGET), strict=True) if of_budget.get(key)
     ]
-    confidence = stats.simultaneous(CONFIDENCE, sum(row["seeds"] >= 2 for row in rivals))
+    confidence = stats.simultaneous(CONFIDENCE, len(judged))
+    verdicts = []
     for row in rows.to_dict("records"):
-        base = dense[row["stage"]]
+        judge = of_budget.get((row["stage"], *(row[name] for name in BUDGET)))
+        base = judge or of_stage.get(row["stage"])
         verdict: dict[str, Any] = {"train_s_ratio": _seconds_ratio(row, base) if base else np.nan}
         verdict |= dict.fromkeys(("fid_difference", "fid_difference_low", "fid_difference_high"), np.nan)
         verdict["verdict"] = None
-        if judge and row["stage"] == "confirm" and row["method"] != DENSE and row["seeds"] and _same_budget(row, judge):
+        if judge and row["stage"] == "confirm" and row["method"] != DENSE and row["seeds"]:
             gap = stats.welch(row["fid_values"], judge["fid_values"], confidence)
             verdict |= {"fid_difference": gap.estimate, "fid_difference_low": gap.low, "fid_difference_high": gap.high}
             verdict["verdict"] = gap.verdict
         verdicts.append(verdict)
     return pd.concat([rows, pd.DataFrame(verdicts)], axis=1)
-
-
-def _same_budget(row: dict[str, Any], dense: dict[str, Any]) -> bool:
-    return all(row[name] == dense[name] for name in ("total_steps", "batch_size"))
 
 
 def _lowest(rows: pd.DataFrame) -> dict[str, Any] | None:

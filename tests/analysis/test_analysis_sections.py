@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from synthetic_records import DENSE_FLOPS, PROTOCOL, Folder, facts
 
-from analysis import headline, stats
+from analysis import headline, improvement, stats
 from analysis.load import read
 from analysis.sections import GOT_INTERVAL, Section, split
 
@@ -112,6 +112,35 @@ def test_another_budget_is_not_judged(folder: Folder) -> None:
     assert row(section, "rigl", 0.5)["verdict"] not in GOT_INTERVAL
     assert section.comparisons == 0
     assert "another budget" in text(section)
+
+
+def test_each_budget_is_judged_by_its_own_dense(folder: Folder) -> None:
+    for seed in (1, 2, 3):
+        for steps, fid in ((1000, 20.0), (4000, 10.0)):
+            for method, sparsity, gap in (("dense", 0.0, 0.0), ("static", 0.5, 5.0)):
+                trial = facts(method, sparsity, seed, total_steps=steps, trial_id=f"{method}-{steps}-{seed}")
+                folder.add(trial, [(steps, fid + gap + seed / 10)])
+    section = only(folder)
+    rows = section.confirmed[section.confirmed["method"].eq("static")].set_index("total_steps")
+    assert rows["fid_difference"].tolist() == pytest.approx([5.0, 5.0])
+    assert rows["verdict"].tolist() == ["higher", "higher"]
+    assert section.comparisons == 2
+    expected = stats.welch([25.1, 25.2, 25.3], [20.1, 20.2, 20.3], 1 - 0.05 / 2)
+    assert rows.loc[1000, "fid_difference_high"] == pytest.approx(expected.high)
+    assert section.dense is not None
+    assert section.dense["total_steps"] == 4000
+    assert improvement.judged(section)["total_steps"].tolist() == [4000]
+
+
+def test_the_best_is_held_against_dense_of_its_budget(folder: Folder) -> None:
+    for seed in (1, 2, 3):
+        folder.add(facts("dense", 0.0, seed, total_steps=4000, trial_id=f"long-{seed}"), [(4000, 5.0 + seed)])
+        folder.add(facts("dense", 0.0, seed), [(400, 20.0 + seed)])
+        folder.add(facts("rigl", 0.5, seed), [(400, 10.0 + seed)])
+    section = only(folder)
+    assert section.dense is not None
+    assert section.dense["total_steps"] == 400
+    assert "10.00 lower (better) than dense (dense has 22.00" in text(section)
 
 
 def test_the_time_ratio_is_per_step_and_needs_equal_workers(folder: Folder) -> None:
