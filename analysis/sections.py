@@ -163,8 +163,8 @@ class Section:
 
     @property
     def comparisons(self) -> int:
-        """How many confirmed sparse configurations are judged against dense at once."""
-        return int(self.confirmed["verdict"].isin(GOT_INTERVAL).sum())
+        """How many pairs of confirmed configurations, sparse and dense, are judged at once."""
+        return _pairs(self.confirmed)
 
     def methods(self) -> list[str]:
         """All methods of this section, dense first."""
@@ -262,11 +262,7 @@ def _against_dense(rows: pd.DataFrame) -> pd.DataFrame:
     dense = done[done["method"].eq(DENSE)]
     of_stage = {stage: _lowest(found) for stage, found in dense.groupby("stage")}
     of_budget = {key: _lowest(found) for key, found in dense.groupby(["stage", *BUDGET])}
-    rivals = done[done["stage"].eq("confirm") & done["method"].ne(DENSE) & done["seeds"].gt(1)]
-    judged = [
-        key for key in zip(rivals["stage"], *(rivals[name] for name in BUDGET), strict=True) if of_budget.get(key)
-    ]
-    confidence = stats.simultaneous(CONFIDENCE, len(judged))
+    confidence = stats.simultaneous(CONFIDENCE, _pairs(done[done["stage"].eq("confirm")]))
     verdicts = []
     for row in rows.to_dict("records"):
         judge = of_budget.get((row["stage"], *(row[name] for name in BUDGET)))
@@ -280,6 +276,18 @@ def _against_dense(rows: pd.DataFrame) -> pd.DataFrame:
             verdict["verdict"] = gap.verdict
         verdicts.append(verdict)
     return pd.concat([rows, pd.DataFrame(verdicts)], axis=1)
+
+
+def _pairs(confirmed: pd.DataFrame) -> int:
+    """Sparse configurations times dense ones of their budget, those with two seeds.
+
+    The dense that judges is the lowest of its budget, picked by the seeds that then judge: all that it was picked from
+    count. Of equals, three sparse and four dense ones with ten seeds each, in 6.4 of 100 sections a sparse one was said
+    to be higher where the sparse ones alone were counted, and in 1.8 where all pairs are.
+    """
+    judged = confirmed[confirmed["seeds"].gt(1)]
+    dense = judged["method"].eq(DENSE)
+    return sum(int(mine.sum()) * int((~mine).sum()) for _, mine in dense.groupby([judged[name] for name in BUDGET]))
 
 
 def _lowest(rows: pd.DataFrame) -> dict[str, Any] | None:

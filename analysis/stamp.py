@@ -18,8 +18,8 @@ RULES = (
     "Only the confirm stage counts as evidence: the winners of the search and the dense baseline, run again at full "
     "budget on several seeds. The search's own run of a winner is not pooled in, for it was picked for being low.",
     "± is the standard deviation over seeds (n − 1). Differences from dense have Welch intervals, widened (Bonferroni) "
-    "so that all comparisons of a section hold together. “No difference shown” means that the interval contains "
-    "zero; it is not a proof of equality.",
+    "so that all comparisons of a section hold together: of several dense configurations the lowest judges, and each "
+    "counts. “No difference shown” means that the interval contains zero; it is not a proof of equality.",
     "FLOPs are counted from layer shapes and densities (Conv, Linear and recurrent weights); seconds are measured on "
     "the machine that ran the sweep, other trials beside it included.",
 )

@@ -60,6 +60,16 @@ def test_differences_hold_together(sweep: Folder) -> None:
     assert row(section, "dense", 0.0)["verdict"] not in GOT_INTERVAL
 
 
+def test_all_dense_configurations_count_of_which_the_lowest_judges(sweep: Folder) -> None:
+    for lr, fid in ((0.001, 11.5), (0.01, 13.0), (0.1, 14.0)):
+        for seed in (1, 2, 3) if lr < 0.1 else (1,):  # the last has no interval to be had
+            sweep.add(facts("dense", 0.0, seed, lr=lr, trial_id=f"dense-{lr}-{seed}"), [(400, fid + seed - 2)])
+    section = only(sweep)
+    assert section.comparisons == 3 * 3
+    gap = stats.welch([10.5, 11.5, 12.5], [10, 11, 12], 1 - 0.05 / 9)
+    assert row(section, "rigl", 0.5)["fid_difference_high"] == pytest.approx(gap.high)
+
+
 def test_best_and_dense(sweep: Folder) -> None:
     section = only(sweep)
     assert section.best is not None
