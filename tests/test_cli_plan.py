@@ -157,6 +157,47 @@ def test_a_gpu_is_timed_with_as_many_samples_as_it_is_given_at_a_time(monkeypatc
     assert asked == [batch, size, batch, 3927 // size * size]
 
 
+def test_a_worker_is_timed_with_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = {"generated": 1000, "batch_size": 256}
+    sweep = space.load(SPACES / "quickstart.yaml", {f"base.evaluate.{name}": value for name, value in settings.items()})
+    trial = space.parsed_base(sweep)
+    asked: list[int] = []
+
+    def noted(work: object, inputs: object, batch: int, device: str) -> float:
+        asked.append(batch)
+        return float(batch)
+
+    monkeypatch.setattr(plans, "_seconds", noted)
+    one, four, eight = (plans.measure(trial, 44.2, workers) for workers in (1, 4, 8))
+    assert asked == [128, 256, 32, 256, 16, 256]
+    assert (one.step, four.step, eight.step) == (128, 32, 16)
+    # 20 forward passes for each sample: of all, and of one of the four batches.
+    assert (one.evaluation, four.evaluation, eight.evaluation) == (20 * 1000, 20 * 256, 20 * 256)
+
+
+def test_it_is_measured_in_the_trials_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    changes = {"base.train.precision": "bf16", "base.evaluate.precision": "fp32"}
+    trial = space.parsed_base(space.load(SPACES / "quickstart.yaml", changes))
+    used: list[str] = []
+    autocast = plans.runtime.autocast
+    monkeypatch.setattr(plans.runtime, "autocast", lambda name, device: used.append(name) or autocast(name, device))
+    assert plans.measure(trial, 4.0).step > 0
+    assert set(used) == {"bf16", "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"resources.workers": 8}, "one of 8 workers"),
+        ({"base.train.compile": True, "base.train.cuda_graph": True}, "without train.compile, train.cuda_graph"),
+        ({}, None),
+    ],
+)
+def test_what_the_seconds_leave_out_is_said(changes: dict[str, Any], words: str | None) -> None:
+    said = plans._caution(space.load(SPACES / "quickstart.yaml", changes))
+    assert said is None if words is None else words in str(said)
+
+
 def test_seconds_and_curves_from_records(run: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
     sweep = space.load(SPACES / "quickstart.yaml")
     for number, point in enumerate(({"method": "dense"}, {"method": "rigl", "sparsity": 0.5})):

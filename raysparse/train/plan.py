@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from raysparse.metrics import flops
 from raysparse.space import Sweep
 from raysparse.train import checks, runtime, sampling, setup
 from raysparse.train.costs import Costs, evaluations
+from raysparse.train.evaluate import passes
 
 _TIMED = 3  # steps and forward passes timed, after one that is not; the median counts
 # What takes longer than this at full batch size is timed with fewer examples and scaled up: a step of the 274M U-Net
@@ -38,10 +40,10 @@ def cost_row(config: TrialConfig, mean_points: float | None = None) -> dict[str,
 def plan(sweep: Sweep, *, cpus: int | None = None, seconds: Seconds | None = None) -> dict[str, Any]:
     """The plan of a sweep as plain data for `--dry-run`.
 
-    Hours are of this machine: a dense step, a forward pass and the decoding of a latent, measured now on random input,
-    times what the sweep asks for; the extractor's time is left out. `hours_full` lets every trial run to its end;
-    `hours_asha` lets ASHA keep one in reduction_factor at each rung, which is what it aims at. Both take a sparse step
-    to be as long as a dense one. seconds: where they are known; not measured then.
+    Hours are of this machine: a worker's share of a dense step and of the samples, forward passes and the decoding of a
+    latent, measured now on random input, times what the sweep asks for; the extractor's time is left out. `hours_full`
+    lets every trial run to its end; `hours_asha` lets ASHA keep one in reduction_factor at each rung, which is what it
+    aims at. Both take a sparse step to be as long as a dense one. seconds: where they are known; not measured then.
     """
     base = space.parsed_base(sweep)
     checks.check_settings(base)
@@ -52,7 +54,7 @@ def plan(sweep: Sweep, *, cpus: int | None = None, seconds: Seconds | None = Non
     count = space.trial_count(sweep)
     confirmed = _confirmed(sweep)
     mean_points = setup.estimate(base).mean_points
-    step_s, evaluation_s, last_s = seconds or measure(base, mean_points)
+    step_s, evaluation_s, last_s = seconds or measure(base, mean_points, sweep.resources.workers)
     concurrent = _concurrent(sweep, cpus or os.cpu_count() or 1)
     before = -(-base.train.steps // base.evaluate.every_steps) - 1
     trial_s = base.train.steps * step_s + before * evaluation_s + last_s
@@ -93,8 +95,8 @@ def _confirmed(sweep: Sweep) -> int:
     return len(sweep.confirm.seeds) * sum(best.values())
 
 
-def measure(config: TrialConfig, mean_points: float) -> Seconds:
-    """On this machine, a GPU where there is one."""
+def measure(config: TrialConfig, mean_points: float, workers: int = 1) -> Seconds:
+    """On this machine, a GPU where there is one: of one of the trial's workers, with its share of each batch."""
     torch.set_num_threads(config.train.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module, options = plugins.load("models", config.model.name), checks.model_options(config)
@@ -108,24 +110,31 @@ def measure(config: TrialConfig, mean_points: float) -> Seconds:
         return {**given, "x": noise.to(device)}
 
     def step(batch: dict[str, Any]) -> None:
-        model(**batch).square().mean().backward()
+        with runtime.autocast(config.train.precision, torch.device(device)):
+            loss = model(**batch).square().mean()
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
 
     @torch.inference_mode()
     def forward(batch: dict[str, Any]) -> None:
-        model(**batch)
+        with runtime.autocast(config.sampling_precision, torch.device(device)):
+            model(**batch)
 
-    settings = config.evaluate
-    train_s = _seconds(step, inputs, config.train.batch_size, device)
-    sampled = settings.batch_size
+    size, at_a_time = config.evaluate.batch_size, 1
+    train_s = _seconds(step, inputs, max(1, config.train.batch_size // workers), device)
     if device == "cuda":
-        sampled *= sampling.batches_for_a_gpu(config, module.example(options, 1, points, device="meta")["x"].shape)
-    forward_s = _seconds(forward, inputs, sampled, device) / sampled
+        at_a_time = sampling.batches_for_a_gpu(config, module.example(options, 1, points, device="meta")["x"].shape)
+    forward_s = _seconds(forward, inputs, size * at_a_time, device) / (size * at_a_time)
     decoding_s = _decoding_s(config, device)
-    return Seconds(
-        train_s, *of_evaluations(config, lambda of: of.evaluate.generated * (forward_s * evaluations(of) + decoding_s))
-    )
+
+    def sampling_s(of: TrialConfig) -> float:
+        """Of the worker with most batches."""
+        batches = math.ceil(of.evaluate.generated / size)
+        most = sum(map(len, passes(batches, at_a_time, 0, workers)))
+        return min(most * size, of.evaluate.generated) * (forward_s * evaluations(of) + decoding_s)
+
+    return Seconds(train_s, *of_evaluations(config, sampling_s))
 
 
 def of_evaluations(config: TrialConfig, seconds: Callable[[TrialConfig], float]) -> tuple[float, float]:
@@ -185,15 +194,23 @@ def _concurrent(sweep: Sweep, cpus: int) -> int:
 
 def _caution(sweep: Sweep) -> str | None:
     """What seconds that were measured here leave out."""
-    together = sweep.resources.workers_per_gpu
-    if sweep.resources.gpus_per_worker and not torch.cuda.is_available():
-        return "the sweep asks for GPUs and this machine has none: seconds and trials at a time are those of its CPUs"
-    if together > 1:
-        return (
+    resources, train = sweep.resources, space.parsed_base(sweep).train
+    together, said = resources.workers_per_gpu, []
+    if resources.gpus_per_worker and not torch.cuda.is_available():
+        said.append("the sweep asks for GPUs and this machine has none: seconds and trials at a time are of its CPUs")
+    elif together > 1:
+        said.append(
             f"the seconds are those of one trial alone on the GPU: what {together} that share it lose to each other is "
             "not measured here (benchmarks/packing.py does that)"
         )
-    return None
+    if resources.workers > 1:
+        said.append(
+            f"the seconds are those of one of {resources.workers} workers: what they wait for each other is not counted"
+        )
+    faster = [f"train.{name}" for name in ("compile", "cuda_graph", "channels_last") if getattr(train, name)]
+    if faster:
+        said.append(f"the step is measured without {', '.join(faster)}: the sweep's may be much shorter")
+    return "; ".join(said) or None
 
 
 def _expected_share(sweep: Sweep, steps: int) -> float:
