@@ -14,7 +14,7 @@ from recorded_trials import record
 
 from raysparse import cli, space
 from raysparse.errors import UsageError
-from raysparse.sweep import price, tuner
+from raysparse.sweep import objectives, price, tuner
 from raysparse.sweep.curves import Published
 from raysparse.sweep.simulate import simulate
 from raysparse.train import plan as plans
@@ -208,6 +208,29 @@ def test_seconds_and_curves_from_records(run: Callable[..., tuple[int, str, str]
     assert (found["plan"]["step_s"], found["plan"]["evaluation_s"], found["timed"]) == (0.5, 3.0, "recorded")
     assert found["curves"] == f"recorded: 2 trials of {tmp_path}"
     assert found["expected"]["best_fid"]["low"] in (50.0, 51.0)
+
+
+def test_drawn_trials_cost_what_their_settings_do(
+    run: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are no seed points: dense alone is planned."""
+    axes = {"rigl": {"sparsity": [0.9], "prune_ratio": {"low": 0.05, "high": 0.5}}}
+    search = json.dumps({"trials": 5, "sampler": "random", "axes": axes})
+    asked = [*SMALL, "--step-seconds=.5", f"--set=search={search}", "--set=confirm=null", "--set=asha=null"]
+    found = as_json(run, *asked)
+    sweep = space.load(SPACES / "quickstart.yaml")
+    dense, rigl = (
+        objectives.costs(space.trial(sweep, point))["flops_train"]
+        for point in ({"method": "dense"}, {"method": "rigl", "sparsity": 0.9})
+    )
+    assert rigl < 0.5 * dense
+    assert found["full"]["flops_train_true"] == pytest.approx(dense + 4 * rigl)
+
+    ranges = axes | {"rigl": {"sparsity": {"low": 0.5, "high": 0.95}}}
+    asked[-3] = f"--set=search={json.dumps({'trials': 40, 'sampler': 'random', 'axes': ranges})}"
+    exact = as_json(run, *asked)["full"]["flops_train_true"]
+    monkeypatch.setattr(price, "COSTED", 12)
+    assert as_json(run, *asked)["full"]["flops_train_true"] == pytest.approx(exact, rel=0.05)
 
 
 def test_the_tables_fit_a_hundred_columns(run: Callable[..., tuple[int, str, str]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from raysparse import results as records
 from raysparse import space
-from raysparse.config import TrialConfig
+from raysparse.config import TrialConfig, parse
 from raysparse.errors import UsageError
 from raysparse.space import Sweep
+from raysparse.sweep import objectives
+from raysparse.sweep.board import Row
 from raysparse.sweep.curves import Curves, Published, Recorded
 from raysparse.sweep.simulate import MOST_WORKERS, Pace, Simulated, in_world, simulate
 from raysparse.sweep.trainable import KEEP_CHECKPOINTS
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
 
 # fp32 arrays of a checkpoint beside the masks (one bit a weight): weights, EMA, and what the optimizer keeps.
 ARRAYS = {"adamw": 4, "sgd": 3}
+COSTED = 50  # trials; 8 to 190 ms each
 
 
 def price(
@@ -62,6 +66,7 @@ def price(
         simulate(in_world(sweep, world), known, workers=at_a_time, world=world, pace=pace) for world in range(worlds)
     ]
     full = simulate(sweep.model_copy(update={"asha": None}), known, workers=at_a_time, pace=pace)
+    flops = TrainingFlops(planned)
     units = sweep.resources.workers * (sweep.resources.gpus_per_worker or sweep.resources.cpus_per_worker)
     return {
         "plan": planned,
@@ -72,11 +77,35 @@ def price(
         "unit": "GPU" if sweep.resources.gpus_per_worker else "CPU",
         "price_per_hour": price_per_hour,
         "checkpoint_bytes": checkpoint_bytes(base, planned["trials"][0]["params_total"]),
-        "full": _figures(full, base, planned, units, price_per_hour),
-        "expected": _spreads([_figures(run, base, planned, units, price_per_hour) for run in runs]),
+        "full": _figures(full, base, planned, flops, units, price_per_hour),
+        "expected": _spreads([_figures(run, base, planned, flops, units, price_per_hour) for run in runs]),
         "saved_share": _spread([1 - run.spent_share for run in runs]),
         "stopped_at": _stopped(runs),
     }
+
+
+class TrainingFlops:
+    """Of a step of each simulated trial, true convention: of those planned, and of the first COSTED others by their own
+    settings. A later one is taken to cost what the one of its method does that is nearest to it in S."""
+
+    def __init__(self, planned: dict[str, Any]) -> None:
+        steps = planned["steps_per_trial"]
+        self._planned: dict[str, float] = {
+            row["trial_id"]: row["flops_train_true"] / steps for row in planned["trials"]
+        }
+        self._others: dict[str, tuple[str, float, float]] = {}  # settings -> method, S, FLOPs
+
+    def of_step(self, row: Row) -> float:
+        if row.trial_id in self._planned:
+            return self._planned[row.trial_id]
+        settings, sparsity = json.dumps(row.config | {"seed": None}), row.setting("sparsity") or 0.0
+        near = [one for one in self._others.values() if one[0] == row.method]
+        if settings not in self._others and (len(self._others) < COSTED or not near):
+            whole = objectives.costs(parse(row.config, row.trial_id))["flops_train"]
+            self._others[settings] = row.method, sparsity, whole / row.total_steps
+        if settings in self._others:
+            return self._others[settings][2]
+        return min(near, key=lambda one: abs(one[1] - sparsity))[2]
 
 
 def derived(config: TrialConfig, step_s: float) -> plan.Seconds:
@@ -124,7 +153,12 @@ def _published(base: TrialConfig, name: str | None) -> Published:
 
 
 def _figures(
-    run: Simulated, base: TrialConfig, planned: dict[str, Any], units: float, price_per_hour: float | None
+    run: Simulated,
+    base: TrialConfig,
+    planned: dict[str, Any],
+    flops: TrainingFlops,
+    units: float,
+    price_per_hour: float | None,
 ) -> dict[str, float | None]:
     """What one simulated sweep takes, both stages together where no stage is named."""
     rows = list(run.board.rows.values())
@@ -133,16 +167,13 @@ def _figures(
     seconds += sum(reports.values()) * planned["evaluation_s"]
     ended = sum(row.step >= row.total_steps for row in rows)
     seconds += ended * (planned["last_evaluation_s"] - planned["evaluation_s"])
-    # Trials that are drawn later are taken to cost what the known ones do on average.
-    own = {row["trial_id"]: row["flops_train_true"] / planned["steps_per_trial"] for row in planned["trials"]}
-    usual = statistics.mean(own.values())
     kept = sum(min(KEEP_CHECKPOINTS, count) for count in reports.values())
     return {
         "completed": run.states().get("COMPLETED", 0),
         "search_steps": run.search_steps,
         "confirm_trials": len(run.board.of_stage("confirm")),
         "confirm_steps": run.confirm_steps,
-        "flops_train_true": sum(row.step * own.get(row.trial_id, usual) for row in rows),
+        "flops_train_true": sum(row.step * flops.of_step(row) for row in rows),
         "unit_hours": seconds * units / 3600,
         "hours": run.hours,
         "money": None if price_per_hour is None else seconds / 3600 * price_per_hour,

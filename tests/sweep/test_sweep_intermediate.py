@@ -203,7 +203,7 @@ def test_the_price_counts_each_evaluation_for_what_it_is(early: Callable[..., Sw
     run = simulate(free, FlatCurves(), workers=1)
     planned = {"evaluation_s": 1.0, "last_evaluation_s": 5.0, "step_s": 0.0, "steps_per_trial": 8}
     planned["trials"] = [{"trial_id": "x", "flops_train_true": 1.0, "params_total": 1}]
-    hours = price._figures(run, base, planned, 1.0, None)["unit_hours"]
+    hours = price._figures(run, base, planned, price.TrainingFlops(planned), 1.0, None)["unit_hours"]
     assert hours == pytest.approx(6 * (3 * 1.0 + 5.0) / 3600)
 
 
