@@ -24,18 +24,20 @@ from raysparse.models._sparse_memory import Memory
 
 _SOURCE = Path(__file__).parent / "native" / "chirodiff_train.cpp"
 # Where it beats the packed GRU: (weights of a direction of a layer, active or not; density), each at most. Times faster
-# with 3 layers of h = 16 to 256, on an Intel Xeon: 9 thousand weights, density 1, 1.1; 21 thousand, .5, 1.16 (.75:
-# .91); 83 thousand, .25, 1.26 (.5: .73); 332 thousand, .25, 1.12 (.5: .56); 590 thousand, .1, 1.78 (.25: .87). On an
-# AMD EPYC, with AVX2 about the same: 21 thousand, 1, 1.05 to 1.3; 83 thousand, .75, 1.07 to 1.2 (1: .83 to 1.02); 187
-# thousand, .5, 1.43 (.75: 1.0); 332 thousand, .5, 1.05 to 1.2 (.75: .66); 590 thousand, .35, 1.13 (.5: .77). Larger: a
+# with 3 layers of h = 16 to 256, on an Intel Xeon before TOGETHER (chirodiff_train.cpp): 9 thousand weights, density 1,
+# 1.1; 21 thousand, .5, 1.16 (.75: .91); 83 thousand, .25, 1.26 (.5: .73); 332 thousand, .25, 1.12 (.5: .56); 590
+# thousand, .1, 1.78 (.25: .87). On an AMD EPYC with 64 sketches (held to AVX2; with 32): 99 thousand, 1, 1.31 (1.16;
+# 1.14); 200 thousand, .8 to .9, 1.18 to 1.01 (.85: 1.16; 1.05); 349 thousand, .6 to .7, 1.08 to 1.02 (.65: 1.2; 1.11),
+# .8, .89; 599 thousand, .5 to .6, 1.21 to 1.04 (.55: 1.13; 1.06); 922 thousand, .5, 1.08 (.45: 1.06; 1.09). Larger: a
 # guess.
 _INTEL = ((10_000, 1.0), (30_000, 0.55), (100_000, 0.35), (350_000, 0.27), (600_000, 0.2), (math.inf, 0.1))
-_AMD = ((30_000, 1.0), (100_000, 0.8), (200_000, 0.7), (350_000, 0.5), (600_000, 0.38), (math.inf, 0.2))
+_AMD = ((30_000, 1.25), (100_000, 1.0), (200_000, 0.85), (350_000, 0.65), (600_000, 0.55), (math.inf, 0.4))
 _PAYS = {"intel": _INTEL, "amd": _AMD, "narrow": _AMD}[_cpu.KIND]
-# With fewer sketches lanes are empty, so the density must be lower by as much. On the EPYC, h = 32, 64, 128 and 256: 16
-# sketches are 2.0, 1.3, 1.03 and .65 times as fast at density .5 and 2.5, 1.95, 1.7 and 1.6 at .25; 8 are 1.7, .93, .67
-# and .51, 2.2, 1.5, 1.07 and 1.05; 2 are 1.65, 1.0, .57 and .48 at .25 and 2.3, 1.5, .99 and .94 at .1.
-_MANY = 16
+# With fewer sketches lanes are empty, so the density must be lower by as much. On the EPYC 16 sketches are .91 to 1.07
+# times as fast at the densities of _AMD for 99 to 922 thousand weights, 1.07 to 1.41 at .7 to .8 of these. Before
+# TOGETHER, with h = 32, 64, 128 and 256, 8 are 1.7, .93, .67 and .51 times as fast at density .5, 2.2, 1.5, 1.07 and
+# 1.05 at .25; 2 are 1.65, 1.0, .57 and .48 at .25 and 2.3, 1.5, .99 and .94 at .1.
+_MANY = 20
 
 
 class _Side(ctypes.Structure):
