@@ -267,3 +267,19 @@ def test_kernels_that_one_of_the_methods_never_has_are_refused_first(
     sweep = space.Sweep(name="x", base=base, grid=axes)
     with pytest.raises(UsageError, match=setting):
         entry(sweep)
+
+
+@pytest.mark.parametrize("entry", [plans.plan, tuner.prepare])
+@pytest.mark.parametrize("walk", ["grid", "seed points"])
+def test_the_settings_of_every_planned_trial_are_checked_first(
+    entry: Callable[..., Any], walk: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of two trials that differ in settings of sparsity alone is nearly dense to its end."""
+    monkeypatch.setattr(plans.setup, "check", lambda _: pytest.fail("later"))
+    base = {"data": {"name": "hershey"}, "train": {"steps": 20}, "evaluate": {"every_steps": 10}}
+    axes = {"nm_ste": {"stages": ["progressive"], "stage_steps": [6, 4]}, "static": {}}
+    points = [{"method": "nm_ste", "stages": "progressive", "stage_steps": length} for length in (6, 4)]
+    search = {"trials": 3, "axes": axes, "seed_points": points}
+    sweep = space.Sweep(name="x", base=base, **({"grid": axes} if walk == "grid" else {"search": search}))
+    with pytest.raises(UsageError, match=r"x, \{.*'stage_steps': 6\}: stages 'progressive' .* at step 24"):
+        entry(sweep)

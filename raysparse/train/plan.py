@@ -12,6 +12,7 @@ import torch
 
 from raysparse import plugins, rng, space
 from raysparse.config import TrialConfig
+from raysparse.errors import UsageError
 from raysparse.metrics import flops
 from raysparse.space import Sweep
 from raysparse.train import checks, runtime, sampling, setup
@@ -48,6 +49,7 @@ def plan(sweep: Sweep, *, cpus: int | None = None, seconds: Seconds | None = Non
     base = space.parsed_base(sweep)
     checks.check_settings(base)
     check_methods(sweep)
+    check_planned(sweep)
     points = list(sweep.search.seed_points) or [{"method": "dense"}] if sweep.search else space.grid_points(sweep)
     trials = [space.trial(sweep, point) for point in points]
     rows = [_row(setup.estimate(trial)) | _settings(trial) for trial in trials]
@@ -79,6 +81,15 @@ def check_methods(sweep: Sweep) -> None:
     """UsageError where the base asks for kernels that one of the methods never has: all its trials would fail."""
     for method in sweep.axes:
         runtime.check_method(space.trial(sweep, next(space.own_points(sweep, method))))
+
+
+def check_planned(sweep: Sweep) -> None:
+    """UsageError naming the first point of a grid, or seed point of a search, whose trial its settings would end."""
+    for point in sweep.search.seed_points if sweep.search else space.grid_points(sweep):
+        try:
+            checks.check_settings(space.trial(sweep, point))
+        except UsageError as error:
+            raise UsageError(f"{sweep.name}, {point}: {error}") from None
 
 
 def _confirmed(sweep: Sweep) -> int:
