@@ -113,6 +113,7 @@ def test_a_report_that_cannot_be_written_leaves_a_finished_sweep(
         (["cost", "--model", "chirodiff", "--points", "1e300"], "at most 100000"),
         (["cost", "--model", "uvit", "--set", "sparse.sparsity=[0.5]"], "sparsity: got [0.5]"),
         (["cost", "--model", "uvit", "--set", "sparse.patern=nm"], "did you mean 'pattern'"),
+        (["cost", "--model", "chirodiff", "--method", "timesteps", "--set", "sparse.ranges=0-9:0.5"], "end at 9, but"),
         (["resume", "absent"], "absent"),
         (["nonsense"], "nonsense"),
     ],

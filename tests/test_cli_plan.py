@@ -283,3 +283,23 @@ def test_the_settings_of_every_planned_trial_are_checked_first(
     sweep = space.Sweep(name="x", base=base, **({"grid": axes} if walk == "grid" else {"search": search}))
     with pytest.raises(UsageError, match=r"x, \{.*'stage_steps': 6\}: stages 'progressive' .* at step 24"):
         entry(sweep)
+
+
+@pytest.mark.parametrize("entry", [plans.plan, tuner.prepare])
+@pytest.mark.parametrize(
+    ("axes", "said"),
+    [
+        ({"static": {"sparsity": [0.9999, 0.5]}}, r"'sparsity': 0.9999\}: .*each layer keeps at least one"),
+        ({"rigl": {"pattern": ["block"], "block": [64, 16]}}, r"'block': 64\}: pattern 'block' fits no layer"),
+        ({"timesteps": {"ranges": ["0-500:0.5", "0-1000:0.5"]}}, r"'ranges': '0-500:0.5'\}: .*end at 500"),
+    ],
+)
+def test_a_point_of_a_grid_that_does_not_fit_the_model_is_refused_first(
+    entry: Callable[..., Any], axes: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(plans.setup, "check", lambda _: pytest.fail("later"))
+    monkeypatch.setattr(plans.setup, "estimate", lambda _: pytest.fail("later"))
+    base = {"data": {"name": "hershey"}, "train": {"steps": 20}, "evaluate": {"every_steps": 10}}
+    base |= {"model": {"options": {"hidden": 16, "layers": 1}}}
+    with pytest.raises(UsageError, match=f"x, .*{said}"):
+        entry(space.Sweep(name="x", base=base, grid=axes))

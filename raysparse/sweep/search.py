@@ -202,27 +202,32 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
                 self._ledger.add(event("refused", stage="search", point=point, number=number, reason=reason))
                 self._tell(asked, None, TrialState.FAIL)
                 continue
-            item = planned(trial, point, "search", asked.number, self._costs_of(trial))
+            costs, wrong = self._checked(trial) if trial.trial_id not in board.rows else (None, None)
+            item = planned(trial, point, "search", asked.number, costs)
             name = str(item.trial_id)
             self._asked.setdefault(name, []).append(asked)
             if name not in board.rows:
                 self._ledger.add(item)
                 self._describe(asked, board.rows[name])
                 self._planned += 1
-                if self._sound(trial, board.rows[name]):
+                if wrong is None:
                     return board.rows[name]
+                self._ledger.add(event("failed", stage="search", trial_id=name, reason=wrong))
+                self._learn(board.rows[name])
                 continue
             self._ledger.add(event("repeated", stage="search", trial_id=name, point=point, number=asked.number))
             self._describe(asked, board.rows[name])
             self._learn(board.rows[name])
         raise AssertionError
 
-    def _costs_of(self, trial: TrialConfig) -> dict[str, float] | None:
-        """What else than FID the search minimises; None where it is FID alone."""
-        if not self._several:
-            return None
-        found = self._costs(trial)
-        return {name: found[name] for name in self._search.objectives if name in found}
+    def _checked(self, trial: TrialConfig) -> tuple[dict[str, float] | None, str | None]:
+        """What else than FID the search minimises (None where it is FID alone), and why the trial fails, if so."""
+        try:
+            self._check(trial)
+            found = self._costs(trial) if self._several else None
+        except UsageError as error:
+            return None, str(error)
+        return found and {name: found[name] for name in self._search.objectives if name in found}, None
 
     def _second_chance(self) -> Row | None:
         """A stopped trial that goes on, for the study a new one at the same point; None where there is none."""
@@ -231,16 +236,6 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
         if row is not None:
             self._add(row, number)
         return row
-
-    def _sound(self, trial: TrialConfig, row: Row) -> bool:
-        """Whether the trial passes its own check; else it has failed."""
-        try:
-            self._check(trial)
-        except UsageError as error:
-            self._ledger.add(event("failed", stage="search", trial_id=row.trial_id, reason=str(error)))
-            self._learn(row)
-            return False
-        return True
 
     def _ask(self, fresh: Point | None) -> tuple[optuna.Trial, Point]:
         """An Optuna trial and its point: `fresh`, or one of the first points, or drawn."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,7 @@ from raysparse.data import prepared
 from raysparse.data.sketch import Examples
 from raysparse.diffusion.schedule import NoiseSchedule
 from raysparse.errors import UsageError, usage_error_from
-from raysparse.sparse import masks
-from raysparse.sparse.layout import layout
-from raysparse.train import runtime
+from raysparse.train import costs, runtime
 
 
 def check_settings(config: TrialConfig) -> None:
@@ -35,9 +34,9 @@ def check_settings(config: TrialConfig) -> None:
         )
     prepared.check_options(config.data.name, config.data.options)
     _check_parts(config)
-    _check_pattern(config)
+    _check_layout(config)
     _check_stages(config)
-    _check_ranges(config)
+    check_ranges(config)
     runtime.check_method(config)
     if config.data.source is not None and not Path(config.data.source).exists():
         raise UsageError(f"data.source {config.data.source} does not exist; give the path of the raw data")
@@ -87,13 +86,10 @@ def _check_parts(config: TrialConfig) -> None:
             )
 
 
-def _check_pattern(config: TrialConfig) -> None:
-    """That the method's pattern fits a layer of the model and leaves it the weights that it keeps."""
-    if config.sparse.setting("pattern") in (None, "element"):
-        return
-    with torch.device("meta"):
-        model = plugins.load("models", config.model.name).build(model_options(config), seed=config.seed)
-    layout(model, masks.maskable(model), config.sparse.settings())
+def _check_layout(config: TrialConfig) -> None:
+    """That the method's pattern fits a layer of the model, and that S, in each range, leaves every layer enough."""
+    if plugins.load("methods", config.sparse.method).METHOD.sparse:
+        costs.laid_out(_outline(config), config)
 
 
 def _check_stages(config: TrialConfig) -> None:
@@ -107,7 +103,7 @@ def _check_stages(config: TrialConfig) -> None:
         )
 
 
-def _check_ranges(config: TrialConfig) -> None:
+def check_ranges(config: TrialConfig) -> None:
     """That masks per range of timesteps cover the trial's timesteps, and that one graph is not asked for."""
     if config.sparse.setting("ranges") is None:
         return
@@ -127,10 +123,24 @@ def _check_ranges(config: TrialConfig) -> None:
 
 def null_label(config: TrialConfig) -> int | None:
     """The class of the trial's model that stands for none; None: it has no such class."""
-    with torch.device("meta"):
-        model = plugins.load("models", config.model.name).build(model_options(config), seed=config.seed)
-    found: int | None = getattr(model, "null_label", None)
+    found: int | None = getattr(_outline(config), "null_label", None)
     return found
+
+
+def _outline(config: TrialConfig) -> torch.nn.Module:
+    """The trial's model for what does not depend on its values; the trials of a sweep share it."""
+    # As in costs.py: without PyTorch's compiler, which the meta device imports.
+    sketch = plugins.load("datasets", config.data.name).SPEC.kind == "sketch"
+    options = model_options(config)
+    return _built(config.model.name, options.model_dump_json(), "cpu" if sketch else "meta")
+
+
+@functools.lru_cache(maxsize=8)
+def _built(name: str, options: str, device: str) -> torch.nn.Module:
+    module = plugins.load("models", name)
+    with torch.device(device):
+        model: torch.nn.Module = module.build(module.Config.model_validate_json(options), seed=0)
+    return model
 
 
 def value_shape(config: TrialConfig) -> tuple[int, ...]:

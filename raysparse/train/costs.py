@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from pydantic import BaseModel
+from torch import nn
 
 from raysparse import plugins
 from raysparse.config import TrialConfig
@@ -128,19 +129,8 @@ def costs(config: TrialConfig, options: BaseModel, mean_points: float) -> Costs:
     macs = flops.forward_macs(model, module.example(options, 1, points, device=device), batch=1)
     if sketch:  # of an image all is counted that there is
         macs = {name: count * mean_points / points for name, count in macs.items()}
-    settings = config.sparse.settings()
-    method = plugins.load("methods", config.sparse.method).METHOD
-    weights = masks.maskable(model)
-    staged: list[Layout] = []
-    ranged: list[Layout] = []
-    found: Layout | None = None
-    if method.straight_through:
-        staged = stages(model, weights, settings)
-        found = staged[-1]
-    elif method.by_timestep:
-        ranged, found = layouts(model, weights, settings)
-    elif method.sparse:
-        found = layout(model, weights, settings)
+    staged, ranged, found = laid_out(model, config)
+    settings, method = config.sparse.settings(), plugins.load("methods", config.sparse.method).METHOD
     densities = found.densities() if found else {}
     grows_by_gradient = method.needs is not None
     return Costs(
@@ -159,6 +149,22 @@ def costs(config: TrialConfig, options: BaseModel, mean_points: float) -> Costs:
         by_element=found.by_element if found else (),
         stays_dense=found.dense if found else {},
     )
+
+
+def laid_out(model: nn.Module, config: TrialConfig) -> tuple[list[Layout], list[Layout], Layout | None]:
+    """The layouts of a method's stages, of its ranges of timesteps, and of all that is trained (None: dense).
+
+    UsageError as `layout`.
+    """
+    settings, method = config.sparse.settings(), plugins.load("methods", config.sparse.method).METHOD
+    weights = masks.maskable(model)
+    if method.straight_through:
+        staged = stages(model, weights, settings)
+        return staged, [], staged[-1]
+    if method.by_timestep:
+        ranged, found = layouts(model, weights, settings)
+        return [], ranged, found
+    return [], [], layout(model, weights, settings) if method.sparse else None
 
 
 def evaluations(config: TrialConfig) -> int:

@@ -162,7 +162,9 @@ def estimate(config: TrialConfig, mean_points: float | None = None) -> Costs:
     """Parameters and FLOPs of a trial, without its data where that would have to be downloaded first.
 
     mean_points: of a training sketch; None: of the data where it is at hand, else what the data set's SPEC says.
+    UsageError where the trial's masks do not go together with its model or timesteps.
     """
+    checks.check_ranges(config)
     if mean_points is None:
         spec = plugins.load("datasets", config.data.name).SPEC
         known = getattr(spec, "mean_points", None)  # None: the data is embedded

@@ -127,6 +127,7 @@ def test_the_null_label_is_the_models():
         ({"ranges": "0-1000:1.5"}, "give first-end:sparsity"),
         ({"ranges": {500: 0.5}}, "ranges.*valid string"),
         ({"ranges": "0-1000:0.5", "sparsity": 0.9}, "densest of the ranges has 0.5; leave it out"),
+        ({"ranges": "0-500:0.5,500-1000:0.6", "pattern": "nm"}, "sparsity 0.6 leaves 1.6 of 4 weights"),
         ({"prune_ratio": 0.5}, "'timesteps' has no prune_ratio"),
         ({"ranges": "0-500:0.5,500-1000:0.999"}, "each layer keeps"),
     ],

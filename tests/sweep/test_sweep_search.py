@@ -19,6 +19,7 @@ from raysparse.sweep.axes import all_points, distributions, first_points, new_po
 from raysparse.sweep.board import Ledger, Row
 from raysparse.sweep.journal import event, read
 from raysparse.sweep.search import Listed, Suggested, planned
+from raysparse.train import setup
 
 WIDE = {
     "trials": 40,
@@ -301,6 +302,22 @@ def test_a_trial_that_fails_its_check_is_not_handed_out(ledger: Ledger, sweep_of
     failed = [row for row in ledger.board.rows.values() if row.state == "FAILED"]
     assert [row.reason for row in failed] == ["no such thing"]
     assert len(ledger.board.rows) == 4
+
+
+@pytest.mark.parametrize("objectives", [("fid",), ("fid", "flops_inference")])
+def test_a_point_that_leaves_a_layer_no_weight_fails_alone(
+    objectives: tuple[str, ...], ledger: Ledger, sweep_of: Callable[..., Sweep]
+) -> None:
+    axes = {"static": {"sparsity": [0.5, 0.9999, 0.9]}}
+    search = {"trials": 4, "axes": axes, "objectives": objectives}
+    asha = None if len(objectives) > 1 else {"grace_steps": 2, "reduction_factor": 2}
+    suggested = Suggested(sweep_of(search=search, asha=asha), ledger, config_of, check=setup.check)
+    walk(ledger, suggested, 4)
+    assert len(ledger.board.rows) == 4
+    (failed,) = [row for row in ledger.board.rows.values() if row.state == "FAILED"]
+    assert (failed.setting("sparsity"), "each layer keeps at least one" in failed.reason) == (0.9999, True)
+    again = Suggested(sweep_of(search=search, asha=asha), ledger, config_of, check=setup.check)
+    assert again.study.get_trials()[failed.number].state.name == "FAIL"
 
 
 def test_a_list_hands_out_what_is_open(ledger: Ledger, sweep_of: Callable[..., Sweep]) -> None:

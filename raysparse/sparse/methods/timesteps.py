@@ -11,6 +11,7 @@ from typing import Any, Self
 
 from pydantic import field_validator, model_validator
 
+from raysparse import plugins
 from raysparse.sparse.method import Method
 from raysparse.sparse.settings import Sparse
 
@@ -48,6 +49,12 @@ class Settings(Sparse):
         if data.get("sparsity") not in (None, least):
             raise ValueError(f"sparsity is {data['sparsity']}, but the densest of the ranges has {least}; leave it out")
         return {**data, "sparsity": least}
+
+    @model_validator(mode="after")
+    def _each_fits_the_pattern(self) -> Self:
+        for own in self.each():
+            plugins.load("patterns", self.pattern).check(own)
+        return self
 
     def each(self) -> list[Self]:
         """The settings of every range by itself."""
