@@ -13,6 +13,9 @@ import torch
 import raysparse
 from raysparse import files
 
+# The files that a result depends on; pyproject.toml packages them all, so that a clone and a wheel have one hash.
+COMPUTES = frozenset({".py", ".cpp", ".h", ".safetensors", ".json", ".csv"})
+
 
 def versions() -> dict[str, str | None]:
     """Package -> version, and the names of CPU and GPU; None: not there."""
@@ -30,10 +33,13 @@ def versions() -> dict[str, str | None]:
 
 @functools.cache
 def code_hash() -> str:
-    """Of raysparse's own source, which may change while its version does not: ten hex digits."""
+    """Of raysparse's own source and data, which may change while its version does not: ten hex digits."""
+    return hash_of(Path(raysparse.__file__).parent)
+
+
+def hash_of(folder: Path) -> str:
     whole = hashlib.sha256()
-    folder = Path(raysparse.__file__).parent
-    for path in sorted(folder.rglob("*.py")):
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in COMPUTES):
         whole.update(f"{path.relative_to(folder)} {files.sha256(path)}\n".encode())
     return whole.hexdigest()[:10]
 
