@@ -1,6 +1,6 @@
 """Evaluate models that are already trained, under other protocols: the paper's study of sampling steps (its Table 8).
 
-RESULTS/evaluations/<trial_id>-<hash of the protocol>.parquet: the trial's records with the new FID, KID and protocol
+RESULTS/evaluations/<trial_id>-<hash of what was asked>.parquet: the trial's records with the new FID, KID and protocol
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 from raysparse import config as configs
 from raysparse import results
-from raysparse.config import TrialConfig
+from raysparse.config import EvaluateConfig, TrialConfig
 from raysparse.errors import UsageError
 from raysparse.files import atomic_path, check_writable
 from raysparse.results import Facts, Outcome, Report
@@ -67,7 +67,7 @@ def evaluate(
     """Evaluate one checkpoint's averaged model under each variant: {dotted path: value} over the trial's settings.
 
     The samples are shared by the workers (ranks on this machine). threads: of each on the CPU; None: PyTorch's, shared
-    by the workers. A protocol that RESULTS/evaluations has already is not measured again unless `again`. on_row: called
+    by the workers. What RESULTS/evaluations has already is not measured again unless `again`. on_row: called
     in this process as each is done. An interrupt (see ranks.run) ends it: then there are fewer rows than variants.
     UsageError: a setting that is not an evaluation's, an unknown or damaged checkpoint. RuntimeError: a worker died.
     """
@@ -78,12 +78,10 @@ def evaluate(
         setup.check(trial)
         setup.prepare_data(trial)
     out = _results_of(model.folder)
-    protocols = [setup.protocol(trial).json() for trial in trials]
+    asked = [(_asked(trial, protocol := setup.protocol(trial).json()), protocol, trial) for trial in trials]
     rows: dict[str, Row] = {}
     if out is not None and not again:
-        rows = {
-            text: row for text, trial in zip(protocols, trials, strict=True) if (row := _known(out, model, trial, text))
-        }
+        rows = {text: row for text, protocol, trial in asked if (row := _known(out, model, trial, protocol))}
     for row in rows.values():
         on_row(row)
 
@@ -91,15 +89,15 @@ def evaluate(
         row, trial = message
         if out is not None:
             _record(out, row, trial, workers, command)
-        rows[row.protocol] = row
+        rows[_asked(trial, row.protocol)] = row
         on_row(row)
 
-    open_trials = [trial for text, trial in zip(protocols, trials, strict=True) if text not in rows]
+    open_trials = list({text: trial for text, _, trial in asked if text not in rows}.values())
     if open_trials:
         if out is not None:  # refused now rather than after an hour of sampling
             check_writable(out / FOLDER)
         ranks.run(_work, (model.folder, open_trials, threads), workers, device, heard)
-    return [rows[text] for text in protocols if text in rows]
+    return [rows[text] for text, _, _ in asked if text in rows]
 
 
 def write_pictures(rows: Sequence[Row], folder: Path) -> None:
@@ -173,10 +171,18 @@ def _results_of(checkpoint: Path) -> Path | None:
     return out if has else None
 
 
+def _asked(trial: TrialConfig, protocol: str) -> str:
+    """All that decides what is measured: the protocol, and beside it the precision and the validation examples."""
+    count = trial.evaluate.validation_examples
+    beside = [trial.sampling_precision] if trial.sampling_precision != "fp32" else []
+    beside += [f"validation {count}"] if count != EvaluateConfig.model_fields["validation_examples"].default else []
+    return " ".join([protocol, *beside])
+
+
 def _path(out: Path, trial: TrialConfig, trial_id: str, protocol: str) -> Path:
-    """One file for each protocol and precision."""
-    measured = protocol if trial.sampling_precision == "fp32" else f"{protocol} {trial.sampling_precision}"
-    return out / FOLDER / f"{trial_id}-{hashlib.sha256(measured.encode()).hexdigest()[:10]}.parquet"
+    """One file for each that may be asked."""
+    digest = hashlib.sha256(_asked(trial, protocol).encode()).hexdigest()
+    return out / FOLDER / f"{trial_id}-{digest[:10]}.parquet"
 
 
 def _reports(path: Path) -> list[Report]:
@@ -184,7 +190,7 @@ def _reports(path: Path) -> list[Report]:
 
 
 def _known(out: Path, model: restored.Restored, trial: TrialConfig, protocol: str) -> Row | None:
-    """What an earlier evaluation of this step under this protocol and precision found; None where there was none."""
+    """What an earlier evaluation of this step with these settings found; None where there was none."""
     for report in _reports(_path(out, trial, model.trial_id, protocol)):
         loss, fid, kid, kid_std = report.validation_loss, report.fid, report.kid, report.kid_std
         if report.step == model.step and loss is not None and fid is not None:

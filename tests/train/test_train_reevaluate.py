@@ -74,6 +74,25 @@ def test_a_study_of_steps_is_kept_and_not_measured_twice(trained):
     assert len(list((out / "evaluations").glob("*.parquet"))) == 3
 
 
+def test_what_is_no_part_of_the_protocol_is_measured_too(trained):
+    _, out = trained
+    few, more = {"evaluate.validation_examples": 16}, {"evaluate.validation_examples": 64}
+    (first,) = reevaluate.evaluate(out, [few], device="cpu")
+    (second,) = reevaluate.evaluate(out, [more], device="cpu")
+    assert second.validation_loss != first.validation_loss
+    assert (second.fid, second.protocol) == (first.fid, first.protocol)
+    assert reevaluate.evaluate(out, [few, more, few], device="cpu") == [first, second, first]
+
+
+def test_variants_of_one_protocol_are_each_their_own(trained):
+    _, out = trained
+    variants = [{"evaluate.precision": precision} for precision in ("fp32", "bf16")]
+    whole, half = reevaluate.evaluate(out, variants, device="cpu")
+    assert whole.fid != half.fid
+    assert reevaluate.evaluate(out, variants, device="cpu") == [whole, half]
+    assert [reevaluate.evaluate(out, [variant], device="cpu")[0] for variant in variants] == [whole, half]
+
+
 @pytest.mark.parametrize(("training", "sampling"), [("fp32", "bf16"), ("bf16", "fp32")])
 def test_a_trial_samples_in_another_precision_than_it_trains_in(pictures, rigl, tmp_path, training, sampling):
     reports = {}
