@@ -215,7 +215,7 @@ def _folders(parent: Path) -> list[Path]:
 
 @contextmanager
 def _unclaimed(trial: Path) -> Iterator[bool]:
-    """Whether no process trains the trial (trainable.claimed), and none can begin to in this block: keep it short."""
+    """Whether no process trains the trial (train/claims.py), and none can begin to in this block: keep it short."""
     if not trial.is_dir():
         yield True
         return

@@ -18,7 +18,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import fcntl
 import functools
 import gc
 import json
@@ -26,7 +25,6 @@ import os
 import platform
 import shutil
 import signal
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -40,9 +38,9 @@ from raysparse.space import Resources
 from raysparse.sweep import leaving, pulse, trial_log
 from raysparse.sweep.patience import passing, patiently
 from raysparse.sweep.scheduler import last_line
+from raysparse.train import claims
 
 KEEP_CHECKPOINTS = 2  # the last, and the one before in case the last is damaged
-ORPHAN_S = 10.0  # so long a process of a killed sweep may take to notice and end by itself
 
 Metrics = dict[str, Any]
 
@@ -257,33 +255,9 @@ def with_samples(folder: Path, report: Report) -> Report:
     return dataclasses.replace(report, samples_png=path.read_bytes()) if path.is_file() else report
 
 
-@contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def claimed(folder: Path) -> contextlib.AbstractContextManager[None]:
     """The right to train this trial. A process of a killed sweep that still has it gets 10 s to end, then is ended."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as stream:
-        deadline = time.monotonic() + ORPHAN_S
-        while not _try_lock(stream):
-            if time.monotonic() > deadline:
-                stream.seek(0)
-                _end(stream.read(), folder)
-                deadline += ORPHAN_S
-            time.sleep(0.05)
-        stream.truncate(0)
-        stream.write(f"{os.getpid()} {platform.node()}")
-        stream.flush()
-        try:
-            yield
-        finally:
-            fcntl.flock(stream, fcntl.LOCK_UN)
-
-
-def _try_lock(stream: Any) -> bool:
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
+    return claims.claimed(folder, lambda holder: _end(holder, folder))
 
 
 def _end(holder: str, folder: Path) -> None:

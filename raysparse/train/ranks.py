@@ -66,7 +66,7 @@ def _spawn(
         ranks = [
             context.Process(
                 target=_rank,
-                args=(rank, workers, meeting, device, work, job, messages, stopping),
+                args=(rank, workers, meeting, device, work, job, messages, stopping, os.getpid()),
                 name=f"worker {rank}",
             )
             for rank in range(workers)
@@ -128,8 +128,8 @@ def _rank(
     job: tuple[Any, ...],
     messages: Any,
     stopping: Any,
+    parent: int,
 ) -> None:
-    parent = os.getppid()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # the parent hears them, and tells all ranks through `stopping`
     if device == "cuda":

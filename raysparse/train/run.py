@@ -2,10 +2,12 @@
 
 OUT/records/<trial_id>.parquet        the reports, rewritten after each
 OUT/checkpoints/<trial_id>/step-<k>/  the latest two checkpoints
+OUT/trials/<trial_id>/lock            held by the process that writes both
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from raysparse import files, results
 from raysparse.config import TrialConfig
 from raysparse.errors import UsageError
 from raysparse.results import Facts, Outcome, Report
-from raysparse.train import distributed, ranks, setup, state
+from raysparse.train import claims, distributed, ranks, setup, state
 
 KEEP_CHECKPOINTS = 2  # the latest, and the one before it in case the latest is damaged on disk
 OnReport = Callable[[Report], None]
@@ -35,7 +37,8 @@ def train(
     replaced. command: kept in the records. on_report: called in this process after a report is recorded; reports made
     before a resume are not repeated.
     The first Ctrl-C (or SIGTERM) saves a checkpoint at the current step and returns an Outcome in state RUNNING; a
-    second one raises KeyboardInterrupt. UsageError: bad settings, damaged files. RuntimeError: a worker died.
+    second one raises KeyboardInterrupt. UsageError: bad settings, damaged files, another process that trains this trial
+    in `out` and does not end within 10 s. RuntimeError: a worker died.
     """
     device = ranks.checked_device(device, workers)
     if config.train.batch_size % (workers * config.train.accumulate):
@@ -47,17 +50,33 @@ def train(
     setup.prepare_data(config)
     facts = setup.facts(config, sweep=out.name or "single", stage="single", world_size=workers, command=command)
     files.check_writable(out)
-    checkpoints = out / "checkpoints" / config.trial_id
-    if not resume:
-        state.keep_latest(checkpoints, 0)
-    outcome: Outcome = ranks.run(_work, (config, facts, out), workers, device, on_report or (lambda _: None))
+    outcome: Outcome = ranks.run(_work, (config, facts, out, resume), workers, device, on_report or (lambda _: None))
     return outcome
 
 
-def _work(member: ranks.Member, config: TrialConfig, facts: Facts, out: Path) -> Outcome:
-    """One rank's part. Record first, then checkpoint: what a resume computes again replaces the record of its step."""
+def _work(member: ranks.Member, config: TrialConfig, facts: Facts, out: Path, resume: bool) -> Outcome:
+    """One rank's part."""
+    # Rank 0 writes, so it has the lock: where their parent is killed the ranks go on until they notice.
+    with _claimed(out, config) if member.rank == 0 else contextlib.nullcontext():
+        return _trained(member, config, facts, out, resume)
+
+
+def _claimed(out: Path, config: TrialConfig) -> contextlib.AbstractContextManager[None]:
+    def refuse(holder: str) -> None:
+        raise UsageError(
+            f"{config.trial_id} is being trained in {out} by another process: {holder or 'unknown'}; wait for its end, "
+            "or give another output folder"
+        )
+
+    return claims.claimed(out / "trials" / config.trial_id, refuse, ", raysparse train")
+
+
+def _trained(member: ranks.Member, config: TrialConfig, facts: Facts, out: Path, resume: bool) -> Outcome:
+    """Record first, then checkpoint: what a resume computes again replaces the record of its step."""
     rank, world_size = member.rank, member.world_size
     checkpoints = out / "checkpoints" / config.trial_id
+    if rank == 0 and not resume:
+        state.keep_latest(checkpoints, 0)
     trainer = setup.build(config, device=member.device, rank=rank, world_size=world_size)
     trainer.should_stop = member.should_stop
     # Rank 0 looks, for it also removes leftovers, and all load what it found.

@@ -196,7 +196,7 @@ def test_a_settings_file_that_is_no_trial_is_said_without_a_class_name(told: dic
 
 
 def test_a_process_left_of_a_killed_sweep_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raysparse.sweep.trainable.ORPHAN_S", 0.3)
+    monkeypatch.setattr("raysparse.train.claims.ORPHAN_S", 0.3)
     code = "import sys,time;from pathlib import Path;from raysparse.sweep.trainable import claimed\n"
     code += "with claimed(Path(sys.argv[1])): print('mine', flush=True); time.sleep(60)"
     orphan = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE)
@@ -214,7 +214,7 @@ def test_a_process_left_of_a_killed_sweep_is_ended(tmp_path: Path, monkeypatch: 
 
 
 def test_a_holder_on_another_machine_is_not_touched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("raysparse.sweep.trainable.ORPHAN_S", 0.1)
+    monkeypatch.setattr("raysparse.train.claims.ORPHAN_S", 0.1)
     with claimed(tmp_path):
         (tmp_path / "lock").write_text("1 elsewhere")
         with pytest.raises(RuntimeError, match="another process trains this trial: 1 elsewhere"), claimed(tmp_path):

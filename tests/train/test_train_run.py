@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
+import operator
 import os
 import queue
 import signal
+import subprocess
+import sys
 from unittest import mock
 
 import pytest
@@ -14,7 +18,7 @@ import torch
 
 from raysparse import results
 from raysparse.errors import UsageError
-from raysparse.train import ranks, run, setup, state
+from raysparse.train import claims, ranks, run, setup, state
 
 SGD = {"optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.clip_norm": None}
 
@@ -116,6 +120,80 @@ def test_what_a_killed_process_left_of_a_record_is_removed(tiny, tmp_path):
     leftover.write_text("half")
     run.train(trial, tmp_path, device="cpu")
     assert [path.name for path in leftover.parent.iterdir()] == [f"{trial.trial_id}.parquet"]
+
+
+@contextlib.contextmanager
+def trained_elsewhere(trial, out, workers):
+    """`raysparse train` in another process, past its first report; killed at the end. -> the id of the writing one."""
+    path = out.with_suffix(".yaml")
+    path.write_text(trial.dump_json())
+    words = ["train", str(path), "--output", str(out), "--workers", str(workers), "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "raysparse.cli", *words], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert any("step 4/" in line for line in process.stderr)
+        holder = int((out / "trials" / trial.trial_id / "lock").read_text().split()[0])
+        assert (holder == process.pid) == (workers == 1)
+        yield process, holder
+    finally:
+        process.kill()
+        process.wait()
+        process.stderr.close()
+
+
+def test_a_trial_is_trained_by_one_process_at_a_time(tiny, tmp_path, monkeypatch):
+    trial, out = tiny({"train.steps": 100_000}), tmp_path / "out"
+    monkeypatch.setattr(claims, "ORPHAN_S", 0.2)
+    with trained_elsewhere(trial, out, workers=1) as (process, _):
+        written = [out / "records" / f".{trial.trial_id}.parquet.x1y2z3.tmp"]
+        written += [out / "checkpoints" / trial.trial_id / f"{state.TEMPORARY}x1y2z3"]
+        for path in written:
+            path.touch()
+        for resume in (True, False):
+            with pytest.raises(UsageError, match=rf"is being trained in {out} by another process: {process.pid} "):
+                run.train(trial, out, device="cpu", resume=resume)
+        assert all(path.exists() for path in written)
+        assert process.poll() is None
+        run.train(tiny({"train.steps": 1}), out, device="cpu")  # another trial
+    stop = mock.Mock(side_effect=lambda _: os.kill(os.getpid(), signal.SIGINT))
+    assert run.train(trial, out, device="cpu", on_report=stop).state == "RUNNING"
+    assert stop.called
+
+
+@pytest.mark.slow
+def test_ranks_of_a_killed_run_end_before_the_next_one_writes(tiny, tmp_path):
+    trial, out, original = tiny({"train.steps": 100_000}), tmp_path / "out", setup.build
+    holders, steps = [], []
+
+    def build(*arguments, **options):
+        holders.append(int((out / "trials" / trial.trial_id / "lock").read_text().split()[0]))
+        return original(*arguments, **options)
+
+    def stop(report):
+        steps.append(report.step)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with trained_elsewhere(trial, out, workers=2) as (process, holder), mock.patch.object(setup, "build", build):
+        process.kill()
+        assert run.train(trial, out, device="cpu", on_report=stop).state == "RUNNING"
+    assert holders == [os.getpid()]
+    assert holder != os.getpid()
+    kept = results.reports_of(results.read_trial(out / "records" / f"{trial.trial_id}.parquet"))
+    assert [report.step for report in kept][:2] == [4, 8]
+    assert steps[0] in [report.step for report in kept]
+    assert steps[0] > 4
+
+
+def test_a_rank_whose_parent_died_before_it_began_stops(tmp_path):
+    context = multiprocessing.get_context("spawn")
+    messages, dead = context.Queue(), 2**30
+    job = (f"file://{tmp_path}/meeting", "cpu", operator.methodcaller("should_stop"), (), messages, context.Event())
+    process = context.Process(target=ranks._rank, args=(0, 1, *job, dead))
+    process.start()
+    assert messages.get(timeout=120).result is True
+    process.join()
+    messages.close()
 
 
 def test_resume_off_starts_anew(tiny, tmp_path):
