@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,18 @@ def test_a_file_appears_only_when_the_block_ends_well(tmp_path: Path) -> None:
         fail()
     assert path.read_text() == "one"
     assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_a_file_and_its_name_are_on_the_disk_in_this_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, fsync, synced = tmp_path / "a.txt", os.fsync, []
+
+    def seen(handle: int) -> None:
+        synced.append((os.path.isdir(f"/proc/self/fd/{handle}"), path.exists()))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", seen)
+    files.write_text(path, "one")
+    assert synced == [(False, False), (True, True)]
 
 
 def test_text_and_hash(tmp_path: Path) -> None:

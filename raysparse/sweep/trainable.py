@@ -128,9 +128,10 @@ def _trained(
         with alive.waits("for the sweep's driver or another rank", without_end=world_size == 1):
             yield metrics_of(report)
 
-    for report in read_reports(folder):
-        if report.step <= trainer.step:
-            yield from said(report)
+    kept = [report for report in read_reports(folder) if report.step <= trainer.step]
+    trainer.recall(kept)
+    for report in kept:
+        yield from said(report)
     for report in trainer.run():
         if rank == 0:
             what = f"report of step {report.step}"
@@ -139,7 +140,7 @@ def _trained(
         if not report.diverged:
             save()
         yield from said(report)
-    if trainer.totals.reason is None and trainer.totals.reported < trial.train.steps:  # it was asked to stop
+    if trainer.totals.reason is None and not trainer.finished:  # it was asked to stop
         save()
         with alive.waits("for the sweep's driver"):
             leaving.leave(results, folder, trainer.step, answers=rank == 0)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from raysparse import files
 from raysparse.errors import UsageError
 
 
@@ -31,9 +31,9 @@ def new_folder(path: Path) -> Iterator[Path]:
         yield temporary
         for written in [*temporary.rglob("*"), temporary]:
             written.chmod(0o755 if written.is_dir() else 0o644)  # mkdtemp makes 0700, safetensors 0600
-            _sync(written)
+            files.sync(written)
         temporary.rename(path)
-        _sync(path.parent)
+        files.sync(path.parent)
     except BaseException as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -41,11 +41,3 @@ def new_folder(path: Path) -> Iterator[Path]:
         if isinstance(error, OSError | SafetensorError):
             raise UsageError(f"cannot write {path}: {error}; check permissions and free space") from error
         raise
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -10,7 +10,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -96,6 +96,7 @@ class Trainer:
         self.ema = Ema(model, config.train.ema_decay)
         self._shadow = self.ema.parameters()
         self.masks_reported = engine.masks
+        self._again = False  # whether the report of `step` was made, and is to be made again
         self.should_stop: Callable[[], bool] = lambda: False  # asked between steps; any rank's yes ends `run` early
         # Told what the rank does, step or evaluation, and at which step, whenever it got on with it.
         self.on_progress: Callable[[str, int], None] = lambda doing, step: None
@@ -133,7 +134,8 @@ class Trainer:
         """
         every, last = self.config.evaluate.every_steps, self.config.train.steps
         while True:
-            if self.totals.reported < self.step and (self.step % every == 0 or self.step == last or self._lost()):
+            due = self.step % every == 0 or self.step == last or self._lost()
+            if self._again or (due and self.totals.reported < self.step):
                 report = self._report()
                 if report is None:
                     return
@@ -142,6 +144,18 @@ class Trainer:
                 return
             if not self._train_to(min(last, self.step - self.step % every + every)):
                 return
+
+    def recall(self, kept: Iterable[Report]) -> None:
+        """Tell after a resume which reports are kept, on all ranks; rank 0's count. `run` makes this step's again where
+        it is lost: without the mean loss and the change of the masks, for they began anew with it.
+        """
+        lost = 0 < self.step == self.totals.reported and all(report.step != self.step for report in kept)
+        self._again = distributed.from_rank_0(lost, self.world_size)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the report of the last step is made."""
+        return self.totals.reported >= self.config.train.steps and not self._again
 
     def _lost(self) -> bool:
         return self.totals.reason is not None
@@ -295,7 +309,8 @@ class Trainer:
         if found is not None and sound:
             observed = found.fid if self.config.evaluate.intermediate is None else found.intermediate_fid
             assert observed is not None
-            self.engine.observe(observed)
+            if not self._again:  # else it was told
+                self.engine.observe(observed)
         paper, true = self.costs.spent(self.step, self.engine.updates)
         report = Report(
             step=self.step,
@@ -320,7 +335,7 @@ class Trainer:
             intermediate_fid=found.intermediate_fid if found and sound else None,
         )
         totals.loss_sum, totals.loss_steps, totals.reported = 0.0, 0, self.step
-        self.masks_reported = self.engine.masks
+        self.masks_reported, self._again = self.engine.masks, False
         return distributed.from_rank_0(report, self.world_size)
 
     def _which(self) -> Which:

@@ -84,6 +84,7 @@ def _trained(member: ranks.Member, config: TrialConfig, facts: Facts, out: Path,
     if found:
         state.load(trainer, Path(found))
     reports = _earlier(out, config, trainer.step) if rank == 0 else []
+    trainer.recall(reports)
     if rank == 0:
         files.remove_leftovers(_record(out, config))
 
@@ -106,7 +107,7 @@ def _trained(member: ranks.Member, config: TrialConfig, facts: Facts, out: Path,
             member.say(report)
     if trainer.totals.reason is not None:
         return record(Outcome("FAILED", state_reason=trainer.totals.reason))
-    if trainer.totals.reported < config.train.steps:  # also where the evaluation of the last step was interrupted
+    if not trainer.finished:  # also where the evaluation of the last step was interrupted
         checkpoint()
         return record(Outcome(state_reason=f"interrupted at step {trainer.step}; the same command goes on from there"))
     return record(Outcome("COMPLETED"))

@@ -17,7 +17,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -29,7 +28,7 @@ import torch
 from torch import Tensor
 
 from raysparse.errors import UsageError
-from raysparse.files import TEMPORARY, remove_folder, set_aside
+from raysparse.files import TEMPORARY, remove_folder, set_aside, sync
 from raysparse.train import fits
 
 if TYPE_CHECKING:
@@ -74,14 +73,14 @@ def write(folder: Path, parts: Mapping[str, Any], facts: Mapping[str, Any]) -> P
             safetensors.torch.save_file(tensors, path)
             path.chmod(0o644)  # safetensors makes 0600; a shared folder's other readers need more
             hashes[path.name] = _sha256(path.read_bytes())
-            _sync(path)
+            sync(path)
         content = {"format": FORMAT, **facts, "trees": trees, "sha256": hashes}
         text = json.dumps(content, sort_keys=True)
         path = temporary / MANIFEST
         path.write_text(json.dumps({"content": content, "sha256": _sha256(text.encode())}, sort_keys=True, indent=1))
-        _sync(path)
+        sync(path)
         temporary.chmod(0o755)  # mkdtemp makes 0700
-        _sync(temporary)
+        sync(temporary)
         _move_onto(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -292,16 +291,8 @@ def _move_onto(temporary: Path, folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
     else:
         temporary.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -135,6 +135,14 @@ def test_a_report_without_its_checkpoint_is_made_again(told: dict[str, Any], tmp
     assert fids(again)[:2] == fids(first)
 
 
+def test_a_report_that_was_lost_beside_its_checkpoint_is_made_again(told: dict[str, Any], tmp_path: Path) -> None:
+    first = run(told, kill_at=4)
+    (tmp_path / "trials" / told["trial_id"] / "reports.jsonl").unlink()
+    again = run(told)
+    assert [metrics["step"] for metrics in again] == [4, 6, 8]
+    assert fids(again)[0] == fids(first)[1]
+
+
 def test_a_checkpoint_that_cannot_be_read_now_is_kept_and_waited_for(
     told: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

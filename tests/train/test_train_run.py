@@ -15,10 +15,12 @@ from unittest import mock
 import pytest
 import safetensors.torch
 import torch
+from trainer_state import assert_same, tensors_of
 
 from raysparse import results
 from raysparse.errors import UsageError
 from raysparse.train import claims, ranks, run, setup, state
+from raysparse.train.loop import Trainer
 
 SGD = {"optimizer.name": "sgd", "optimizer.lr": 0.1, "optimizer.clip_norm": None}
 
@@ -66,6 +68,29 @@ def test_an_interrupt_in_the_last_evaluation_leaves_it_to_the_next_start(tiny, t
         reports.append([(report.step, report.fid) for report in results.reports_of(record)])
     assert reports[0] == reports[1]
     assert [step for step, _ in reports[0]] == [4]
+
+
+def test_a_report_that_was_lost_beside_its_checkpoint_is_made_again(tiny, rigl, tmp_path, monkeypatch):
+    trial = tiny(rigl, {"sparse.prune_schedule": "stall", "sparse.stall_reports": 1})
+    record = tmp_path / "records" / f"{trial.trial_id}.parquet"
+    run.train(trial, tmp_path, device="cpu")
+    *_, whole = results.reports_of(results.read_trial(record))
+    checkpoint = state.latest(tmp_path / "checkpoints" / trial.trial_id)
+    tensors, engine = tensors_of(checkpoint), state.read(checkpoint, "engine", state.manifest(checkpoint))["engine"]
+    record.unlink()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_asked_in_evaluation", lambda self: True)
+        assert run.train(trial, tmp_path, device="cpu").state == "RUNNING"
+    assert run.train(trial, tmp_path, device="cpu").state == "COMPLETED"
+    (again,) = results.reports_of(results.read_trial(record))
+    assert (again.step, again.fid, again.kid) == (12, whole.fid, whole.kid)
+    assert again.train_loss is None
+    assert_same(tensors_of(checkpoint), tensors)
+    assert state.read(checkpoint, "engine", state.manifest(checkpoint))["engine"]["clock"] == engine["clock"]
+    heard = []
+    run.train(trial, tmp_path, device="cpu", on_report=heard.append)
+    assert heard == []
 
 
 @pytest.mark.slow
