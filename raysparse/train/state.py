@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from raysparse.errors import UsageError
-from raysparse.files import TEMPORARY, remove_folder, set_aside, sync
+from raysparse.files import TEMPORARY, remove_folder, sync
 from raysparse.train import fits
 
 if TYPE_CHECKING:
@@ -189,7 +189,13 @@ def latest(parent: Path) -> Path | None:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove what an interrupted `save` left in a trial's folder; only for the one process that writes there."""
+    """Remove what an interrupted `save` left in a trial's folder; only for the one process that writes there.
+
+    A checkpoint that was to be replaced, and was not, has its name back.
+    """
+    for replaced in parent.glob(f"{TEMPORARY}step-*"):
+        if not (folder := parent / replaced.name.removeprefix(TEMPORARY)).exists():
+            replaced.rename(folder)
     for leftover in parent.glob(f"{TEMPORARY}*"):
         shutil.rmtree(leftover, ignore_errors=True)
 
@@ -284,11 +290,17 @@ def _differences(theirs: dict[str, Any], ours: dict[str, Any], path: str = "") -
 
 
 def _move_onto(temporary: Path, folder: Path) -> None:
-    """Rename; a folder that is there already is set aside first, so that what carries the name is always whole."""
+    """Rename; a folder that is there already is set aside first, so that what carries the name is always whole.
+
+    A process that ends between the two renames leaves it where `remove_leftovers` knows it as whole.
+    """
     if folder.is_dir() and any(folder.iterdir()):
-        aside = set_aside(folder)
+        aside = folder.with_name(f"{TEMPORARY}{folder.name}")
+        if aside.exists():  # of a rename that failed before
+            remove_folder(aside)
+        folder.rename(aside)
         temporary.rename(folder)
-        shutil.rmtree(aside, ignore_errors=True)
+        remove_folder(aside)  # half removed it has another name
     else:
         temporary.rename(folder)
     sync(folder.parent)

@@ -233,6 +233,35 @@ def test_saving_twice_replaces_and_an_empty_folder_is_filled(tiny, rigl, checkpo
     assert sorted(path.name for path in checkpoint.parent.iterdir()) == ["made", "step-000000004"]
 
 
+@pytest.mark.parametrize("renames", [0, 1, 2, 3])
+def test_a_step_that_is_saved_again_has_a_whole_checkpoint_wherever_the_process_ends(
+    tiny, rigl, checkpoint, monkeypatch, renames
+):
+    """Renames: the old one aside, the new one into its place, the old one away; then its files are removed."""
+    trainer, left, rename = setup.build(tiny(rigl)), [renames], Path.rename
+
+    def end_after(path: Path, target: Path) -> Path:
+        if not left[0]:
+            os._exit(0)
+        left[0] -= 1
+        return rename(path, target)
+
+    state.load(trainer, checkpoint)
+    trainer.totals.evaluate_s = 7.0  # by which the two differ
+    if not (child := os.fork()):
+        monkeypatch.setattr(Path, "rename", end_after)
+        monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: os._exit(0))
+        state.save(trainer, checkpoint)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert state.latest(checkpoint.parent) == checkpoint
+    state.load(trainer, checkpoint)
+    assert (trainer.totals.evaluate_s == 7.0) == (renames > 1)
+    assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
+    state.save(trainer, checkpoint)
+    assert [path.name for path in checkpoint.parent.iterdir()] == [checkpoint.name]
+
+
 def test_latest_ignores_and_removes_what_was_not_finished(tiny, rigl, checkpoint):
     parent = checkpoint.parent
     (parent / ".writing-x7").mkdir()
