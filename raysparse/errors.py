@@ -17,6 +17,12 @@ class UsageError(Exception):
     """
 
 
+class RanksApart(UsageError):
+    """The ranks of a trial found different checkpoints, as on storage that shows a node what was there before: a sweep
+    starts it again.
+    """
+
+
 def unknown(what: str, got: str, known: Iterable[str]) -> str:
     """`unknown key 'sparcity' (did you mean 'sparsity'?); known: ...`"""
     names = sorted(known)

@@ -103,7 +103,7 @@ def _trained(
     alive: pulse.Pulse,
     hung: str | None,
 ) -> Iterator[Metrics]:
-    from raysparse.train import setup, state
+    from raysparse.train import distributed, setup, state
 
     give_memory_back(device)
     trainer = setup.build(trial, device=device, rank=rank, world_size=world_size)
@@ -128,8 +128,10 @@ def _trained(
         with alive.waits("for the sweep's driver or another rank", without_end=world_size == 1):
             yield metrics_of(report)
 
-    kept = [report for report in read_reports(folder) if report.step <= trainer.step]
-    trainer.recall(kept)
+    # Rank 0's, for storage may show another node what was there before.
+    reports = distributed.from_rank_0(read_reports(folder, samples=False) if rank == 0 else None, world_size)
+    kept = [report for report in reports if report.step <= trainer.step]
+    trainer.resume(kept)
     for report in kept:
         yield from said(report)
     for report in trainer.run():

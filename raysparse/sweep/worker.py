@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from raysparse.errors import RanksApart
 from raysparse.sweep import pulse
 from raysparse.sweep.leaving import STARTS_LIMIT, NodeGoes
 from raysparse.sweep.scheduler import exit_detail
@@ -71,7 +72,7 @@ def _lost_because(error: BaseException) -> str:
 
     causes = _causes(error)
     for cause in causes.values():
-        if isinstance(cause, NodeGoes):
+        if isinstance(cause, NodeGoes | RanksApart):
             return str(cause)
     lost = RayActorError | OutOfMemoryError
     gone = {rank: exit_detail(str(cause)) for rank, cause in causes.items() if isinstance(cause, lost)}
@@ -102,7 +103,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
 
 def _raised(error: BaseException) -> BaseException | None:
-    """The exception that a worker's own code raised; None where a worker or its node was lost.
+    """The exception that a worker's own code raised; None where another start may do: a worker or its node was lost.
 
     The ranks beside a lost one raise as well, in their collective: `BROKEN` is what gloo and NCCL say then.
     """
@@ -111,7 +112,7 @@ def _raised(error: BaseException) -> BaseException | None:
 
     causes = list(_causes(error).values())
     for cause in causes:
-        if isinstance(cause, RayActorError | OutOfMemoryError | RayTrainError | NodeGoes):
+        if isinstance(cause, RayActorError | OutOfMemoryError | RayTrainError | NodeGoes | RanksApart):
             return None
         if any(words in str(cause).lower() for words in BROKEN):
             return None

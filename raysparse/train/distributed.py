@@ -82,3 +82,11 @@ def from_rank_0(value: T | None, world_size: int) -> T:
         value = box[0]
     assert value is not None
     return value
+
+
+def from_all(value: T, world_size: int) -> list[T]:
+    """Every rank's value by rank, on every rank."""
+    values: list[Any] = [value] * world_size
+    if world_size > 1:
+        dist.all_gather_object(values, value)
+    return values

@@ -21,6 +21,7 @@ from raysparse import rng
 from raysparse.config import TrialConfig
 from raysparse.data.loader import batch_indices
 from raysparse.diffusion import losses
+from raysparse.errors import RanksApart
 from raysparse.results import Report
 from raysparse.train import distributed, mask_sample, runtime
 from raysparse.train.conditions import on_device, placed
@@ -145,10 +146,20 @@ class Trainer:
             if not self._train_to(min(last, self.step - self.step % every + every)):
                 return
 
-    def recall(self, kept: Iterable[Report]) -> None:
-        """Tell after a resume which reports are kept, on all ranks; rank 0's count. `run` makes this step's again where
-        it is lost: without the mean loss and the change of the masks, for they began anew with it.
+    def resume(self, kept: Iterable[Report]) -> None:
+        """Check on all ranks, before `run`, that what they loaded is one checkpoint: RanksApart where it is not.
+
+        kept: the reports up to it; rank 0's count. `run` makes this step's again where it is lost, without the mean
+        loss and the change of the masks, which began anew with it.
         """
+        first, *others = distributed.from_all((self.step, self.totals), self.world_size)
+        for rank, (step, totals) in enumerate(others, start=1):
+            if (step, totals) != first:
+                theirs = f"that of step {step}" if step != first[0] else "another one of this step"
+                raise RanksApart(
+                    f"rank 0 found the checkpoint of step {first[0]}, rank {rank} {theirs}: see that all nodes have "
+                    "the same storage, and start again"
+                )
         lost = 0 < self.step == self.totals.reported and all(report.step != self.step for report in kept)
         self._again = distributed.from_rank_0(lost, self.world_size)
 

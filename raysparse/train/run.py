@@ -84,7 +84,7 @@ def _trained(member: ranks.Member, config: TrialConfig, facts: Facts, out: Path,
     if found:
         state.load(trainer, Path(found))
     reports = _earlier(out, config, trainer.step) if rank == 0 else []
-    trainer.recall(reports)
+    trainer.resume(reports)
     if rank == 0:
         files.remove_leftovers(_record(out, config))
 

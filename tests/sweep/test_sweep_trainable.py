@@ -22,7 +22,7 @@ from raysparse.metrics import fidelity
 from raysparse.space import Sweep
 from raysparse.sweep import patience
 from raysparse.sweep.trainable import claimed, give_memory_back, keep_to_share, read_reports, train_rank
-from raysparse.train import state
+from raysparse.train import distributed, state
 
 POINT = {"method": "rigl", "sparsity": 0.5, "prune_ratio": 0.5, "update_interval": 2}
 
@@ -141,6 +141,19 @@ def test_a_report_that_was_lost_beside_its_checkpoint_is_made_again(told: dict[s
     again = run(told)
     assert [metrics["step"] for metrics in again] == [4, 6, 8]
     assert fids(again)[0] == fids(first)[1]
+
+
+def test_all_ranks_say_the_reports_that_rank_0_has_kept(told: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = run(told, kill_at=4)
+    from_rank_0, asked = distributed.from_rank_0, []
+
+    def seen(value: Any, world_size: int) -> Any:
+        asked.append(value)
+        return from_rank_0(value, world_size)
+
+    monkeypatch.setattr(distributed, "from_rank_0", seen)
+    assert fids(run(told, kill_at=4)) == fids(kept)
+    assert [report.step for report in asked[0]] == [2, 4]
 
 
 def test_a_checkpoint_that_cannot_be_read_now_is_kept_and_waited_for(

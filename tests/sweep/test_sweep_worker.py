@@ -16,6 +16,7 @@ from driven import check_records, driver, files, kill_all, left_after, no_step_b
 from PIL import Image
 
 from raysparse import rng, space
+from raysparse.errors import RanksApart
 from raysparse.space import Sweep
 from raysparse.sweep import trial_log, tuner
 from raysparse.sweep.board import Board
@@ -188,3 +189,6 @@ def test_what_a_worker_raises_is_told_from_a_worker_that_is_lost() -> None:
     leaves = NodeGoes("its node is being taken away; saved at step 7")
     assert _lost_because(WorkerGroupError("", {0: leaves, 1: broken})) == str(leaves)
     assert _raised(WorkerGroupError("", {0: leaves})) is None
+    apart = RanksApart("rank 0 found the checkpoint of step 8, rank 1 that of step 4: see that")
+    assert _raised(WorkerGroupError("", {0: apart, 1: apart})) is None
+    assert _lost_because(WorkerGroupError("", {0: apart, 1: apart})) == str(apart)

@@ -13,6 +13,7 @@ from two_ranks import on_two_ranks
 
 from raysparse import results
 from raysparse.config import TrialConfig
+from raysparse.errors import RanksApart
 from raysparse.results import Report
 from raysparse.train import run, setup, state
 
@@ -134,7 +135,16 @@ def _resumed(rank: int, trial: TrialConfig, folder: Path) -> None:
     assert first.step == 10
     state.save(first, folder / "checkpoint")
     torch.distributed.barrier()
+    if rank == 0:
+        state.load(second, folder / "checkpoint")
+    with pytest.raises(RanksApart, match="checkpoint of step 10, rank 1 that of step 0: see "):
+        second.resume([])
     state.load(second, folder / "checkpoint")
+    second.totals.evaluate_s += rank  # as in another save of this step
+    with pytest.raises(RanksApart, match="rank 1 another one of this step: see "):
+        second.resume([])
+    state.load(second, folder / "checkpoint")
+    second.resume([])
     assert [computed(report) for report in second.run()] == expected
     for a, b in ((straight.model, second.model), (straight.ema.model, second.ema.model)):
         assert_same(a.state_dict(), b.state_dict())
