@@ -5,12 +5,13 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+from raysparse.train.memory import held
 
 T = TypeVar("T")
 
@@ -30,7 +31,7 @@ class Peak:
             ctypes.CDLL(None).malloc_trim(0)  # else memory that was freed before is taken again, uncounted
         try:
             Path("/proc/self/clear_refs").write_text("5")
-            self._before = _held("VmRSS")
+            self._before = held("VmRSS")
         except OSError:
             self._before = None
 
@@ -38,7 +39,7 @@ class Peak:
         """The most until now. None: not known."""
         if self._before is None:
             return None
-        return (torch.cuda.max_memory_allocated() if self._gpu else _held("VmHWM")) - self._before
+        return (torch.cuda.max_memory_allocated() if self._gpu else held("VmHWM")) - self._before
 
     def mib(self) -> str:
         found = self.bytes()
@@ -56,11 +57,3 @@ def made(makers: Mapping[str, Callable[[], T]], use: Callable[[T], object]) -> t
         use(found[name])
         memory[name] = peak.mib()
     return found, memory
-
-
-def _held(name: str) -> int:
-    """Bytes. OSError: Linux does not say."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if found is None:
-        raise OSError(f"no {name} in /proc/self/status")
-    return int(found[1]) * 1024

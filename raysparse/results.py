@@ -78,7 +78,7 @@ class Report:
     topology_changed: float  # share of active connections replaced since the last report, in [0, 1]
     train_s: float  # seconds in training steps since step 0, evaluation and checkpoints left out
     evaluate_s: float  # seconds in evaluation since step 0
-    peak_memory_bytes: int | None
+    peak_memory_bytes: int | None  # since the trial began: a GPU's tensors, else what its process holds of the host
     flops_spent_paper: float  # training FLOPs since step 0
     flops_spent_true: float
     diverged: bool = False

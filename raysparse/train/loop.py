@@ -7,8 +7,6 @@ import dataclasses
 import functools
 import json
 import math
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Any, cast
@@ -23,7 +21,7 @@ from raysparse.data.loader import batch_indices
 from raysparse.diffusion import losses
 from raysparse.errors import RanksApart
 from raysparse.results import Report
-from raysparse.train import distributed, mask_sample, runtime
+from raysparse.train import distributed, mask_sample, memory, runtime
 from raysparse.train.conditions import on_device, placed
 from raysparse.train.ema import Ema
 from raysparse.train.graphed import Graphed
@@ -336,7 +334,7 @@ class Trainer:
             topology_changed=self._changed(),
             train_s=totals.train_s,
             evaluate_s=totals.evaluate_s,
-            peak_memory_bytes=peak_memory_bytes(self.device),
+            peak_memory_bytes=memory.peak_bytes(self.device),
             flops_spent_paper=paper,
             flops_spent_true=true,
             diverged=totals.reason is not None,
@@ -365,11 +363,3 @@ class Trainer:
         active = sum(int(mask.sum()) for mask in now.values())
         new = sum(int((mask & ~self.masks_reported[name]).sum()) for name, mask in now.items())
         return new / active if active else 0.0
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """The most that this process has held: on the device where it is CUDA, else resident in the host's memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024  # macOS counts bytes, Linux KiB

@@ -22,7 +22,7 @@ from raysparse.metrics.protocol import Protocol
 from raysparse.metrics.reference import Reference, reference
 from raysparse.results import Facts
 from raysparse.sparse.engine import SparseEngine
-from raysparse.train import checks, runtime, teacher
+from raysparse.train import checks, memory, runtime, teacher
 from raysparse.train.checks import model_options
 from raysparse.train.costs import Costs, costs, update_end_step
 from raysparse.train.evaluate import Evaluator
@@ -63,6 +63,7 @@ def build(config: TrialConfig, *, device: str = "cpu", rank: int = 0, world_size
         raise UsageError(f"train.cuda_graph is for one worker, the trial has {world_size}; leave it out")
     torch.set_num_threads(config.train.threads)
     place = torch.device(device)
+    memory.forget_peak(place)
     folder = _folder(config)
     training = _training(config, folder)
     model = plugins.load("models", config.model.name).build(model_options(config), seed=config.seed).to(place)
