@@ -17,8 +17,8 @@ and `kid` of a diverged report are NaN, whatever stand-in was written for the tr
 `read(results)` gives that table, one row per trial, and the warnings. A trial's row has Facts, Outcome and
 
     reports         int    how many there are
-    step, train_loss, validation_loss, fid, early_fid, kid, kid_std, density, topology_updates, train_s, evaluate_s,
-    peak_memory_bytes, flops_spent_paper, flops_spent_true      of the last report (NaN without one)
+    step, train_loss, validation_loss, fid, early_fid, kid, kid_std, density, topology_updates, train_s, compile_s,
+    evaluate_s, peak_memory_bytes, flops_spent_paper, flops_spent_true      of the last report (NaN without one)
     diverged        bool   the last report says so
     full_budget     bool   the last report is at total_steps (or later) and the trial neither failed nor diverged
     result_fid      float  `fid` of the last report where full_budget, else NaN: the last value, never the smallest

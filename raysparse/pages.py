@@ -140,7 +140,7 @@ def _course(page: Facts) -> Table:
         reached = [rung for rung in rungs.values() if rung["fid"] == compared and rung["rung"] <= report["step"]]
         for rung in reached:
             rungs.pop(rung["rung"])
-        spent = (report.get("train_s") or 0) + (report.get("evaluate_s") or 0)
+        spent = sum(report.get(name) or 0 for name in ("train_s", "compile_s", "evaluate_s"))
         table.add_row(
             f"{report['step']:,}",
             _number(report.get("fid"), ".3f"),

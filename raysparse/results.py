@@ -76,7 +76,7 @@ class Report:
     layer_density: str  # JSON {parameter name: density}
     topology_updates: int  # since step 0
     topology_changed: float  # share of active connections replaced since the last report, in [0, 1]
-    train_s: float  # seconds in training steps since step 0, evaluation and checkpoints left out
+    train_s: float  # seconds in training steps since step 0; evaluation, checkpoints and `compile_s` left out
     evaluate_s: float  # seconds in evaluation since step 0
     peak_memory_bytes: int | None  # since the trial began: a GPU's tensors, else what its process holds of the host
     flops_spent_paper: float  # training FLOPs since step 0
@@ -86,6 +86,7 @@ class Report:
     samples_png: bytes | None = None  # a grid of samples from the same noise in every trial with this seed
     mask_sample: str | None = None  # JSON {parameter name: mask bits in hex}, some positions, the same in every trial
     intermediate_fid: float | None = None  # under the trial's intermediate protocol, at the last step too
+    compile_s: float | None = None  # seconds in first steps of compiled or recorded networks; None: `train_s` has them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ SCHEMA = _schema()
 # A file has fifty small columns, and a zstd reader takes 10 µs to set up: 1.7 ms a file, 1.1 so.
 COMPRESSION = {name: "zstd" if name in ("layer_density", "mask_sample") else "snappy" for name in SCHEMA.names}
 # Columns that records written before them lack.
-_LATER = frozenset({"mask_sample", "intermediate_fid", "intermediate_protocol"})
+_LATER = frozenset({"mask_sample", "intermediate_fid", "intermediate_protocol", "compile_s"})
 
 
 def write_trial(results: Path, facts: Facts, outcome: Outcome, reports: Iterable[Report]) -> Path:

@@ -6,7 +6,7 @@ A checkpoint's hashes tell damage. They do not tell who wrote it: a manifest can
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -53,14 +53,14 @@ def check_optimizer(optimizer: torch.optim.Optimizer, got: Any, what: str) -> No
                 raise UsageError(f"{what}: {name} of parameter {place} is {kind(value)}")
 
 
-def check_fields(of: type[Any], got: Any, what: str) -> None:
-    """The values of a dataclass of numbers and text, by name."""
+def check_fields(of: type[Any], got: Any, what: str, later: Collection[str] = ()) -> None:
+    """The values of a dataclass of numbers and text, by name. later: what checkpoints of before have not."""
     fields = {field.name: field.type for field in dataclasses.fields(of)}
-    if not isinstance(got, Mapping) or got.keys() != fields.keys():
+    if not isinstance(got, Mapping) or got.keys() | set(later) != fields.keys():
         raise UsageError(f"{what}: it has not the fields {', '.join(sorted(fields))}")
     types: dict[str, tuple[type, ...]] = {"float": (int, float), "int": (int,), "str | None": (str, type(None))}
     for name, declared in fields.items():
-        if not isinstance(got[name], types[str(declared)]):
+        if name in got and not isinstance(got[name], types[str(declared)]):
             raise UsageError(f"{what}: {name} is {got[name]!r}, not {declared}")
 
 

@@ -46,12 +46,13 @@ DIVERGED_LOSS = 100.0
 class Totals:
     """What a trial adds up as it goes; part of its checkpoint."""
 
-    train_s: float = 0.0  # in training steps since step 0; evaluation and checkpoints left out
+    train_s: float = 0.0  # in training steps since step 0; evaluation, checkpoints and `compile_s` left out
     evaluate_s: float = 0.0
     loss_sum: float = 0.0  # since the last report
     loss_steps: int = 0
     reported: int = 0  # the step of the last report
     reason: str | None = None  # why the trial diverged: it does not go on
+    compile_s: float = 0.0  # in steps that were the first of a compiled or recorded network, after each resume again
 
 
 class Trainer:
@@ -119,6 +120,13 @@ class Trainer:
         if world_size > 1:
             # device_ids would move to the GPU what is for the host (`conditions.ON_HOST`), and a GRU wait for it.
             self._network = DistributedDataParallel(self._network)
+        # What compiles or records itself when it is first called.
+        self._unready: set[Callable[..., Tensor]] = (
+            {self._graphed or self._network} if config.train.compile or recorded else set()
+        )
+        if self._sparse_network is not self._sparse_step:
+            assert self._sparse_network is not None
+            self._unready.add(self._sparse_network)
         self._look_steps = 1 if device.type == "cpu" and world_size == 1 else LOOK_STEPS
         self._recent: list[Tensor] = []  # losses not looked at yet
         # Noise is drawn for the longest sketch of the set, so that a row's draw depends on no other row of the batch.
@@ -173,13 +181,16 @@ class Trainer:
         """Train until step `target`, or until the loss is lost; False where the trial was asked to stop before."""
         self.model.train()
         while self.step < target and not self._lost():
-            start = time.perf_counter()
+            start, unready = time.perf_counter(), len(self._unready)
             self._recent.append(self._train_step())
             self.on_progress("step", self.step)
             stop = False
             if self.step % self._look_steps == 0 or self.step == target:
                 stop = self._look()
-            self.totals.train_s += time.perf_counter() - start
+            if len(self._unready) < unready:
+                self.totals.compile_s += time.perf_counter() - start
+            else:
+                self.totals.train_s += time.perf_counter() - start
             if stop and self.step < target:
                 return False
         return True
@@ -197,6 +208,7 @@ class Trainer:
         self.optimizer.zero_grad()
         timesteps, noise = self._draws()
         network = self._step_network()
+        self._unready.discard(network)
         total = torch.zeros((), device=self.device)
         for part in range(train.accumulate):
             x, cond, rows = self._share(part)
@@ -333,6 +345,7 @@ class Trainer:
             topology_updates=self.engine.updates,
             topology_changed=self._changed(),
             train_s=totals.train_s,
+            compile_s=totals.compile_s,
             evaluate_s=totals.evaluate_s,
             peak_memory_bytes=memory.peak_bytes(self.device),
             flops_spent_paper=paper,

@@ -128,7 +128,7 @@ def _check_fits(trainer: Trainer, parts: Mapping[str, Any], content: Mapping[str
         raise UsageError(f"{folder}: the part engine is of something else")
     fits.check_state(trainer.engine.masks, engine["reported"], f"{folder}: these are not this model's masks")
     trainer.engine.check_state(engine["engine"])
-    fits.check_fields(type(trainer.totals), content.get("totals"), f"{folder}: totals")
+    fits.check_fields(type(trainer.totals), content.get("totals"), f"{folder}: totals", later=["compile_s"])
     if not 0 <= content["step"] <= trainer.config.train.steps:
         raise UsageError(f"{folder}: step {content['step']} is not one of the trial's {trainer.config.train.steps}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,34 @@ def test_half_of_the_pictures_are_mirrored_and_no_two_steps_alike(pictures):
         seen.append(tuple(flipped))
     assert 0.3 < np.mean(seen) < 0.7
     assert len(set(seen)) == 4
+
+
+class Compiled(torch.nn.Module):
+    """What torch.compile makes: its first call takes 100 s, each later one 1 s."""
+
+    clock = 0.0
+
+    def __init__(self, network: torch.nn.Module, **_: Any) -> None:
+        super().__init__()
+        self.network, self.takes_s = network, 100.0
+
+    def forward(self, *given: torch.Tensor, **cond: torch.Tensor) -> Any:
+        Compiled.clock += self.takes_s
+        self.takes_s = 1.0
+        return self.network(*given, **cond)
+
+
+def test_the_seconds_of_compilation_are_apart_after_a_resume_too(pictures, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", Compiled)
+    monkeypatch.setattr(time, "perf_counter", lambda: Compiled.clock)
+    trial = pictures({"train.compile": True})
+    first = setup.build(trial)
+    report = next(first.run())
+    assert (report.step, report.train_s, report.compile_s) == (4, 3.0, 100.0)
+    second = setup.build(trial)
+    state.load(second, state.save(first, tmp_path / "checkpoint"))
+    *_, last = second.run()
+    assert (last.step, last.train_s, last.compile_s) == (12, 10.0, 200.0)
 
 
 OPTIONS: dict[str, dict[str, Any]] = {

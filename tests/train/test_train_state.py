@@ -222,6 +222,13 @@ def test_a_save_that_fails_leaves_the_one_before(tiny, rigl, checkpoint, monkeyp
     state.load(setup.build(tiny(rigl)), checkpoint)
 
 
+def test_a_checkpoint_of_before_has_no_seconds_of_compilation(tiny, rigl, checkpoint):
+    trainer = setup.build(tiny(rigl))
+    seal(checkpoint, lambda content: content["totals"].__delitem__("compile_s"))
+    state.load(trainer, checkpoint)
+    assert (trainer.step, trainer.totals.compile_s) == (4, 0.0)
+
+
 def test_saving_twice_replaces_and_an_empty_folder_is_filled(tiny, rigl, checkpoint):
     trainer = setup.build(tiny(rigl))
     state.save(trainer, checkpoint)
