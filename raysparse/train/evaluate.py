@@ -24,6 +24,7 @@ from raysparse.config import TrialConfig
 from raysparse.diffusion import losses
 from raysparse.diffusion.schedule import NoiseSchedule
 from raysparse.metrics import fidelity
+from raysparse.metrics.extractors._base import exactly
 from raysparse.metrics.reference import Reference
 from raysparse.train import distributed, runtime
 from raysparse.train.conditions import placed
@@ -226,7 +227,7 @@ class Evaluator:
             middle = self.clock()
             for number, x, begun in zip(numbers, sampled, starts, strict=True):
                 drawn, first = sampler.source.to_images(x, begun.cond), number * size
-                features[first : first + len(drawn)] = self.extractor(drawn.to(self.device))
+                features[first : first + len(drawn)] = exactly(self.extractor, drawn.to(self.device))
                 images[first : first + len(drawn)] = drawn[: max(0, len(images) - first)].cpu()
             self._wait()
             sampling_s += middle - start

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from raysparse.diffusion import losses
+from raysparse.errors import UsageError
+from raysparse.metrics.extractors._base import extract
 from raysparse.train import setup
 
 
@@ -36,3 +38,34 @@ def test_there_are_at_most_as_many_validation_examples_as_asked_for(tiny):
         evaluator.validation_loss(model)
         assert sum(seen) == min(asked, len(evaluator.validation))
     hook.remove()
+
+
+@pytest.fixture
+def rounded(monkeypatch):
+    """A process that trains in TF32. -> how float32 is computed now, of convolutions and of products."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield lambda: (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision())
+    torch.set_float32_matmul_precision(before)
+
+
+def test_features_of_samples_and_of_references_are_in_full_float32_and_training_is_not(tiny, monkeypatch, rounded):
+    trainer, seen = setup.build(tiny()), {"extractor": set(), "network": set()}
+    evaluator, model = trainer.evaluator, trainer.ema.evaluation_model()
+    forward = type(evaluator.extractor).__call__
+
+    def watched(extractor, images):
+        seen["extractor"].add(rounded())
+        return forward(extractor, images)
+
+    monkeypatch.setattr(type(evaluator.extractor), "__call__", watched)
+    model.register_forward_pre_hook(lambda *_: seen["network"].add(rounded()))
+    evaluator.evaluate(model)
+    assert seen == {"extractor": {(False, "highest")}, "network": {(True, "high")}}
+    seen["extractor"].clear()
+    extract(evaluator.extractor, [torch.zeros(1, 1, 64, 64, dtype=torch.uint8)])
+    assert seen["extractor"] == {(False, "highest")}
+    with pytest.raises(UsageError, match="uint8"):
+        extract(evaluator.extractor, [torch.zeros(1, 1, 64, 64)])
+    assert rounded() == (True, "high")

@@ -29,10 +29,24 @@ class Extractor(Protocol):
 
 def extract(extractor: Extractor, batches: Iterable[torch.Tensor]) -> torch.Tensor:
     """Features of all images: float32 [N, feature_dim] on the CPU. batches: uint8 [B, C, H, W] each, B >= 1."""
-    features = [extractor(images).cpu() for images in batches]
+    features = [exactly(extractor, images).cpu() for images in batches]
     if not features:
         raise UsageError("no images to extract features from; generate or load at least one")
     return torch.cat(features)
+
+
+def exactly(extractor: Extractor, images: torch.Tensor) -> torch.Tensor:
+    """Features in full float32: a GPU's convolutions round to TF32 unless told not to, and the references may be a
+    CPU's. The settings that training goes by are as they were afterwards.
+    """
+    convolutions, products = torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    torch.backends.cudnn.allow_tf32 = False
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return extractor(images)
+    finally:
+        torch.backends.cudnn.allow_tf32 = convolutions
+        torch.set_float32_matmul_precision(products)
 
 
 def checked(images: torch.Tensor) -> torch.Tensor:
