@@ -131,7 +131,7 @@ def timeline(section: Section) -> go.Figure | None:
             hovertemplate="%{text}<br>" + state.lower() + " at step %{x:,}<extra></extra>",
         )  # fmt: skip
     if len(trials) <= NAMED_TRIALS:
-        names = [plain(words.configuration(row)) for row in marks.records_of(trials)]
+        names = [plain(words.shortened(words.configuration(row))) for row in marks.records_of(trials)]
         figure.update_yaxes(tickvals=list(trials.index), ticktext=names, showgrid=False)
     else:
         figure.update_yaxes(

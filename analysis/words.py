@@ -104,6 +104,11 @@ def configuration(row: Mapping[str, Any]) -> str:
     return ", ".join(parts + ([str(row["other_settings"])] if row["other_settings"] else []))
 
 
+def shortened(text: str) -> str:
+    """A label that leaves a figure its place: of more than 48 characters the first and the last."""
+    return text if len(text) <= 48 else f"{text[:28]}…{text[-19:]}"
+
+
 def seeds(count: int) -> str:
     return "1 seed" if count == 1 else f"{count} seeds"
 

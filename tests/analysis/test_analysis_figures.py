@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import plotly.graph_objects as go
 import pytest
 from synthetic_records import DENSE_FLOPS, Folder, facts
 
-from analysis import figures, pareto, style
+from analysis import figures, pareto, style, vector
 from analysis.load import read
 from analysis.sections import Section, split
 
@@ -104,6 +105,17 @@ def test_the_timeline_shows_the_search_only(sweep: Folder) -> None:
     assert list(trace(figure, "failed").x) == [0]
     assert figure is not None
     assert len(figure.layout.yaxis.ticktext) == 10
+
+
+def test_long_names_leave_the_timeline_its_place(sweep: Folder) -> None:
+    section = only(sweep)
+    long = section.trials.assign(
+        other_settings="sparse.allocation=uniform, sparse.teacher=/a/long/path/of/a/teacher " * 2
+    )
+    figure = figures.timeline(dataclasses.replace(section, trials=long))
+    assert figure is not None
+    assert {len(name) for name in figure.layout.yaxis.ticktext} == {48}
+    assert vector.files(vector.describe(figure))["svg"], "a warning that the axes have no place left is an error"
 
 
 def test_nothing_to_draw_is_none(folder: Folder) -> None:
