@@ -52,8 +52,8 @@ RAY_UNIT = 1e-4  # Ray counts resources in ten-thousandths
 _COMBINATIONS = 2_000  # of one method's settings that are checked before a sweep; a check takes .2 ms
 _OF_A_RANGE = 1_000  # so many of its numbers are
 # What names a file or a folder: a relative one counts from where the sweep was started.
-PLACES = ("data.source", "data.root", "evaluate.weights", "first_stage.weights", "sparse.teacher")
-_PLACE_AXES = {"teacher": "sparse.teacher"} | {path: path for path in PLACES}  # a method's own axis has no dot
+FILES = ("data.source", "data.root", "evaluate.weights", "first_stage.weights", "sparse.teacher")
+_FILE_AXES = {"teacher": "sparse.teacher"} | {path: path for path in FILES}  # a method's own axis has no dot
 # Of `evaluate`, what a FID's protocol is made of (metrics/protocol.py).
 PROTOCOL = (
     "extractor",
@@ -368,7 +368,7 @@ def trial_count(sweep: Sweep) -> int:
 
 
 def with_places(sweep: Sweep, change: Callable[[str, str], str]) -> Sweep:
-    """The sweep with `change(where, place)` for each of its PLACES, in the base trial and among the axes.
+    """The sweep with `change(where, place)` for each of its FILES, in the base trial and among the axes.
 
     where: dotted, in the file. An id of the Hub is no place.
     """
@@ -378,17 +378,17 @@ def with_places(sweep: Sweep, change: Callable[[str, str], str]) -> Sweep:
         return value if not isinstance(value, str) or hub_id else change(where, value)
 
     content = sweep.model_dump(mode="json")
-    for path in PLACES:
+    for path in FILES:
         section, name = path.split(".")
         if (value := (content["base"].get(section) or {}).get(name)) is not None:
             content["base"] = config.with_value(content["base"], path, changed(path, f"base.{path}", value))
     walk, walked = ("search.axes", content["search"]["axes"]) if sweep.search else ("grid", content["grid"])
     for method, axes in walked.items():
-        for name in axes.keys() & _PLACE_AXES.keys():
-            axes[name] = [changed(_PLACE_AXES[name], f"{walk}.{method}.{name}", value) for value in axes[name]]
+        for name in axes.keys() & _FILE_AXES.keys():
+            axes[name] = [changed(_FILE_AXES[name], f"{walk}.{method}.{name}", value) for value in axes[name]]
     for point in content["search"]["seed_points"] if sweep.search else ():
-        for name in point.keys() & _PLACE_AXES.keys():
-            point[name] = changed(_PLACE_AXES[name], "search.seed_points", point[name])
+        for name in point.keys() & _FILE_AXES.keys():
+            point[name] = changed(_FILE_AXES[name], "search.seed_points", point[name])
     return parse(content, sweep.name)
 
 

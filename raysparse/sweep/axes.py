@@ -97,13 +97,13 @@ def new_point(search: Search, seed: int, known: Callable[[Point], bool]) -> Poin
     if points is not None:
         left = [point for point in points if not known(point)]
         return left[seed % len(left)] if left else None
-    draws, kinds = optuna.samplers.RandomSampler(seed % 2**32), distributions(search)
+    draws = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed % 2**32))
+    kinds = distributions(search)
     methods = sorted(search.axes, key=lambda method: rng.key(seed, method))
 
     def drawn(method: str) -> Point:
-        names = [f"{method}.{axis}" for axis in search.axes[method]]
-        values: Any = {name: draws.sample_independent(None, None, name, kinds[name]) for name in names}  # type: ignore[arg-type]
-        return to_point(search, {METHOD: method, **values})
+        asked = draws.ask({name: kinds[name] for name in (f"{method}.{axis}" for axis in search.axes[method])})
+        return to_point(search, {METHOD: method, **asked.params})
 
     # Of many points a few draws find a new one; few points, and those with axes that have no effect, are walked.
     some = (drawn(method) for method in methods for _ in range(DRAWS))
