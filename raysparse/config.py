@@ -192,6 +192,15 @@ class TrainConfig(Section):
             raise ValueError(f"cuda_graph is true, but accumulate is {self.accumulate}; leave one of the two out")
         return self
 
+    def share(self, workers: int) -> int:
+        """Examples of one worker in one backward pass. UsageError where the batch does not divide."""
+        if self.batch_size % (workers * self.accumulate):
+            raise UsageError(
+                f"train.batch_size {self.batch_size} cannot be shared by {workers} workers x {self.accumulate} "
+                f"accumulation steps; make it a multiple of {workers * self.accumulate}"
+            )
+        return self.batch_size // (workers * self.accumulate)
+
 
 class IntermediateConfig(Section):
     """The cheaper protocol of the evaluations before the last step."""

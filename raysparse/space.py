@@ -23,20 +23,20 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args
+from typing import Any, Self
 
 import yaml
-from pydantic import BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from raysparse import config
 from raysparse.asha import Asha
+from raysparse.axis import Axes, Axis, Range, check_axis, choices, ends
 from raysparse.config import Section, TrialConfig, as_before
 from raysparse.errors import UsageError, unknown, usage_error_from
 from raysparse.files import size_bytes
-from raysparse.sparse.settings import of_method
+from raysparse.resources import Resources
 
 Point = dict[str, Any]  # {"method": "rigl", "sparsity": 0.9, "optimizer.lr": 1e-3, ...}
 OBJECTIVES = ("fid", "flops_inference", "flops_train", "params_active")  # all are made small; FLOPs, true convention
@@ -48,73 +48,11 @@ LATER: tuple[tuple[str, str, Any], ...] = (
     ("asha", "explore_first", False),
     ("asha", "second_chances", 0),
 )
-RAY_UNIT = 1e-4  # Ray counts resources in ten-thousandths
 _COMBINATIONS = 2_000  # of one method's settings that are checked before a sweep; a check takes .2 ms
 _OF_A_RANGE = 1_000  # so many of its numbers are
 # What names a file or a folder: a relative one counts from where the sweep was started.
 FILES = ("data.source", "data.root", "evaluate.weights", "first_stage.weights", "sparse.teacher")
 _FILE_AXES = {"teacher": "sparse.teacher"} | {path: path for path in FILES}  # a method's own axis has no dot
-# Of `evaluate`, what a FID's protocol is made of (metrics/protocol.py).
-PROTOCOL = (
-    "extractor",
-    "generated",
-    "references",
-    "ddim_steps",
-    "eta",
-    "timestep_spacing",
-    "guidance",
-    "kid_subsets",
-    "kid_subset_size",
-)
-SAME_REFERENCE = ("representation", "flips")  # options of data sets that leave the reference images what they are
-NOT_AN_AXIS = ("seed", "sparse.method", "train.steps")  # replicates, the outer axis, the budget
-
-
-class Range(Section):
-    """Numbers from low to high, both included; `step` for multiples, `log` for even draws in the exponent."""
-
-    low: float
-    high: float
-    step: float | None = Field(None, gt=0)
-    log: bool = False
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if not self.low < self.high:
-            raise ValueError(f"low must be below high, got {self.low} and {self.high}")
-        if self.log and (self.low <= 0 or self.step is not None):
-            raise ValueError("log needs low > 0 and no step")
-        return self
-
-    @property
-    def whole(self) -> bool:
-        """Whether it is written in whole numbers."""
-        return all(float(v).is_integer() for v in (self.low, self.high, self.step or 1))
-
-    def drawn(self, most: int, integer: bool) -> tuple[float, ...]:
-        """What may be drawn, rising: the first `most` and the last; without steps both ends and the middle."""
-        step = self.step or (1 if integer else None)
-        if step is None:
-            return (self.low, (self.low + self.high) / 2, self.high)
-        count = math.floor((self.high - self.low) / step + 1e-9)
-        values = [min(self.low + number * step, self.high) for number in (*range(min(most, count)), count)]
-        return tuple(int(value) if integer else float(value) for value in values)
-
-
-def _axis(given: Any) -> Any:
-    """A mapping is a range, a list its values. Left to itself, pydantic tries both and complains of both."""
-    if isinstance(given, Range | list | tuple):
-        return given
-    if not isinstance(given, Mapping):
-        raise ValueError(f"an axis is a list of values such as [0.5, 0.9], or {{low: 0.1, high: 0.9}}, got {given!r}")
-    try:
-        return Range.model_validate(given)
-    except ValidationError as error:
-        raise ValueError(str(usage_error_from(error, "", Range)).replace("\n: ", "; ").removeprefix(": ")) from None
-
-
-Axis = Annotated[Range | tuple[Any, ...], BeforeValidator(_axis)]
-Axes = dict[str, dict[str, Axis]]  # method -> axis -> values
 
 
 class Search(Section):
@@ -149,51 +87,6 @@ class Confirm(Section):
         if len(set(seeds)) < len(seeds):
             raise ValueError(f"seeds must differ, got {list(seeds)}")
         return seeds
-
-
-class Resources(Section):
-    workers: int = Field(1, ge=1)  # DDP processes per trial
-    cpus_per_worker: float = Field(1, gt=0)
-    gpus_per_worker: float = Field(0, ge=0)  # below 1: trials share a GPU, each has that share of its memory
-    max_concurrent: int | None = Field(None, ge=1)  # None: as many as fit
-    # So long a trial may stand still, asleep and waiting for nothing: then it is started again. 40 s leave time to
-    # write its stacks and to say why within a minute. What works, compiles, or waits for storage has half an hour.
-    hung_after_s: float = Field(40, ge=1)
-
-    @model_validator(mode="after")
-    def _gpus_can_be_had(self) -> Self:
-        gpus = self.gpus_per_worker
-        if gpus > 1 and not gpus.is_integer():
-            raise ValueError(f"gpus_per_worker above 1 must be a whole number: Ray splits no further, got {gpus:g}")
-        if 0 < gpus < RAY_UNIT:
-            raise ValueError(f"gpus_per_worker must be 0 or at least {RAY_UNIT:g}, which is Ray's unit, got {gpus:g}")
-        if self.workers > 1 and 0 < gpus < 1:
-            raise ValueError(
-                f"{self.workers} workers cannot share a GPU, as gpus_per_worker {gpus:g} asks: NCCL wants one for each "
-                "rank; give a whole number, or workers: 1"
-            )
-        return self
-
-    def workers_on(self, cpus: float, gpus: float) -> int:
-        """Workers that fit on a node, as Ray counts. A share of a GPU lies on one: of .4 four fit on two, not five.
-
-        gpus: inf where they are not known yet.
-        """
-        share, fit = self.gpus_per_worker, _units(cpus) // max(1, _units(self.cpus_per_worker))
-        if not share or math.isinf(gpus):
-            return fit
-        on_gpus = math.floor(gpus) * self.workers_per_gpu if share < 1 else math.floor(gpus / share)
-        return min(fit, on_gpus)
-
-    @property
-    def workers_per_gpu(self) -> int:
-        """Trials that share a GPU; 1 where one has it, or several, for itself."""
-        return _units(1) // _units(self.gpus_per_worker) if 0 < self.gpus_per_worker < 1 else 1
-
-
-def _units(quantity: float) -> int:
-    """A resource as Ray counts it, cut off: of .1429 six fit, of 1/7 seven."""
-    return math.floor(quantity / RAY_UNIT + 1e-6)
 
 
 class Storage(Section):
@@ -241,11 +134,6 @@ class Sweep(Section):
                     f"asha.{name} {step} is not a multiple of evaluate.every_steps {base.evaluate.every_steps}: there "
                     "would be no FID at that rung"
                 )
-        if base.train.batch_size % (self.resources.workers * base.train.accumulate):
-            raise ValueError(
-                f"train.batch_size {base.train.batch_size} cannot be shared by {self.resources.workers} workers "
-                f"x {base.train.accumulate} accumulation steps"
-            )
         for method, axes in self.axes.items():
             _check_axes(self, method, axes)
         for point in self.search.seed_points if self.search else ():
@@ -357,7 +245,7 @@ def grid_points(sweep: Sweep) -> list[Point]:
 def own_points(sweep: Sweep, method: str) -> Iterator[Point]:
     """A method's own settings in every combination of choices and of ranges' ends, or in many; no dotted axis."""
     known = config.all_settings()
-    own = {name: _ends(method, name, axis) for name, axis in sweep.axes[method].items() if name in known}
+    own = {name: ends(method, name, axis) for name, axis in sweep.axes[method].items() if name in known}
     for row in itertools.islice(itertools.product(*own.values()), _COMBINATIONS):
         yield {"method": method, **dict(zip(own, row, strict=True))}
 
@@ -394,98 +282,33 @@ def with_places(sweep: Sweep, change: Callable[[str, str], str]) -> Sweep:
 
 def _trial(sweep: Sweep, data: Mapping[str, Any], where: str) -> TrialConfig:
     try:
-        return TrialConfig.model_validate(data)
+        trial = TrialConfig.model_validate(data)
     except ValidationError as error:
         raise ValueError(str(usage_error_from(error, where, TrialConfig))) from None
+    try:
+        trial.train.share(sweep.resources.workers)
+    except UsageError as error:
+        raise ValueError(f"{where}: {error}") from None
+    return trial
 
 
 def _check_axes(sweep: Sweep, method: str, axes: Mapping[str, Axis]) -> None:
-    settings, known = config.method_settings(method), config.all_settings()
-    for name, axis in axes.items():
-        if name in known and name not in settings:
-            raise ValueError(f"method {method!r} has no axis {name!r}; it has {', '.join(sorted(settings)) or 'none'}")
-        if "." not in name and name not in known:
-            raise ValueError(
-                f"{method}: " + unknown("axis", name, settings) + "; or a dotted path such as optimizer.lr"
-            )
-        if name.startswith("evaluate.intermediate"):
-            raise ValueError(
-                f"{name} is not an axis: trials are compared by the intermediate FID, so all have the same"
-            )
-        if "." in name:
-            _check_path(name)
-            _check_comparable(name)
-        if name in NOT_AN_AXIS:
-            raise ValueError(f"{name} is not an axis: seeds are replicates (confirm.seeds), train.steps is the budget")
-        if tuple(name.split(".")) in config.PLACES:
-            raise ValueError(
-                f"{name} is not an axis: it says where or how fast a trial runs, not what it is; set it for all in the "
-                "base trial"
-            )
-        if isinstance(axis, tuple) and not axis:
-            raise ValueError(f"{method}.{name} has no values")
-        if isinstance(axis, Range) and is_integer(method, name, axis) and not axis.whole:
-            raise ValueError(f"{method}.{name} takes whole numbers: low, high and step must be such, got {axis}")
-        if sweep.grid is not None and isinstance(axis, Range):
+    for name, values in axes.items():
+        check_axis(method, name, values)
+        if sweep.grid is not None and isinstance(values, Range):
             raise ValueError(f"{method}.{name}: a grid takes a list of values, got a range; use `search:` for ranges")
     # Every choice, and what a range may draw, must be a legal trial now rather than fail in the middle of a sweep: the
     # method's own settings in every combination, because one decides what another may be, and each axis by itself.
     for first in own_points(sweep, method):
         trial(sweep, first)
     for name, axis in axes.items():
-        for value in _choices(method, name, axis, _OF_A_RANGE):
+        for value in choices(method, name, axis, _OF_A_RANGE):
             try:
                 trial(sweep, {**first, name: value})
             except ValueError as error:
                 if not isinstance(axis, Range):
                     raise
                 raise ValueError(f"{error}; a range is drawn from as a whole: give a fitting step, or a list") from None
-
-
-def _choices(method: str, name: str, axis: Axis, most: int) -> tuple[Any, ...]:
-    """Every choice of a list; of a range what may be drawn, as `Range.drawn`."""
-    return axis.drawn(most, is_integer(method, name, axis)) if isinstance(axis, Range) else axis
-
-
-def _ends(method: str, name: str, axis: Axis) -> tuple[Any, ...]:
-    """Every choice of a list, both ends of a range."""
-    choices = _choices(method, name, axis, 1)
-    return (choices[0], choices[-1]) if isinstance(axis, Range) else choices
-
-
-def is_integer(method: str, name: str, axis: Range) -> bool:
-    """Whether a range's numbers are whole: where the setting's are, however the ends are written.
-
-    An option is declared by its model or data set, which may need torch: there it is as the ends are written.
-    """
-    field = of_method(method).model_fields.get(name.removeprefix("sparse.")) or config.field_at(name)
-    if field is None:
-        return axis.whole and axis.high > 1
-    kinds = get_args(field.annotation) or (field.annotation,)  # of `int | None` both
-    return int in kinds
-
-
-def _check_path(name: str) -> None:
-    try:
-        config.field_at(name)
-    except UsageError as error:
-        raise ValueError(str(error)) from error
-
-
-def _check_comparable(name: str) -> None:
-    """ValueError where trials that differ in this setting have FIDs that do not compare."""
-    section, _, rest = name.partition(".")
-    option = rest.removeprefix("options").removeprefix(".")
-    other_reference = rest == "name" or (rest.startswith("options") and option not in SAME_REFERENCE)
-    if (section == "evaluate" and rest in PROTOCOL) or (section == "data" and other_reference):
-        raise ValueError(
-            f"{name} is not an axis: FIDs of different protocols, or against other reference images, do not compare; "
-            "set it for all in the base trial, or evaluate trained models again: raysparse evaluate"
-        )
-    if name == "evaluate.every_steps":
-        raise ValueError(
-            f"{name} is not an axis: trials are compared at the same steps; set it for all in the base trial"
-        )
 
 
 def check_point(sweep: Sweep, point: Point) -> None:

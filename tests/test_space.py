@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from raysparse import space
-from raysparse.config import EvaluateConfig
 from raysparse.errors import UsageError
-from raysparse.metrics.protocol import Protocol
 
 BASE: dict[str, Any] = {"train": {"steps": 100}, "evaluate": {"every_steps": 10}}
 GRID = {
@@ -84,11 +81,6 @@ def test_what_makes_fids_that_do_not_compare_is_no_axis(axis: str, values: list[
     assert sweep(grid={"rigl": {"evaluate.precision": ["fp32", "bf16"], "data.train_examples": [64, None]}})
 
 
-def test_no_part_of_a_protocol_is_an_axis() -> None:
-    fields = {field.name for field in dataclasses.fields(Protocol)} & EvaluateConfig.model_fields.keys()
-    assert fields | {"references"} == set(space.PROTOCOL)
-
-
 def test_the_digest_is_of_what_is_computed() -> None:
     assert sweep().digest == sweep(base=BASE | {"data": {"source": "/somewhere"}}).digest
     assert sweep().digest != sweep(confirm={"seeds": [1, 2]}).digest
@@ -116,6 +108,10 @@ def test_the_digest_is_of_what_is_computed() -> None:
         ({"grid": {"dense": {"train.runtime": ["auto", "dense"]}}}, ["train.runtime is not an axis: it says where or"]),
         ({"grid": {"dense": {"train.threads": [1, 2]}}}, ["train.threads is not an axis"]),
         ({"grid": {"dense": {"optimizer.learning": [1]}}}, ["unknown key 'learning'"]),
+        (
+            {"grid": {"dense": {"train.batch_size": [64, 63]}}, "resources": {"workers": 2}},
+            ["train.batch_size 63 cannot be shared by 2 workers x 1", "multiple of 2"],
+        ),
         ({"base": {"train": {"stepz": 1}}}, ["did you mean 'steps'"]),
         ({"base": BASE | {"sparse": {"method": "rigl"}}}, ["base.sparse", "unknown key 'method'"]),
         ({"base": BASE | {"sparse": 3}}, ["base.sparse must be a mapping"]),
@@ -158,6 +154,7 @@ def search(**changes: Any) -> space.Sweep:
 
 
 def test_a_search_takes_ranges_and_seed_points() -> None:
+    search(axes={"dense": {"train.batch_size": {"low": 32, "high": 127, "step": 32}}})
     s = search(seed_points=[{"method": "rigl", "sparsity": 0.5, "prune_ratio": 0.1}, {"method": "dense"}])
     assert space.trial_count(s) == 8
     assert s.search is not None
@@ -194,33 +191,6 @@ def test_a_bad_search_is_refused(changes: dict[str, Any], words: list[str]) -> N
     for word in words:
         assert word in str(caught.value)
     assert "\n" not in str(caught.value)  # one mistake, one complaint
-
-
-def test_what_a_range_may_draw() -> None:
-    assert space.Range(low=32, high=127, step=32).drawn(9, True) == (32, 64, 96)
-    assert space.Range(low=1, high=10**9).drawn(2, True) == (1, 2, 10**9)
-    assert space.Range(low=0, high=0.1, step=0.05).drawn(9, False) == (0, 0.05, 0.1)
-    assert space.Range(low=0.5, high=1).drawn(9, False) == (0.5, 0.75, 1)
-    assert space.Range(low=2, high=3, step=2).drawn(9, True) == (2,)
-    search(axes={"dense": {"train.batch_size": {"low": 32, "high": 127, "step": 32}}})
-
-
-@pytest.mark.parametrize(
-    ("axis", "low", "high", "integer"),
-    [
-        ("update_interval", 50, 400, True),
-        ("sparse.update_interval", 50, 400, True),
-        ("prune_ratio", 0.05, 0.5, False),
-        ("prune_ratio_end", 0, 1, False),
-        ("optimizer.clip_norm", 1, 10, False),
-        ("optimizer.warmup_steps", 0, 1, True),
-        ("data.train_examples", 10, 99, True),  # int or null
-        ("model.options.hidden", 8, 96, True),
-        ("model.options.dropout", 0, 1, False),
-    ],
-)
-def test_a_range_is_of_whole_numbers_where_the_setting_is(axis: str, low: float, high: float, integer: bool) -> None:
-    assert space.is_integer("rigl", axis, space.Range(low=low, high=high)) == integer
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from raysparse import config, plugins, space
+from raysparse.axis import Range
 from raysparse.cli.app import (
     AsJson,
     Changes,
@@ -98,5 +99,5 @@ def _axis_sparsities(path: Path | None) -> list[float]:
     values: set[float] = set()
     for axes in space.load(path).axes.values():
         axis = axes.get("sparsity", ())
-        values |= {axis.low, axis.high} if isinstance(axis, space.Range) else set(axis)
+        values |= {axis.low, axis.high} if isinstance(axis, Range) else set(axis)
     return sorted(values)

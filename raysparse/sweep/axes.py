@@ -18,7 +18,8 @@ import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
 from raysparse import rng
-from raysparse.space import Axis, Point, Range, Search, is_integer
+from raysparse.axis import Axis, Range, is_integer
+from raysparse.space import Point, Search
 from raysparse.sweep.tpe import WHOLE, ParetoTPE, WindowedTPE
 
 METHOD = "method"

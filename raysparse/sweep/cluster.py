@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from raysparse.errors import UsageError
-from raysparse.space import Resources
+from raysparse.resources import Resources
 from raysparse.sweep.auth import make_token
 
 WAIT_S = 45.0  # so long a cluster that may grow gets to show enough resources

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from raysparse.config import TrialConfig
 from raysparse.data.shards import Run
 from raysparse.errors import UsageError
-from raysparse.space import Resources
+from raysparse.resources import Resources
 from raysparse.sweep.cluster import concurrency, ray_for
 
 T = TypeVar("T")

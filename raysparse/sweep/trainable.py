@@ -33,8 +33,8 @@ from typing import Any
 from raysparse import config as settings
 from raysparse.errors import UsageError
 from raysparse.files import atomic_path
+from raysparse.resources import Resources
 from raysparse.results import Report
-from raysparse.space import Resources
 from raysparse.sweep import leaving, pulse, trial_log
 from raysparse.sweep.patience import passing, patiently
 from raysparse.sweep.scheduler import last_line

@@ -103,7 +103,7 @@ class Trainer:
         self._parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self._network: nn.Module = engine.network(model)
         # Gradients of active weights alone, on all steps but those whose update grows by dense ones.
-        at_a_time = config.train.batch_size // (config.train.accumulate * world_size)
+        at_a_time = config.train.share(world_size)
         self._sparse_step = self._agreed(runtime.for_training(self._network, config, engine, at_a_time))
         self._sparse_network: Callable[..., Tensor] | None = self._sparse_step
         recorded = config.train.cuda_graph and device.type == "cuda"

@@ -41,11 +41,7 @@ def train(
     in `out` and does not end within 10 s. RuntimeError: a worker died.
     """
     device = ranks.checked_device(device, workers)
-    if config.train.batch_size % (workers * config.train.accumulate):
-        raise UsageError(
-            f"train.batch_size {config.train.batch_size} cannot be shared by {workers} workers x "
-            f"{config.train.accumulate} accumulation steps; make it a multiple of {workers * config.train.accumulate}"
-        )
+    config.train.share(workers)
     setup.check(config)
     setup.prepare_data(config)
     facts = setup.facts(config, sweep=out.name or "single", stage="single", world_size=workers, command=command)

@@ -19,7 +19,7 @@ from raysparse import config
 from raysparse.data.shards import Run
 from raysparse.errors import UsageError
 from raysparse.models import autoencoder
-from raysparse.space import Resources
+from raysparse.resources import Resources
 from raysparse.sweep import encode
 
 pytestmark = pytest.mark.ray
