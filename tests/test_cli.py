@@ -78,7 +78,7 @@ def test_a_report_that_cannot_be_written_leaves_a_finished_sweep(
     def full(_: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("raysparse.sweep.tuner.prepare", lambda *_, **__: None)
+    monkeypatch.setattr("raysparse.sweep.preparing.prepare", lambda *_, **__: None)
     monkeypatch.setattr("raysparse.sweep.tuner.run", lambda _, out, **__: Summary(out, Board(), interrupted=False))
     monkeypatch.setattr("analysis.report.write", full)
     code, out, err = run("sweep", "tune_spaces/quickstart.yaml", "--output", str(tmp_path / "my runs"))

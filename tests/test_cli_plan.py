@@ -14,7 +14,7 @@ from recorded_trials import record
 
 from raysparse import cli, space
 from raysparse.errors import UsageError
-from raysparse.sweep import objectives, price, tuner
+from raysparse.sweep import objectives, preparing, price
 from raysparse.sweep.curves import Published
 from raysparse.sweep.simulate import simulate
 from raysparse.train import plan as plans
@@ -250,7 +250,7 @@ def test_mistakes_are_said(run: Callable[..., tuple[int, str, str]], tmp_path: P
     assert (code, "did you mean" in err or "kanjivg" in err) == (2, True)
 
 
-@pytest.mark.parametrize("entry", [plans.plan, tuner.prepare])
+@pytest.mark.parametrize("entry", [plans.plan, preparing.prepare])
 @pytest.mark.parametrize(
     ("axes", "section", "setting"),
     [
@@ -269,7 +269,7 @@ def test_kernels_that_one_of_the_methods_never_has_are_refused_first(
         entry(sweep)
 
 
-@pytest.mark.parametrize("entry", [plans.plan, tuner.prepare])
+@pytest.mark.parametrize("entry", [plans.plan, preparing.prepare])
 @pytest.mark.parametrize("walk", ["grid", "seed points"])
 def test_the_settings_of_every_planned_trial_are_checked_first(
     entry: Callable[..., Any], walk: str, monkeypatch: pytest.MonkeyPatch
@@ -285,7 +285,7 @@ def test_the_settings_of_every_planned_trial_are_checked_first(
         entry(sweep)
 
 
-@pytest.mark.parametrize("entry", [plans.plan, tuner.prepare])
+@pytest.mark.parametrize("entry", [plans.plan, preparing.prepare])
 @pytest.mark.parametrize(
     ("axes", "said"),
     [

@@ -10,31 +10,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
-import os
 import shlex
-import signal
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from raysparse import space
-from raysparse.config import PATHS, parse, with_value
+from raysparse.config import parse
 from raysparse.errors import UsageError
 from raysparse.files import write_text
 from raysparse.results import Facts
 from raysparse.space import Sweep
-from raysparse.sweep import changes, control, folder, leaving
+from raysparse.sweep import changes, control, folder, leaving, preparing
 from raysparse.sweep.board import Board, Ledger, Row
 from raysparse.sweep.journal import Event, event
 from raysparse.sweep.leaving import Pause
 from raysparse.sweep.limits import Guard, Limits
 from raysparse.sweep.patience import passing, patiently
+from raysparse.sweep.signals import caught
 from raysparse.sweep.storage import Budget
 
 OnEvent = Callable[[Event], None]
-Progress = Callable[[int, int], None]  # (done, total)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +64,9 @@ def run(
     once, which `resume` survives as well.
     UsageError where the folder is taken, a trial cannot start, or resources are missing: then nothing was trained.
     """
-    results, sweep = results.absolute(), with_whole_paths(sweep)
+    results, sweep = results.absolute(), preparing.with_whole_paths(sweep)
     folder.refuse_if_taken(results, sweep)
-    prepare(sweep, **ray)
+    preparing.prepare(sweep, **ray)
     with folder.locked(results):
         folder.refuse_if_taken(results, sweep)
         return _drive(sweep, results, command, limits, on_event, ray, new=True)
@@ -93,7 +90,7 @@ def resume(
     results = results.absolute()
     sweep, command = folder.load(results)
     with folder.locked(results):
-        wanted = with_whole_paths(_placed_as(sweep, space_file)) if space_file else None
+        wanted = preparing.with_whole_paths(preparing.placed_as(sweep, space_file)) if space_file else None
         found = changes.differences(results, wanted)
         board = Board.load(results)
         if board.finished and not (found and wanted):
@@ -104,60 +101,13 @@ def resume(
             same = wanted is None or wanted == sweep
             sweep = wanted or sweep
             changes.check(results, sweep)
-        prepare(sweep, **ray)
+        preparing.prepare(sweep, **ray)
         if found:
             changes.accept(results, sweep)
             with closing(Ledger(results, on_event)) as ledger:
                 stage = ledger.board.stage if same else None  # other versions alone have nothing more to search
                 ledger.add(event("accepted", stage=stage, reason="; ".join(found)))
         return _drive(sweep, results, command, limits, on_event, ray)
-
-
-def _placed_as(begun: Sweep, sweep: Sweep) -> Sweep:
-    """The sweep with what lies on this machine where it lay when the sweep began, unless it says another place."""
-    base = sweep.base
-    for section, name in PATHS:
-        place = (begun.base.get(section) or {}).get(name)
-        if place is not None and (base.get(section) or {}).get(name) is None:
-            base = with_value(base, f"{section}.{name}", place)
-    return sweep.model_copy(update={"base": base})
-
-
-def with_whole_paths(sweep: Sweep) -> Sweep:
-    """The sweep with absolute paths, the data root among them: a trial's process works in another folder, and a resume
-    may start in one."""
-    from raysparse.data.prepared import default_root
-
-    root = space.parsed_base(sweep).data.root or str(default_root())
-    rooted = sweep.model_copy(update={"base": with_value(sweep.base, "data.root", root)})
-    return space.with_places(rooted, lambda _, place: str(Path(place).expanduser().absolute()))
-
-
-def prepare(sweep: Sweep, *, progress: Progress | None = None, **ray: Any) -> None:
-    """Each planned trial's settings checked, and what they name and the data once, before anything starts. UsageError.
-
-    ray: as `run`; pictures are encoded on it, which starts and ends where there are any to encode.
-    """
-    from raysparse.sweep import encode
-    from raysparse.train import plan, setup
-
-    plan.check_methods(sweep)
-    plan.check_planned(sweep)
-    if sweep.search:
-        own = [point for method in sweep.axes for point in space.own_points(sweep, method)]
-        points = [{"method": "dense"}, *sweep.search.seed_points, *own]
-    else:
-        points = space.grid_points(sweep)
-    trials = [space.trial(sweep, point) for point in points]
-    # Of trials that differ in sparsity or optimizer alone one is enough for the rest.
-    sections = {"data", "model", "first_stage", "diffusion", "train", "evaluate"}
-    different = {(trial.model_dump_json(include=sections), trial.sparse.setting("teacher")): trial for trial in trials}
-    for trial in different.values():
-        setup.check(trial)
-    options = {name: value for name, value in ray.items() if name != "num_cpus"}
-    for trial in {text: trial for (text, _), trial in different.items()}.values():
-        encode.prepare(trial, cpus=ray.get("num_cpus"), progress=progress, **options)
-        setup.prepare_data(trial)
 
 
 def _drive(
@@ -171,7 +121,7 @@ def _drive(
 ) -> Summary:
     from raysparse.sweep.cluster import concurrency, ray_for
 
-    with _signals() as signals, ray_for(results, sweep.resources, **ray), _storage(results):
+    with caught() as signals, ray_for(results, sweep.resources, **ray), _storage(results):
         signals.catch()  # again: Ray's start puts a SIGTERM handler of its own in place
         at_a_time = concurrency(sweep.resources)
         leaving.forget(results)
@@ -380,37 +330,3 @@ def _compiles(sweep: Sweep) -> bool:
 
 def _name(trial: Any) -> str:
     return str(trial.config["trial_id"])
-
-
-class _Signals:
-    """Whether Ctrl-C or SIGTERM came. A second one ends the process at once with 130, and Ray's processes with it."""
-
-    def __init__(self) -> None:
-        self._number: int | None = None
-
-    def came(self) -> bool:
-        return self._number is not None
-
-    def catch(self) -> None:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                signal.signal(number, self._handle)
-
-    def _handle(self, number: int, frame: Any) -> None:
-        if self.came():
-            os._exit(130)
-        self._number = number
-
-
-@contextmanager
-def _signals() -> Iterator[_Signals]:
-    """Signals caught in this block; afterwards they do what they did before."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signals = _Signals()
-    signals.catch()
-    try:
-        yield signals
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in before.items():
-                signal.signal(number, handler)

@@ -15,7 +15,7 @@ from raysparse import cli, space
 from raysparse.config import with_value
 from raysparse.errors import UsageError
 from raysparse.space import Sweep
-from raysparse.sweep import changes, folder, tuner
+from raysparse.sweep import changes, folder, preparing, tuner
 from raysparse.sweep.board import Board, Ledger
 from raysparse.sweep.journal import event, read
 from raysparse.sweep.search import planned
@@ -27,7 +27,7 @@ POINT = {"method": "rigl", "sparsity": 0.5, "prune_ratio": 0.5, "update_interval
 @pytest.fixture
 def begun(tmp_path: Path, sweep_of: Callable[..., Sweep]) -> tuple[Path, Sweep]:
     """A sweep's folder with one finished trial, and nothing left to do."""
-    sweep, out = tuner.with_whole_paths(sweep_of()), tmp_path / "out"
+    sweep, out = preparing.with_whole_paths(sweep_of()), tmp_path / "out"
     folder.create(out, sweep, "raysparse sweep x.yaml")
     ledger = Ledger(out)
     trial = space.trial(sweep, POINT)
@@ -77,7 +77,7 @@ def test_a_changed_space_is_refused_with_what_changed(
 def test_what_is_accepted_is_recorded_and_holds(begun: tuple[Path, Sweep], sweep_of: Callable[..., Sweep]) -> None:
     out, sweep = begun
     age(out, ray="2.59.0")
-    more = tuner.with_whole_paths(sweep_of(asha={"grace_steps": 4, "reduction_factor": 2}))
+    more = preparing.with_whole_paths(sweep_of(asha={"grace_steps": 4, "reduction_factor": 2}))
     found = changes.differences(out, more)
     assert len(found) == 2
     changes.accept(out, more)
@@ -108,7 +108,7 @@ def test_another_sweep_is_refused_even_then(
 ) -> None:
     out, sweep = begun
     base = change.get("base")
-    other = tuner.with_whole_paths(sweep_of(**change | ({"base": sweep.base | base} if base else {})))
+    other = preparing.with_whole_paths(sweep_of(**change | ({"base": sweep.base | base} if base else {})))
     before = (out / "sweep.json").read_bytes()
     with pytest.raises(UsageError, match=said):
         changes.accept(out, other)
@@ -119,7 +119,7 @@ def test_another_sweep_is_refused_even_then(
 def driven(monkeypatch: pytest.MonkeyPatch) -> list[Sweep]:
     """The sweeps that would have been driven, whose data is taken to be there."""
     found: list[Sweep] = []
-    monkeypatch.setattr(tuner, "prepare", lambda sweep, **_: None)
+    monkeypatch.setattr(preparing, "prepare", lambda sweep, **_: None)
     monkeypatch.setattr(tuner, "_drive", lambda results, *_: found.append(results))
     return found
 
@@ -146,7 +146,7 @@ def test_a_folder_is_as_it_was_where_what_is_accepted_cannot_start(
     def missing(*_: object, **__: object) -> None:
         raise UsageError("has no public download; give --path")
 
-    monkeypatch.setattr(tuner, "prepare", missing)
+    monkeypatch.setattr(preparing, "prepare", missing)
     out, _ = begun
     before = {name: (out / name).read_bytes() for name in ("sweep.json", "journal.jsonl")}
     with pytest.raises(UsageError, match="no public download"):

@@ -16,7 +16,7 @@ from driven import files, process_of
 
 from raysparse import space
 from raysparse.space import Sweep
-from raysparse.sweep import tuner
+from raysparse.sweep import preparing, tuner
 from raysparse.sweep.journal import Event, read
 from raysparse.train import run, state
 
@@ -100,7 +100,7 @@ def test_a_trial_goes_on_elsewhere_when_its_node_is_lost_or_drained(
     assert step > EVERY, "saved just in time, after its last report"
     assert notes[rigl] == f"its node is being taken away; saved at step {step}; started again"
 
-    for trial in (space.trial(tuner.with_whole_paths(sweep), point) for point in space.grid_points(sweep)):
+    for trial in (space.trial(preparing.with_whole_paths(sweep), point) for point in space.grid_points(sweep)):
         run.train(trial, tmp_path / "alone", device="cpu")
         found = [state.latest(place / "checkpoints" / trial.trial_id) for place in (out, tmp_path / "alone")]
         assert files(found[0]) == files(found[1]), "bit for bit what an undisturbed run makes"
@@ -117,7 +117,7 @@ def test_a_trial_of_two_workers_goes_on_when_the_node_of_one_is_lost(
     grid: dict[str, Any] = {"dense": {}}
     sweep = sweep_of(base=base, search=None, grid=grid, asha=None, confirm=None, resources={"workers": 2})
     out = tmp_path / "out"
-    trial = space.trial(tuner.with_whole_paths(sweep), {"method": "dense"})
+    trial = space.trial(preparing.with_whole_paths(sweep), {"method": "dense"})
     struck: list[int] = []
 
     def on_event(item: Event) -> None:

@@ -18,7 +18,7 @@ from PIL import Image
 from raysparse import rng, space
 from raysparse.errors import RanksApart
 from raysparse.space import Sweep
-from raysparse.sweep import trial_log, tuner
+from raysparse.sweep import preparing, trial_log, tuner
 from raysparse.sweep.board import Board
 from raysparse.sweep.journal import Event, read
 from raysparse.sweep.leaving import NodeGoes
@@ -81,11 +81,11 @@ def test_two_workers_train_past_the_loss_and_the_hang_of_one_and_an_error_is_not
     resources = {"workers": 2, "hung_after_s": 3}
     sweep = sweep_of(base=base, search=None, grid=grid, asha=None, confirm=None, resources=resources)
     out = tmp_path / "out"
-    trials = [space.trial(tuner.with_whole_paths(sweep), point) for point in space.grid_points(sweep)]
+    trials = [space.trial(preparing.with_whole_paths(sweep), point) for point in space.grid_points(sweep)]
     dense, static, rigl = (trial.trial_id for trial in trials)
     struck: list[str] = []
     encoded: list[tuple[int, int]] = []
-    tuner.prepare(sweep, progress=lambda done, total: encoded.append((done, total)), num_cpus=2, temp_dir=ray_home)
+    preparing.prepare(sweep, progress=lambda done, total: encoded.append((done, total)), num_cpus=2, temp_dir=ray_home)
     assert encoded[-1][0] == encoded[-1][1] > 0
     (manifest,) = (tmp_path / "data").glob("imagefolder-*/manifest.json")
     stamp = manifest.stat().st_mtime_ns
