@@ -178,8 +178,10 @@ def test_the_index_that_breaks_ties_does_not_depend_on_the_memory_format():
     assert torch.equal(last, highest(scores, 7, everywhere))
 
 
+@pytest.mark.parametrize("threads", [1, 2])  # numpy's and, and PyTorch's
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_zero_outside_is_exact_for_every_number(dtype):
+def test_zero_outside_is_exact_for_every_number(dtype, threads, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     numbers = [1.5, -2.0, float("inf"), -float("inf"), float("nan"), -0.0, 3e-5]
     tensor = torch.tensor([numbers, numbers], dtype=dtype)
     zero_outside(tensor, all_bits(torch.tensor([[True] * 7, [False] * 7])))
