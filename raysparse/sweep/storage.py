@@ -67,8 +67,11 @@ class Store:
                 found.append(self._stored(path, int(path.name[5:]), kept, why, wanted))
             for path in _folders(folder):
                 if path.name.startswith(TEMPORARY):
-                    kept = row is None or (row.open and driven)
-                    found.append(self._stored(path, LEFTOVER, kept, "half written or half removed", ()))
+                    name = path.name.removeprefix(TEMPORARY)
+                    only = name.startswith("step-") and not (folder / name).exists()  # killed while it was replaced
+                    kept = row is None or (row.open and (driven or only))
+                    why = "the trial is open and goes on from it" if only else "half written or half removed"
+                    found.append(self._stored(path, LEFTOVER, kept, why, ()))
         return sorted(found, key=lambda one: (one.trial_id, one.step))
 
     def remove(self, spare: Iterable[Stored]) -> list[Stored]:

@@ -200,6 +200,15 @@ def test_what_an_open_trial_may_be_writing_is_left_alone_while_a_driver_runs(mad
     assert made.why(driven=False)[name, LEFTOVER] is None
 
 
+def test_the_only_copy_that_an_open_trial_has_of_a_step_is_kept(made: Made) -> None:
+    name = made.trial(static(0.9), ("report", 2, 9.0))
+    whole = made.results / "checkpoints" / name / "step-000000002"
+    whole.rename(whole.with_name(f".writing-{whole.name}"))  # killed while it replaced itself
+    assert made.why()[name, LEFTOVER] == "the trial is open and goes on from it"
+    whole.mkdir()
+    assert made.why()[name, LEFTOVER] is None
+
+
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     kinds=st.lists(
