@@ -52,7 +52,7 @@ class Strokes:
 class Sequences:
     """Prepared sketches, flat.
 
-    points: float32 [P, 3]: x, y (first point at 0 and left out, farthest point at SCALE), pen 1 on a stroke's last
+    points: float32 [P, 3]: x, y (first point at 0 and left out, the farthest drawn at SCALE), pen 1 on a stroke's last
     lengths: int64 [N]
     """
 
@@ -78,6 +78,7 @@ def normalise(raw: Strokes, *, spacing: float, point_limit: int = POINT_LIMIT) -
 
     The first point, always at 0, is left out of the sequence, as in the original: only so does KanjiVG come out at
     the published mean of 88.6 points (and at most 165). It still counts towards `point_limit`.
+    Points that resampling cuts off are not made up for: the original divides once more, by the largest distance left.
     A sketch without extent (no stroke of two points, or all points equal) is dropped. spacing is in units of the
     farthest point's distance. Coordinates must be `are_coordinates`: the readers see to it.
     """

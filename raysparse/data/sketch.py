@@ -61,7 +61,7 @@ class SketchOptions(BaseModel):
 class Examples:
     """The examples of one split. `open_split` (prepared.py) makes them; the arrays are memory-mapped and read-only.
 
-    points: float32 [P, 3] x, y absolute with the farthest point of each sketch at 10, pen 1 on a stroke's last point
+    points: float32 [P, 3] x, y absolute, the farthest of a drawing's own points at 10; pen 1 on a stroke's last point
     offsets: int64 [N + 1], example i is points[offsets[i] : offsets[i + 1]]
     labels: int64 [N] in [0, num_classes), or None
     content_hash: of the three arrays; the same for both representations, which hold the same sketches

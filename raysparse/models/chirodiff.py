@@ -3,6 +3,11 @@
 A point's 13 inputs: its noisy x, y and pen, the velocity of the noisy x and y (difference to the point before; 0 at
 the first), and 8 features of the timestep t: [sin, cos](2 pi 4 W t / T) with 4 frequencies W ~ N(0, 1) drawn once and
 frozen. Then the GRU, Linear(2 h, h), and Linear(h + 8, 3) on that and the time features; no activation between.
+
+With equal weights and inputs it computes what the authors' code does (dasayan05/chirodiff). That makes these inputs
+otherwise: of "del" sketches, whose x and y are differences, it gives their running sums, the positions, beside them,
+where here stand differences of differences; the first velocity is the point itself, which is the difference to the
+point at 0 that is left out; t counts from 1; and a class's embedding goes into the last layer too.
 """
 
 from __future__ import annotations
