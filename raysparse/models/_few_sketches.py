@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from raysparse.models import _sparse_layout as layout
 from raysparse.models._sparse_memory import Memory
 from raysparse.models._sparse_sides import Packed
-from raysparse.models.chirodiff import ChiroDiff
+from raysparse.models.chirodiff import BY_POINT, ChiroDiff
 
 # By the lanes of a vector: a slot takes so many times as long as a vector of the product with all weights, where those
 # lie in the first cache, and where they do not. On an AMD EPYC the whole prediction for one sketch takes by slots 1.08
@@ -38,14 +38,14 @@ class FewSketches:
     def __init__(self, model: ChiroDiff, packed: Packed, head: Tensor) -> None:
         self._library, self._packed = packed.library, packed
         self._library.raysparse_few_scratch.restype = ctypes.c_int64
-        hidden, count, points = model.config.hidden, model.config.layers, layout.inputs_by_point(model)
+        hidden, count = model.config.hidden, model.config.layers
         self._layers = (Layer * count)()
         for layer in range(count):
-            self._layers[layer].inputs = inputs = 2 * hidden if layer else points
+            self._layers[layer].inputs = inputs = 2 * hidden if layer else BY_POINT
             for side, end in enumerate(layout.SIDES):
                 w_in, w_state, bias = layout.direction(model, layer, end)
                 self._layers[layer].sides[side] = self._side(w_in[:, :inputs], w_state, bias)
-        found = layout.Head(packed.keep(head), hidden, points, model.out.out_features, 0)
+        found = layout.Head.of(model, packed.keep(head), 0)
         self._net = Net(self._layers, found, count)
 
     def predict(self, sketches: layout.Sketches, memory: Memory, threads: int) -> None:

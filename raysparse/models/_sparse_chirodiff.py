@@ -20,7 +20,7 @@ from raysparse.models import _sparse_layout as layout
 from raysparse.models._few_sketches import FewSketches
 from raysparse.models._sparse_memory import Memory
 from raysparse.models._sparse_sides import Packed
-from raysparse.models.chirodiff import ChiroDiff
+from raysparse.models.chirodiff import BY_POINT, ChiroDiff
 
 _SOURCE = Path(__file__).parent / "native" / "chirodiff.cpp"
 # A direction of a layer of at least this density is computed with all its weights. Times as long by skipping the zeros,
@@ -115,13 +115,13 @@ class _ManySketches:
     def __init__(self, model: ChiroDiff, packed: Packed, head: Tensor) -> None:
         self._library, self._packed = packed.library, packed
         self._library.raysparse_scratch.restype = ctypes.c_int64
-        hidden, count, points = model.config.hidden, model.config.layers, layout.inputs_by_point(model)
-        row, wide = packed.row, max(2 * hidden, points)
+        hidden, count = model.config.hidden, model.config.layers
+        row, wide = packed.row, max(2 * hidden, BY_POINT)
         self._layers = (_Layer * count)()
         for layer in range(count):
             # Two places that layers read and write in turn: what one wrote the next reads, still in the cache.
             source, target = (wide, 0) if layer % 2 else (0, wide)
-            inputs = 2 * hidden if layer else points
+            inputs = 2 * hidden if layer else BY_POINT
             self._layers[layer].source, self._layers[layer].inputs = source * row, inputs
             for side, end in enumerate(layout.SIDES):
                 w_in, w_state, bias = layout.direction(model, layer, end)
@@ -129,7 +129,7 @@ class _ManySketches:
                 before = to - source + (2 * wide if side else -2 * wide)
                 self._layers[layer].sides[side] = packed.side(w_in[:, :inputs], w_state, bias, before * row, to * row)
         last = wide if count % 2 else 0
-        found = layout.Head(packed.keep(head), hidden, points, model.out.out_features, last * row)
+        found = layout.Head.of(model, packed.keep(head), last * row)
         self._net = _Net(self._layers, found, count, 2 * wide)
 
     def predict(self, sketches: layout.Sketches, memory: Memory, threads: int) -> None:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from raysparse.errors import UsageError
-from raysparse.models.chirodiff import CHANNELS, ChiroDiff
+from raysparse.models.chirodiff import BY_POINT, CHANNELS, ChiroDiff
 
 SIDES = ("", "_reverse")
+_MADE = ("plain", "abs", "del")  # numbered as in chunk.h
 _LISTS = 11  # of a unit's columns that the same gates use; a column that none uses is in no list
 
 
@@ -35,9 +36,14 @@ class Side(ctypes.Structure):
 class Head(ctypes.Structure):
     _fields_ = [
         ("weights", ctypes.c_void_p),
-        *fields("hidden inputs outputs", ctypes.c_int32),
+        *fields("hidden inputs outputs made", ctypes.c_int32),
         ("last", ctypes.c_int64),
     ]
+
+    @classmethod
+    def of(cls, model: ChiroDiff, weights: int | None, last: int) -> Head:
+        """weights: the address of float32 [3, 2 h], None: yet to come. last: see chunk.h."""
+        return cls(weights, model.config.hidden, BY_POINT, CHANNELS, _MADE.index(model.config.inputs), last)
 
 
 class Sketches(ctypes.Structure):
@@ -127,12 +133,6 @@ def checked_points(lengths: Tensor | None, x: Tensor) -> Tensor:
     return lengths.long().contiguous()
 
 
-def inputs_by_point(model: ChiroDiff) -> int:
-    """Inputs of the first layer that differ from point to point: x, y, pen and the velocity; they come first."""
-    width = model.gru.input_size - (model.out.in_features - model.config.hidden)
-    return width if model.config.num_classes is None else width - model.config.label_features
-
-
 def direction(model: ChiroDiff, layer: int, side: str) -> tuple[Tensor, Tensor, Tensor]:
     """W_ih [3 h, inputs], W_hh [3 h, h] and the gates' biases [4 h]: r, z, n, q of each unit."""
     w_in, w_state, b_in, b_state = (
@@ -149,18 +149,18 @@ class BySketch(NamedTuple):
     start_bias: Tensor  # [8 h] of the first layer's gates of both directions
     start: Tensor  # [8 h, time and class]
     tail_bias: Tensor  # [3] of the prediction
-    tail: Tensor  # [3, time]
+    tail: Tensor  # [3, time, or time and class]
     head: Tensor  # [3, 2 h] what the last layer's states are multiplied with
 
 
 def by_sketch(model: ChiroDiff) -> BySketch:
     """Of the model's weights."""
-    hidden, inputs = model.config.hidden, inputs_by_point(model)
+    hidden = model.config.hidden
     mixed, timed = model.out.weight[:, :hidden], model.out.weight[:, hidden:]
     starts, biases = [], []
     for side in SIDES:
         w_in, _, bias = direction(model, 0, side)
-        by_unit = w_in[:, inputs:].view(3, hidden, -1).transpose(0, 1)  # [h, 3, n]
+        by_unit = w_in[:, BY_POINT:].view(3, hidden, -1).transpose(0, 1)  # [h, 3, n]
         starts.append(nn.functional.pad(by_unit, (0, 0, 0, 1)).flatten(0, 1))  # q has none
         biases.append(bias)
     tail_bias = model.out.bias + mixed @ model.mix.bias
@@ -173,7 +173,6 @@ def sums(model: ChiroDiff, weights: BySketch, timesteps: Tensor, labels: Tensor 
     Labels are checked as the model does.
     """
     model._check_labels(labels)
-    time = model._time_features(timesteps)
-    given = time if labels is None else torch.cat((time, model.labels(labels)), 1)
-    start = torch.addmm(weights.start_bias, given, weights.start.T)
-    return start, torch.addmm(weights.tail_bias, time, weights.tail.T)
+    to_gru, to_out = model.by_sketch(timesteps, labels)
+    start = torch.addmm(weights.start_bias, to_gru, weights.start.T)
+    return start, torch.addmm(weights.tail_bias, to_out, weights.tail.T)

@@ -21,6 +21,7 @@ from raysparse import native
 from raysparse.models import _cpu
 from raysparse.models import _sparse_layout as layout
 from raysparse.models._sparse_memory import Memory
+from raysparse.models.chirodiff import BY_POINT
 
 _SOURCE = Path(__file__).parent / "native" / "chirodiff_train.cpp"
 # Where it beats the packed GRU: (weights of a direction of a layer, active or not; density), each at most. Times faster
@@ -107,7 +108,6 @@ class SparseStep(nn.Module):
         model = self._model[0]
         lengths = layout.checked_points(lengths, x)
         order = lengths.argsort(descending=True, stable=True)
-        inputs = self._net.head.inputs
         with torch.autocast("cpu", enabled=False):
             by_sketch = layout.by_sketch(model)
             parameters: list[Tensor] = [*layout.sums(model, by_sketch, timesteps, labels), by_sketch.head]
@@ -115,12 +115,12 @@ class SparseStep(nn.Module):
                 for end in layout.SIDES:
                     w_in, w_state, bias = layout.direction(model, layer, end)
                     # The first layer's biases and its weights of time and class are in the sums.
-                    parameters += [w_in, w_state, bias] if layer else [w_in[:, :inputs], w_state, bias.detach()]
+                    parameters += [w_in, w_state, bias] if layer else [w_in[:, :BY_POINT], w_state, bias.detach()]
             return cast(Tensor, _Step.apply(self, x.float().contiguous(), order, lengths, *parameters))
 
     def _lay_out(self, masks: Mapping[str, Tensor]) -> None:
         model, row = self._model[0], 4 * self._width
-        hidden, count, points = model.config.hidden, model.config.layers, layout.inputs_by_point(model)
+        hidden, count, points = model.config.hidden, model.config.layers, BY_POINT
         places = points + 10 * hidden * count  # inputs, then states [layers, 2, h], then gates [layers, 2, h, 4]
         self._masks = dict(masks)
         self._plans: list[layout.Plan] = []
@@ -146,7 +146,7 @@ class SparseStep(nn.Module):
             ctypes.cast(self._sides, ctypes.c_void_p),
             self._sources.data_ptr(),
             self._widths.data_ptr(),
-            layout.Head(None, hidden, points, model.out.out_features, last),
+            layout.Head.of(model, None, last),
             count,
             places,
             max(len(plan.active) for plan in self._plans),

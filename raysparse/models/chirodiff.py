@@ -1,20 +1,26 @@
 """ChiroDiff: a bidirectional GRU that predicts the noise of a sketch, point by point (Das et al., ICLR 2023).
 
-A point's 13 inputs: its noisy x, y and pen, the velocity of the noisy x and y (difference to the point before; 0 at
-the first), and 8 features of the timestep t: [sin, cos](2 pi 4 W t / T) with 4 frequencies W ~ N(0, 1) drawn once and
-frozen. Then the GRU, Linear(2 h, h), and Linear(h + 8, 3) on that and the time features; no activation between.
+A point's 13 inputs: 5 of its noisy numbers, by the option `inputs`, and 8 features of the timestep t: [sin, cos](2 pi 4
+W u) with 4 frequencies W ~ N(0, 1) drawn once and frozen. Then the GRU, Linear(2 h, h), and Linear(h + 8, 3) on that
+and the time features; no activation between.
 
-With equal weights and inputs it computes what the authors' code does (dasayan05/chirodiff). That makes these inputs
-otherwise: of "del" sketches, whose x and y are differences, it gives their running sums, the positions, beside them,
-where here stand differences of differences; the first velocity is the point itself, which is the difference to the
-point at 0 that is left out; t counts from 1; and a class's embedding goes into the last layer too.
+    abs     x, y, pen, and the velocity: the difference to the point before, of the first one to the point at 0 that is
+            left out. For sketches of `representation: abs`
+    del     x, y, which are differences, pen, and the position: their sum up to the point. For sketches of
+            `representation: del`
+    plain   x, y, pen, and the difference to the point before, 0 at the first, of sketches of either representation: as
+            it was before there was this option, and as what was trained then needs it
+
+With abs and del, u = (t + 1) / T, and a class's embedding goes into the last layer too: so it is in the authors' code
+(dasayan05/chirodiff, main.py and models/score.py), whose network computes the same of the same weights, but for the
+order of the inputs with del. With plain, u = t / T.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -34,9 +40,9 @@ SMALL: dict[str, Any] = {"hidden": 8, "layers": 2}  # a Config for tests of what
 NOT_COMPILED = "runs its GRU through kernels of its own and looks at lengths on the host, where the compiler stops"
 
 CHANNELS = 3  # x, y, pen
+BY_POINT = 5  # inputs that differ from point to point; they come first
 _MOST_TOGETHER = 4096  # sketches
 _BYTES_TOGETHER = 5 * 2**28  # 1.25 GiB: 2,118 sketches at h = 96 and 165 points; an eighth of a 16 GiB GPU has 2
-_VELOCITY = 2
 _FREQUENCIES = 4
 _TIME_SCALE = 4.0
 
@@ -54,6 +60,7 @@ class Config(BaseModel):
     timesteps: int = Field(1000, ge=1)  # T of the noise schedule; scales t in the time features
     num_classes: int | None = Field(None, ge=1)  # of a class-conditional model; None: unconditional
     label_features: int = Field(16, ge=1)  # width of a class's embedding, appended to every point's inputs
+    inputs: Literal["plain", "abs", "del"] = "plain"  # see the head of this file
 
 
 def build(config: Config, seed: int) -> ChiroDiff:
@@ -116,14 +123,15 @@ class ChiroDiff(nn.Module):
         super().__init__()
         self.config = config
         time_features = 2 * _FREQUENCIES
-        inputs = CHANNELS + _VELOCITY + time_features
+        inputs, by_sketch = BY_POINT + time_features, time_features
         if config.num_classes is not None:
             self.labels = nn.Embedding(config.num_classes, config.label_features)
             inputs += config.label_features
+            by_sketch += config.label_features if config.inputs != "plain" else 0
         self.register_buffer("frequencies", torch.zeros(_FREQUENCIES))
         self.gru = PackedGRU(inputs, config.hidden, config.layers)
         self.mix = nn.Linear(2 * config.hidden, config.hidden)
-        self.out = nn.Linear(config.hidden + time_features, CHANNELS)
+        self.out = nn.Linear(config.hidden + by_sketch, CHANNELS)
 
     @torch.no_grad()
     def initialise(self, generator: torch.Generator) -> None:
@@ -148,15 +156,11 @@ class ChiroDiff(nn.Module):
         if isinstance(self.gru, PackedGRU) and self.gru.takes_padded(x):
             return self._padded(x, timesteps, lengths, labels)
         rows, batch_sizes = _packing(x, lengths)
-        velocity = nn.functional.pad(x[:, 1:, :2] - x[:, :-1, :2], (0, 0, 1, 0))
-        points = torch.cat((x, velocity), 2).flatten(0, 1).index_select(0, rows)
+        points = self.by_point(x).flatten(0, 1).index_select(0, rows)
         sketch = rows // x.shape[1]
-        time = self._time_features(timesteps).index_select(0, sketch)
-        inputs = [points, time]
-        if labels is not None:
-            inputs.append(self.labels(labels).index_select(0, sketch))
-        hidden = self.gru(PackedSequence(torch.cat(inputs, 1), batch_sizes)).data
-        prediction = self.out(torch.cat((self.mix(hidden), time), 1)).float()
+        to_gru, to_out = (features.index_select(0, sketch) for features in self.by_sketch(timesteps, labels))
+        hidden = self.gru(PackedSequence(torch.cat((points, to_gru), 1), batch_sizes)).data
+        prediction = self.out(torch.cat((self.mix(hidden), to_out), 1)).float()
         return x.new_zeros(x.shape).flatten(0, 1).index_copy(0, rows, prediction).view(x.shape)
 
     def _padded(self, x: Tensor, timesteps: Tensor, lengths: Tensor | None, labels: Tensor | None) -> Tensor:
@@ -168,19 +172,32 @@ class ChiroDiff(nn.Module):
             _check_lengths(x, lengths)
         lengths = lengths.to(x.device, torch.int32, non_blocking=True).clamp(max=points)
         inside = (torch.arange(points, device=x.device) < lengths[:, None])[..., None]
-        x = torch.where(inside, x, 0.0)
-        velocity = nn.functional.pad(x[:, 1:, :2] - x[:, :-1, :2], (0, 0, 1, 0))
-        time = self._time_features(timesteps)[:, None].expand(-1, points, -1)
-        inputs = [x, velocity, time]
-        if labels is not None:
-            inputs.append(self.labels(labels)[:, None].expand(-1, points, -1))
-        hidden = self.gru.padded(torch.cat(inputs, 2), lengths)
-        prediction = self.out(torch.cat((self.mix(hidden), time), 2)).float()
+        to_gru, to_out = (features[:, None].expand(-1, points, -1) for features in self.by_sketch(timesteps, labels))
+        inputs = torch.cat((self.by_point(torch.where(inside, x, 0.0)), to_gru), 2)
+        hidden = self.gru.padded(inputs, lengths)
+        prediction = self.out(torch.cat((self.mix(hidden), to_out), 2)).float()
         return torch.where(inside, prediction, 0.0)
+
+    def by_point(self, x: Tensor) -> Tensor:
+        """[B, L, 3] -> [B, L, 5]: what differs from point to point; beyond a sketch's length whatever comes out."""
+        place = x[:, :, :2]
+        if self.config.inputs == "del":
+            return torch.cat((x, place.cumsum(1)), 2)
+        first = torch.zeros_like(place[:, :1]) if self.config.inputs == "plain" else place[:, :1]
+        return torch.cat((x, torch.cat((first, place[:, 1:] - place[:, :-1]), 1)), 2)
+
+    def by_sketch(self, timesteps: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Time and class, the same for all points of a sketch: float32 [B, n] for the GRU, for the last layer."""
+        time = self._time_features(timesteps)
+        if labels is None:
+            return time, time
+        both = torch.cat((time, self.labels(labels)), 1)
+        return both, time if self.config.inputs == "plain" else both
 
     def _time_features(self, timesteps: Tensor) -> Tensor:
         """int64 [B] -> float32 [B, 8]."""
-        phase = (timesteps[:, None] / self.config.timesteps) * (2 * math.pi * _TIME_SCALE * self.frequencies)
+        first = 0 if self.config.inputs == "plain" else 1
+        phase = ((timesteps + first)[:, None] / self.config.timesteps) * (2 * math.pi * _TIME_SCALE * self.frequencies)
         return torch.cat((phase.sin(), phase.cos()), 1)
 
     def _check_labels(self, labels: Tensor | None) -> None:

@@ -32,7 +32,7 @@ def check_settings(config: TrialConfig) -> None:
             f"evaluate.ddim_steps {config.evaluate.ddim_steps} is above diffusion.timesteps "
             f"{config.diffusion.timesteps}; lower it"
         )
-    prepared.check_options(config.data.name, config.data.options)
+    _check_inputs(config)
     _check_parts(config)
     _check_layout(config)
     _check_stages(config)
@@ -84,6 +84,17 @@ def _check_parts(config: TrialConfig) -> None:
                 f"{name} is {value}, but {config.model.name} has no null class here: use a class-conditional "
                 "latent_unet (model.options.num_classes), or leave it out"
             )
+
+
+def _check_inputs(config: TrialConfig) -> None:
+    """That a model whose inputs are of one representation of sketches is given that one."""
+    given = getattr(prepared.check_options(config.data.name, config.data.options), "representation", None)
+    wanted = getattr(model_options(config), "inputs", "plain")
+    if given is not None and wanted not in ("plain", given):
+        raise UsageError(
+            f"model.options.inputs is {wanted}, data.options.representation {given}: set both to the same, or inputs "
+            "to plain"
+        )
 
 
 def _check_layout(config: TrialConfig) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -24,26 +25,38 @@ def batch(points: int = 12) -> tuple[Tensor, Tensor]:
 
 
 class Reference(nn.Module):
-    """The model as the paper words it, sketch by sketch on nn.GRU."""
+    """The model as its head words it, sketch by sketch and point by point on nn.GRU."""
 
     def __init__(self, model: ChiroDiff) -> None:
         super().__init__()
-        config = model.config
-        self.gru = nn.GRU(13, config.hidden, config.layers, bidirectional=True, batch_first=True)
-        self.mix, self.out = nn.Linear(2 * config.hidden, config.hidden), nn.Linear(config.hidden + 8, 3)
+        self.config = config = model.config
+        classes = config.label_features if config.num_classes else 0
+        self.gru = nn.GRU(13 + classes, config.hidden, config.layers, bidirectional=True, batch_first=True)
+        self.mix = nn.Linear(2 * config.hidden, config.hidden)
+        self.out = nn.Linear(config.hidden + 8 + (0 if config.inputs == "plain" else classes), 3)
+        if classes:
+            self.labels = nn.Embedding(config.num_classes or 0, classes)
         self.register_buffer("frequencies", torch.zeros(4))
         self.load_state_dict(model.state_dict(), strict=True)
 
-    def forward(self, x: Tensor, timesteps: Tensor, lengths: Tensor) -> Tensor:
-        result = torch.zeros_like(x)
+    def forward(self, x: Tensor, timesteps: Tensor, lengths: Tensor, labels: Tensor | None = None) -> Tensor:
+        result, plain = torch.zeros_like(x), self.config.inputs == "plain"
         for row, length in enumerate(lengths.tolist()):
             points = x[row : row + 1, :length]
-            phase = 2 * math.pi * 4 * self.frequencies * float(timesteps[row]) / 1000
+            u = float(timesteps[row] + (0 if plain else 1)) / 1000
+            phase = 2 * math.pi * 4 * self.frequencies * u
             time = torch.cat((phase.sin(), phase.cos())).expand(1, length, 8)
-            velocity = torch.zeros(1, length, 2)
-            velocity[:, 1:] = points[:, 1:, :2] - points[:, :-1, :2]
-            hidden, _ = self.gru(torch.cat((points, velocity, time), 2))
-            result[row, :length] = self.out(torch.cat((self.mix(hidden), time), 2))[0]
+            more = torch.zeros(1, length, 2)
+            for place in range(length):
+                before = points[0, place - 1, :2] if place else torch.zeros(2)
+                if self.config.inputs == "del":
+                    more[0, place] = points[0, : place + 1, :2].sum(0)
+                elif place or not plain:
+                    more[0, place] = points[0, place, :2] - before
+            label = [] if labels is None else [self.labels(labels[row]).expand(1, length, -1)]
+            hidden, _ = self.gru(torch.cat((points, more, time, *label), 2))
+            last = [self.mix(hidden), time, *([] if plain else label)]
+            result[row, :length] = self.out(torch.cat(last, 2))[0]
         return result
 
 
@@ -62,12 +75,15 @@ def test_every_recurrent_and_linear_weight_can_be_masked() -> None:
     assert names == recurrent | {"mix.weight", "out.weight"}
 
 
-def test_equals_the_reference_in_loss_and_gradients() -> None:
-    model = build(Config(hidden=24, layers=3), seed=0)
+@pytest.mark.parametrize("classes", [None, 3])
+@pytest.mark.parametrize("inputs", ["plain", "abs", "del"])
+def test_equals_the_reference_in_loss_and_gradients(inputs: str, classes: int | None) -> None:
+    model = build(Config.model_validate({"hidden": 24, "layers": 3, "inputs": inputs, "num_classes": classes}), seed=0)
     reference = Reference(model)
     x, t = batch()
+    labels = {"labels": torch.tensor([0, 2, 1, 2])} if classes else {}
     eps = torch.randn(x.shape, generator=rng.generator(1, "test eps"))
-    ours, theirs = (eps_mse(m(x, t, LENGTHS), eps, LENGTHS) for m in (model, reference))
+    ours, theirs = (eps_mse(m(x, t, LENGTHS, **labels), eps, LENGTHS) for m in (model, reference))
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
     ours.backward()
     theirs.backward()
@@ -76,8 +92,9 @@ def test_equals_the_reference_in_loss_and_gradients() -> None:
         assert float((parameter.grad - want).norm()) <= 1e-5 * float(want.norm()), name
 
 
-def test_padding_is_never_read_and_comes_out_as_zero() -> None:
-    model = build(Config(hidden=8, layers=2), seed=0)
+@pytest.mark.parametrize("inputs", ["plain", "abs", "del"])
+def test_padding_is_never_read_and_comes_out_as_zero(inputs: Literal["plain", "abs", "del"]) -> None:
+    model = build(Config(hidden=8, layers=2, inputs=inputs), seed=0)
     x, t = batch()
     spoilt, outside = x.clone(), torch.arange(12) >= LENGTHS[:, None]
     spoilt[outside] = float("nan")

@@ -76,9 +76,12 @@ def assert_equal(
     st.integers(1, 4),
     st.sampled_from([0.0, 0.04, 0.3, 0.5, 0.75, 0.9, 0.97, 1.0]),
     st.sampled_from([None, 1, 3]),
+    st.sampled_from(["plain", "abs", "del"]),
 )
-def test_equals_the_model(lengths: list[int], hidden: int, layers: int, sparsity: float, classes: int | None) -> None:
-    model = model_of(sparsity, hidden=hidden, layers=layers, num_classes=classes)
+def test_equals_the_model(
+    lengths: list[int], hidden: int, layers: int, sparsity: float, classes: int | None, inputs: str
+) -> None:
+    model = model_of(sparsity, hidden=hidden, layers=layers, num_classes=classes, inputs=inputs)
     assert_equal(model, batch_of(lengths, classes))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ from raysparse.models.chirodiff import ChiroDiff, Config, sparse_step
 pytestmark = pytest.mark.usefixtures("compiler")
 
 
-def masked_model(sparsity: float, hidden: int, layers: int, classes: int | None = None, seed: int = 0):
+def masked_model(sparsity: float, hidden: int, layers: int, classes: int | None = None, seed: int = 0, **options: Any):
     """A model with biases far from 0, and random masks of all its GRU's weights, applied."""
-    model = chirodiff.build(Config(hidden=hidden, layers=layers, num_classes=classes), seed=0)
+    model = chirodiff.build(Config(hidden=hidden, layers=layers, num_classes=classes, **options), seed=0)
     draw = rng.generator(seed, "test masks")
     masks = {}
     with torch.no_grad():
@@ -79,9 +80,12 @@ def assert_equal(model: ChiroDiff, masks: dict[str, Tensor], given: dict[str, Te
     st.integers(1, 3),
     st.sampled_from([0.0, 0.3, 0.75, 0.9, 0.97, 1.0]),
     st.sampled_from([None, 1, 3]),
+    st.sampled_from(["plain", "abs", "del"]),
 )
-def test_equals_the_model(lengths: list[int], hidden: int, layers: int, sparsity: float, classes: int | None) -> None:
-    assert_equal(*masked_model(sparsity, hidden, layers, classes), batch_of(lengths, classes))
+def test_equals_the_model(
+    lengths: list[int], hidden: int, layers: int, sparsity: float, classes: int | None, inputs: str
+) -> None:
+    assert_equal(*masked_model(sparsity, hidden, layers, classes, inputs=inputs), batch_of(lengths, classes))
 
 
 def test_equals_the_model_at_the_papers_size() -> None:

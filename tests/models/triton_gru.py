@@ -84,10 +84,11 @@ def sketches(draw: torch.Generator, **cond: Tensor) -> dict[str, Tensor]:
     return {name: value.to(DEVICE) for name, value in given.items()}
 
 
-@pytest.mark.parametrize("classes", [None, 3])
-def test_chirodiff(classes: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("classes", "inputs"), [(None, "plain"), (3, "plain"), (None, "abs"), (3, "del")])
+def test_chirodiff(classes: int | None, inputs: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prediction and gradients, of sketches with NaN beyond their ends."""
-    model = chirodiff.build(chirodiff.Config(hidden=8, layers=2, num_classes=classes), seed=0).to(DEVICE)
+    options = {"hidden": 8, "layers": 2, "num_classes": classes, "inputs": inputs}
+    model = chirodiff.build(chirodiff.Config.model_validate(options), seed=0).to(DEVICE)
     draw = torch.Generator().manual_seed(0)
     given = sketches(draw, **({} if classes is None else {"labels": torch.tensor([0, 2, 1, 1])}))
     weight = torch.randn(4, 9, 3, generator=draw).to(DEVICE)

@@ -13,7 +13,7 @@
 namespace {
 
 struct Sketches {
-  const float* x;          // [sketches, points, inputs - 2]; the last two inputs are by how much the first two grow
+  const float* x;          // [sketches, points, inputs - 2]; the last two inputs are made of the first two
   const float* start;      // [sketches, 2, 4 h] sums of the first layer before its inputs by point
   const float* tail;       // [sketches, outputs] the same of the outputs
   float* y;                // [sketches, points, outputs]
@@ -22,9 +22,16 @@ struct Sketches {
   int64_t sketches, points;
 };
 
+enum Made : int32_t {
+  GROWTH,             // by how much the first two inputs grow, from the point before on; 0 at the first point
+  GROWTH_FROM_START,  // from 0 on
+  SUM,                // of the first two inputs up to the point
+};
+
 struct Head {
   const float* weights;  // [outputs, 2 h]
   int32_t hidden, inputs, outputs;
+  Made made;     // what the last two inputs are
   int64_t last;  // bytes from a time step's row to the last layer's states
 };
 
@@ -76,12 +83,16 @@ struct Chunk {
       for (int lane = 0; lane < WIDTH; ++lane)
         tails[i * WIDTH + lane] = lane < count ? all.tail[order[lane] * outputs + i] : 0;
     for (int64_t t = 0; t < steps; ++t) {
-      float *row = (float*)(rows + t * stride), *velocity = row + given * WIDTH;
-      const float* before = row - stride / sizeof(float);
+      float *row = (float*)(rows + t * stride), *made = row + given * WIDTH;
+      const float *before = row - stride / sizeof(float), *made_before = made - stride / sizeof(float);
       for (int lane = 0; lane < WIDTH; ++lane)
         for (int i = 0; i < given; ++i)
           row[i * WIDTH + lane] = lane < running[t] ? all.x[(order[lane] * all.points + t) * given + i] : 0;
-      for (int i = 0; i < 2 * WIDTH; ++i) velocity[i] = t && i % WIDTH < running[t] ? row[i] - before[i] : 0;
+      const bool any = t || head.made != GROWTH;
+      for (int i = 0; i < 2 * WIDTH; ++i) {
+        const float value = head.made == SUM ? made_before[i] + row[i] : row[i] - before[i];
+        made[i] = any && i % WIDTH < running[t] ? value : 0;
+      }
     }
   }
 

@@ -250,11 +250,17 @@ struct FewSketch {
 
   void read_in() {
     const int given = net.head.inputs - 2;
+    float before[2] = {}, sum[2] = {};
     for (int64_t t = 0; t < up(points, WIDTH); ++t) {
       float* to = (float*)(memory.rows + t / WIDTH * memory.stride) + t % WIDTH;
       const float* x = all.x + (sketch * all.points + t) * given;
       for (int i = 0; i < given; ++i) to[i * WIDTH] = t < points ? x[i] : 0;
-      for (int i = 0; i < 2; ++i) to[(given + i) * WIDTH] = t && t < points ? x[i] - x[i - given] : 0;
+      for (int i = 0; i < 2; ++i) {
+        const float now = to[i * WIDTH], growth = t || net.head.made != GROWTH ? now - before[i] : 0;
+        sum[i] += now;
+        before[i] = now;
+        to[(given + i) * WIDTH] = t >= points ? 0 : net.head.made == SUM ? sum[i] : growth;
+      }
     }
   }
 
