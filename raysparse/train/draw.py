@@ -42,7 +42,7 @@ def draw(
     """
     model = restored.load(checkpoint, device)
     trial = changed(model.config, changes or {})
-    setup.check(trial)
+    setup.check_evaluation(trial)
     classes = getattr(checks.model_options(trial), "num_classes", None)
     _check_labels(labels, classes, trial.model.name)
     source = _source(trial, classes, device)

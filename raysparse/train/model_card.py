@@ -109,8 +109,8 @@ def _settings(config: TrialConfig, trial_id: str, step: int, first_stage: str | 
 
 
 def _other_settings(sparse: SparseConfig) -> dict[str, Any]:
-    """Those of the method that are not its defaults, by their names in a sweep file."""
-    return {f"`{name}`": value for name, value in sorted((sparse.model_extra or {}).items())}
+    """Those of the method that are not its defaults, by their names in a sweep file; the teacher's path is left out."""
+    return {f"`{name}`": value for name, value in sorted((sparse.model_extra or {}).items()) if name != "teacher"}
 
 
 def _sampling(config: TrialConfig) -> str:

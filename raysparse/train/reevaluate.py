@@ -75,7 +75,7 @@ def evaluate(
     model = restored.load(checkpoint)
     trials = [changed(model.config, variant) for variant in variants]
     for trial in trials:
-        setup.check(trial)
+        setup.check_evaluation(trial)
         setup.prepare_data(trial)
     out = _results_of(model.folder)
     asked = [(_asked(trial, protocol := setup.protocol(trial).json()), protocol, trial) for trial in trials]

@@ -36,8 +36,13 @@ Run = prepared.Run
 
 def check(config: TrialConfig) -> None:
     """What can be said of a trial before anything starts. UsageError for what would end it later."""
-    checks.check_settings(config)
+    check_evaluation(config)
     teacher.load(config)
+
+
+def check_evaluation(config: TrialConfig) -> None:
+    """As `check`, of a model that is trained: the teacher that it learned from may be gone."""
+    checks.check_settings(config)
     _extractor(config, "cpu")
 
 

@@ -24,6 +24,7 @@ from raysparse.errors import UsageError
 from raysparse.train import checks, diffusers_parts, restored, state
 
 SCHEDULER = "scheduler_config.json"
+LEFT_OUT = "left out"  # instead of its path, in the settings of an exported model: another machine has no such folder
 # diffusers' name of each of our settings of noise
 NOISE = {
     "num_train_timesteps": "timesteps",
@@ -60,11 +61,16 @@ class Teacher:
 def load(config: TrialConfig) -> nn.Module | None:
     """The trial's teacher, on the CPU; None where its method has none.
 
-    UsageError: nothing there that is one, another architecture or noise schedule, a sparse network.
+    UsageError: nothing there that is one, another architecture or noise schedule, a sparse network, a path left out.
     """
     place = config.sparse.setting("teacher")
     if place is None:
         return None
+    if place == LEFT_OUT:
+        raise UsageError(
+            "these are an exported model's settings, which do not say where its teacher lies; to train with them set "
+            "sparse.teacher to a dense checkpoint of raysparse or a diffusers folder"
+        )
     folder = Path(place)
     if not folder.is_dir():
         raise UsageError(f"teacher {folder} is no folder; give a dense checkpoint of raysparse or a diffusers folder")

@@ -8,9 +8,9 @@ import shutil
 import pytest
 import torch
 
-from raysparse import plugins
+from raysparse import config, plugins
 from raysparse.errors import UsageError
-from raysparse.train import run, setup, teacher
+from raysparse.train import draw, export, reevaluate, run, setup, teacher
 
 UNET = {
     "model.name": "ddpm_unet",
@@ -87,6 +87,28 @@ def test_another_network_or_noise_schedule_is_refused(pictures, pipeline, tmp_pa
     trial = pictures(UNET, {"sparse.teacher": str(folder), "sparse.loss": "teacher"})
     with pytest.raises(UsageError, match=message):
         setup.check(trial)
+
+
+def test_what_learned_from_a_teacher_does_not_need_it_any_more(pictures, pipeline, tmp_path):
+    place = shutil.copytree(pipeline, tmp_path / "its teacher")
+    trial = pictures(UNET, {"sparse.teacher": str(place), "sparse.loss": "both", "train.steps": 4})
+    assert run.train(trial, tmp_path / "out", device="cpu").state == "COMPLETED"
+    place.rename(tmp_path / "elsewhere")
+    (before,) = draw.draw(tmp_path / "out", 4)
+    assert reevaluate.evaluate(tmp_path / "out", [{"evaluate.ddim_steps": 2}], device="cpu")
+
+    folder = export.export(tmp_path / "out", tmp_path / "exported")
+    for name in ("raysparse.json", "README.md"):
+        assert "its teacher" not in (folder / name).read_text()
+    assert "| `loss` | both |" in (folder / "README.md").read_text()
+    back = export.import_(folder, tmp_path / "back")
+    (again,) = draw.draw(back, 4)
+    assert torch.equal(again, before)
+    assert reevaluate.evaluate(back, [{"data.root": trial.data.root, "evaluate.ddim_steps": 2}], device="cpu")
+
+    settings = json.loads((folder / "raysparse.json").read_text())["content"]["config"]
+    with pytest.raises(UsageError, match="do not say where its teacher lies"):
+        setup.check(config.parse(settings))
 
 
 def test_checkpoints_that_are_no_teachers(tiny, tmp_path, pipeline):
