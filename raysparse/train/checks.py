@@ -20,6 +20,13 @@ from raysparse.train import costs, runtime
 
 def check_settings(config: TrialConfig) -> None:
     """Of the settings alone; nothing is prepared or trained."""
+    check_sampling(config)
+    if config.data.source is not None and not Path(config.data.source).exists():
+        raise UsageError(f"data.source {config.data.source} does not exist; give the path of the raw data")
+
+
+def check_sampling(config: TrialConfig) -> None:
+    """Of the settings alone, without what lies on this machine: pictures are drawn without data."""
     timesteps = getattr(model_options(config), "timesteps", config.diffusion.timesteps)
     if timesteps != config.diffusion.timesteps:
         raise UsageError(
@@ -38,8 +45,6 @@ def check_settings(config: TrialConfig) -> None:
     _check_stages(config)
     check_ranges(config)
     runtime.check_method(config)
-    if config.data.source is not None and not Path(config.data.source).exists():
-        raise UsageError(f"data.source {config.data.source} does not exist; give the path of the raw data")
 
 
 def check_data(config: TrialConfig, training: Any) -> None:

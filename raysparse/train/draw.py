@@ -38,11 +38,12 @@ def draw(
 
     changes: {dotted path: value} as in an evaluation, such as evaluate.ddim_steps. seed: of the noise, the trial's own
     where None. labels: of a class-conditional model, one or one for each sample; None: drawn. Pictures need no data
-    set; sketches take their lengths from the trial's. UsageError: a class out of range, a setting, a damaged file.
+    set; sketches take their lengths from the trial's, which is prepared now unless it is there. No extractor is asked
+    for, and no teacher. UsageError: a class out of range, a setting, a damaged file.
     """
     model = restored.load(checkpoint, device)
     trial = changed(model.config, changes or {})
-    setup.check_evaluation(trial)
+    checks.check_sampling(trial)
     classes = getattr(checks.model_options(trial), "num_classes", None)
     _check_labels(labels, classes, trial.model.name)
     source = _source(trial, classes, device)
@@ -82,8 +83,8 @@ def write(images: Iterator[Tensor], folder: Path, on_done: Callable[[int], None]
 
 def _source(trial: TrialConfig, classes: int | None, device: str) -> Source:
     if plugins.load("datasets", trial.data.name).SPEC.kind != "image":
-        setup.prepare_data(trial)
         found: Source = setup.training(trial)
+        checks.check_data(trial, found)
         return found
     shape = checks.value_shape(trial)
     decode: Callable[[Tensor], Tensor] = image.to_pixels

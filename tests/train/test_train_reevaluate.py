@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from train_checkpoints import save
+from train_checkpoints import trial as saved
 
 from raysparse import cli, results
 from raysparse.errors import UsageError
@@ -168,6 +170,22 @@ def test_samples_equal_what_evaluation_measures(trained):
     sampler = setup.evaluator(trial).sampler
     x, cond = sampler.batch(model, 0, 16)
     assert torch.equal(next(draw.draw(out, 16)), sampler.source.to_images(x, cond))
+
+
+def test_pictures_are_drawn_without_extractor_and_data(trained, tmp_path):
+    _, out = trained
+    absent = str(tmp_path / "absent")
+    gone = {"evaluate.extractor": "sketch_inception", "evaluate.weights": absent, "data.source": absent}
+    assert torch.equal(next(draw.draw(out, 4, changes=gone)), next(draw.draw(out, 4)))
+    with pytest.raises(UsageError, match="absent"):
+        reevaluate.evaluate(out, [gone], device="cpu")
+
+
+def test_sketches_are_drawn_by_their_lengths_alone(tmp_path):
+    trial = saved("chirodiff", data={"root": str(tmp_path / "data")}, evaluate__extractor="sketch_inception")
+    (images,) = draw.draw(save(tmp_path / "c", trial), 3)
+    assert len(images) == 3
+    assert not list((tmp_path / "data").rglob("reference*"))  # no features of pictures that nobody compares with
 
 
 def test_labels_of_a_model_without_classes(trained):
