@@ -54,7 +54,7 @@ def _head(config: TrialConfig, trial_id: str, measured: Measured, unet: str | No
     head: dict[str, Any] = {
         "library_name": "raysparse" if unet is None else "diffusers",
         **({} if classes else {"pipeline_tag": task}),  # the hub has no tag for pictures by class
-        "tags": ["diffusion", "sparse-to-sparse", config.sparse.method, config.model.name, config.data.name],
+        "tags": ["diffusion", *_kind(config.sparse), config.sparse.method, config.model.name, config.data.name],
     }
     metrics = []
     for found in measured.fids:
@@ -80,10 +80,29 @@ def _sentence(config: TrialConfig, measured: Measured) -> str:
         return "dense."
     share = measured.params_active / measured.params_total
     return (
-        f"sparse from its first step to its last. {measured.params_active:,} of {measured.params_total:,} "
+        f"{_trained(config.sparse)}. {measured.params_active:,} of {measured.params_total:,} "
         f"parameters ({share:.4f}) are active; the others are exact zeros in dense tensors. These are the averaged "
         "(EMA) weights."
     )
+
+
+def _kind(sparse: SparseConfig) -> list[str]:
+    """The tag of what was sparse all along."""
+    method = plugins.load("methods", sparse.method).METHOD
+    return ["sparse-to-sparse"] if method.sparse and not method.straight_through else []
+
+
+def _trained(sparse: SparseConfig) -> str:
+    """How a sparse model came about: what was dense on the way is told."""
+    if _kind(sparse):
+        return "sparse from its first step to its last"
+    told = ["sparse by masks over dense weights, all of which were trained (straight-through)"]
+    if sparse.setting("start") == "teacher":
+        told.append("it started from the weights of a dense network")
+    patterns: list[tuple[int, int]] = getattr(sparse.settings(), "patterns", list)()
+    if len(patterns) > 1:
+        told.append(f"its masks grow sparser in stages: {', '.join(f'{n}:{m}' for n, m in patterns)}")
+    return "; ".join(told)
 
 
 def _settings(config: TrialConfig, trial_id: str, step: int, first_stage: str | None) -> dict[str, Any]:

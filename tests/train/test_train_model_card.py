@@ -67,6 +67,21 @@ def test_without_a_record_nothing_is_said_to_be_measured(tmp_path):
     assert "model-index" not in card
 
 
+def test_only_what_was_sparse_all_along_is_called_so(tmp_path):
+    ste = {"method": "nm_ste", "teacher": "/home/somebody/teacher", "start": "teacher", "stages": "3:4"}
+    said = {}
+    for name, sparse in (("dense", {"method": "dense"}), ("rigl", RIGL), ("ste", ste)):
+        config = trial("ddpm_unet", sparse=sparse, train__steps=200_000)
+        card = (export.export(save(tmp_path / name, config), tmp_path / f"{name}-out") / "README.md").read_text()
+        said[name] = card
+        assert ("sparse from its first step to its last" in card) == (name == "rigl")
+        assert ("sparse-to-sparse" in card) == (name == "rigl")
+    assert (
+        "sparse by masks over dense weights, all of which were trained (straight-through); it started from the weights "
+        "of a dense network; its masks grow sparser in stages: 3:4, 2:4. "
+    ) in said["ste"]
+
+
 def test_the_originals_150_steps_are_told_to_have_no_scheduler(tmp_path):
     config = trial(evaluate__ddim_steps=150)
     card = (export.export(save(tmp_path / "c", config), tmp_path / "out") / "README.md").read_text()
