@@ -132,7 +132,9 @@ def _show(results: Path, sweep_file: space.Sweep, start: Callable[..., Any], as_
     from raysparse.screen import SweepDisplay
     from raysparse.sweep.board import Board
 
-    with SweepDisplay(Board.load(results), space.trial_count(sweep_file)) as display:
+    board = Board.load(results)
+    board.settle()  # until the driver begins nothing runs
+    with SweepDisplay(board, space.trial_count(sweep_file)) as display:
         summary = start(on_event=display.on_event)
     if summary.interrupted:
         why = summary.limit or "interrupted"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from raysparse.sweep.journal import Event, Journal, read
+from raysparse.sweep.journal import Event, Journal, event, read
 
 
 @dataclasses.dataclass
@@ -163,7 +163,7 @@ class Board:
         """Seconds in which trials held their resources, over all drivers; x GPUs per trial = GPU seconds.
 
         now: seconds since 1970, while a driver runs. None: up to the last event. What a killed driver's trials did
-        after its last event is not known and not counted.
+        after its last event is not known and not counted; nor is the pause after it, which the event `gone` ends.
         """
         until = now if now is not None else self.last.time if self.last else 0.0
         return sum(
@@ -180,6 +180,8 @@ class Board:
         if item.kind == "interrupted":
             for each in self.rows.values():
                 _let_go(each, item.time)
+        elif item.kind == "gone":
+            self.settle()
         elif row and item.kind == "started":
             _let_go(row, row.heard)  # of a process that was lost
             row.since = item.time
@@ -204,13 +206,18 @@ def _let_go(row: Row, time: float | None) -> None:
 
 
 class Ledger:
-    """The journal and the board together: an event is on disk before anything acts on it."""
+    """The journal and the board together: an event is on disk before anything acts on it.
+
+    Opened by who alone may write: what runs by the journal then ran under a driver that was killed.
+    """
 
     def __init__(self, results: Path, on_event: Callable[[Event], None] | None = None) -> None:
         self.board = Board.load(results)
-        self.board.settle()
         self._journal = Journal(results / "journal.jsonl")
         self._on_event = on_event
+        running = sum(row.since is not None for row in self.board.rows.values())
+        if running:  # on record: else who reads the journal counts the pause as time in which they ran
+            self.add(event("gone", reason=f"the driver before ended without a word; {running} trials ran"))
 
     def add(self, item: Event) -> None:
         self._journal.append(item)

@@ -36,6 +36,7 @@ Kind = Literal[
     "chosen",  # confirm: a winner of the search; reason: why
     "note",  # something to know; reason
     "interrupted",  # Ctrl-C or SIGTERM; `raysparse resume` goes on
+    "gone",  # the driver before ended without a word, as who writes next has seen: none of its trials runs; reason
     "finished",  # every trial of every stage has ended
 ]
 

@@ -147,6 +147,29 @@ def test_time_with_resources_is_counted_over_drivers_and_not_between_them() -> N
     assert board.busy_s(now=1005.0) == 6 + 1 + 5
 
 
+def test_the_pause_after_a_kill_is_no_time_of_trials_while_the_next_driver_runs(tmp_path: Path) -> None:
+    ledger, hour = Ledger(tmp_path), 3600.0
+    for name in ("a", "b"):
+        planned = {"stage": "search", "method": "rigl", "config": {"sparse": {}}, "total_steps": 9}
+        ledger.add(Event("planned", 0.0, trial_id=name, **planned))
+        ledger.add(Event("started", 0.0, trial_id=name))
+    for name in ("a", "b"):
+        ledger.add(Event("report", hour, trial_id=name, step=2, fid=1.0))
+    ledger.close()  # killed
+
+    heard: list[str] = []
+    ledger = Ledger(tmp_path, lambda item: heard.append(f"{item.kind} {item.reason}"))
+    assert heard == ["gone the driver before ended without a word; 2 trials ran"]
+    ledger.add(Event("started", 25 * hour, trial_id="a"))  # there is room for one
+    ledger.add(Event("report", 26 * hour, trial_id="a", step=4, fid=1.0))
+    assert ledger.board.busy_s() == Board.load(tmp_path).busy_s() == 3 * hour
+    ledger.add(Event("interrupted", 26 * hour))
+    ledger.close()
+
+    Ledger(tmp_path, lambda item: heard.append(item.kind)).close()
+    assert len(heard) == 4  # who ended in order is not said to be gone
+
+
 def test_a_reader_goes_on_where_it_was_and_never_sees_half_a_line(tmp_path: Path) -> None:
     whole = tmp_path / "whole.jsonl"
     journal = Journal(whole)
