@@ -5,7 +5,7 @@ The best of each method; of a search with several objectives, members of its Par
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from raysparse import space
 from raysparse.space import Confirm, Point, Sweep
@@ -16,14 +16,19 @@ from raysparse.sweep.search import planned
 
 
 def plan(sweep: Sweep, ledger: Ledger) -> None:
-    """Choose the winners, once and for all, and plan their trials. Goes on where a killed driver left off."""
+    """Choose the winners, once and for all, and plan their trials. Goes on where a killed driver left off.
+
+    A trial that a retry or a longer search completes later is not confirmed, even where it is better, unless there is
+    room: `raysparse resume DIR --set confirm.best_per_method=2 --accept-changes` makes some, for every method
+    (`confirm.front` does where there are several objectives).
+    """
     assert sweep.confirm
     board = ledger.board
     # A kill while choosing leaves some winners unchosen: the search is over, so the rest comes out the same.
     several = sweep.search is not None and len(sweep.search.objectives) > 1
-    for row, reason in (choose_front if several else choose)(board.of_stage("search"), sweep.confirm):
-        if row.trial_id not in {item.trial_id for item in board.chosen}:
-            ledger.add(event("chosen", stage="confirm", trial_id=row.trial_id, point=row.point, reason=reason))
+    chosen = {str(item.trial_id) for item in board.chosen}
+    for row, reason in (choose_front if several else choose)(board.of_stage("search"), sweep.confirm, chosen):
+        ledger.add(event("chosen", stage="confirm", trial_id=row.trial_id, point=row.point, reason=reason))
     points: list[Point] = [item.point for item in board.chosen if item.point]
     if not any(point["method"] == "dense" for point in points):
         points.insert(0, {"method": "dense"})
@@ -34,17 +39,23 @@ def plan(sweep: Sweep, ledger: Ledger) -> None:
                 ledger.add(planned(trial, point, "confirm"))
 
 
-def choose(rows: list[Row], confirm: Confirm) -> Iterator[tuple[Row, str]]:
-    """The best completed rows of each method by FID, and why; a method of which no trial ended sound has none."""
+def choose(rows: list[Row], confirm: Confirm, chosen: Collection[str] = ()) -> Iterator[tuple[Row, str]]:
+    """The best completed rows of each method by FID, and why; a method of which no trial ended sound has none.
+
+    chosen: trials that were chosen before; they count, and come no second time.
+    """
     for method in dict.fromkeys(row.method for row in rows):
         of_method = [row for row in rows if row.method == method]
+        left = max(confirm.best_per_method - sum(row.trial_id in chosen for row in of_method), 0)
         done = sorted((row for row in of_method if row.state == "COMPLETED"), key=_by_fid)
-        for place, row in enumerate(done[: confirm.best_per_method], start=1):
+        ranked = [(place, row) for place, row in enumerate(done, start=1) if row.trial_id not in chosen]
+        for place, row in ranked[:left]:
             yield row, f"place {place} of {len(done)} completed trials of {method}, FID {row.fid:.4g}"
-        missing = confirm.best_per_method - len(done)
-        stopped = [row for row in of_method if row.state == "STOPPED"]
+        if done:
+            continue
+        stopped = [row for row in of_method if row.state == "STOPPED" and row.trial_id not in chosen]
         # ASHA may stop all of a method: the one that came furthest stands in, and says so.
-        for row in sorted(stopped, key=lambda row: (-row.step, *_known(row.latest, row)))[: missing if not done else 0]:
+        for row in sorted(stopped, key=lambda row: (-row.step, *_known(row.latest, row)))[:left]:
             name = "intermediate FID" if row.intermediate else "FID"
             yield (
                 row,
@@ -55,13 +66,22 @@ def choose(rows: list[Row], confirm: Confirm) -> Iterator[tuple[Row, str]]:
             )
 
 
-def choose_front(rows: list[Row], confirm: Confirm) -> Iterator[tuple[Row, str]]:
-    """At most `confirm.front` completed rows of the Pareto front: both ends, and the others evenly spread between."""
+def choose_front(rows: list[Row], confirm: Confirm, chosen: Collection[str] = ()) -> Iterator[tuple[Row, str]]:
+    """At most `confirm.front` completed rows of the Pareto front: both ends, and the others evenly spread between.
+
+    chosen: as in `choose`.
+    """
     front = objectives.front_of(rows)
     count = min(confirm.front, len(front))
+    left = confirm.front - len(chosen)
     for place in range(count):
         row = front[round(place * (len(front) - 1) / max(count - 1, 1))]
-        yield row, f"{place + 1} of {count} taken from the {len(front)} on the Pareto front: {objectives.words(row)}"
+        if row.trial_id not in chosen and left > 0:
+            left -= 1
+            yield (
+                row,
+                f"{place + 1} of {count} taken from the {len(front)} on the Pareto front: {objectives.words(row)}",
+            )
 
 
 def _by_fid(row: Row) -> tuple[float, str]:

@@ -67,6 +67,30 @@ def test_a_resume_does_not_choose_anew(tmp_path: Path, sweep_of: Callable[..., S
     ledger.close()
 
 
+def test_a_better_one_that_is_tried_again_is_confirmed_where_there_is_room(
+    tmp_path: Path, sweep_of: Callable[..., Sweep]
+) -> None:
+    sweep = sweep_of(confirm={"seeds": [1, 2]})
+    ends = [
+        ({"method": "dense"}, "completed", 8, 3.0),
+        (rigl(0.5), "completed", 8, 4.0),
+        (rigl(0.9), "failed", 2, None),
+    ]
+    ledger = searched(tmp_path, sweep, ends)
+    confirm.plan(sweep, ledger)
+    later = space.trial(sweep, rigl(0.9)).trial_id
+    ledger.add(event("reopened", stage="search", trial_id=later))
+    ledger.add(event("completed", stage="search", trial_id=later, step=8, fid=2.0))
+    confirm.plan(sweep, ledger)
+    assert [item.point for item in ledger.board.chosen] == [{"method": "dense"}, rigl(0.5)]
+    assert len(ledger.board.of_stage("confirm")) == 4
+    confirm.plan(sweep_of(confirm={"seeds": [1, 2], "best_per_method": 2}), ledger)
+    assert [item.point for item in ledger.board.chosen][2:] == [rigl(0.9)]
+    assert str(ledger.board.chosen[2].reason) == "place 1 of 2 completed trials of rigl, FID 2"
+    assert len(ledger.board.of_stage("confirm")) == 6
+    ledger.close()
+
+
 def test_failed_trials_are_not_confirmed_and_the_dense_baseline_always_is(
     tmp_path: Path, sweep_of: Callable[..., Sweep]
 ) -> None:

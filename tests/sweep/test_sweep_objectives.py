@@ -175,7 +175,13 @@ def test_members_of_the_front_are_confirmed_spread_along_it_and_dense(pareto: Sw
         "1 of 3 taken from the 5 on the Pareto front: FID 10, flops_inference 9"
     )
     assert [one.method for one in ledger.board.of_stage("confirm")] == ["dense", "static", "static", "static"]
-    rows = ledger.board.of_stage("search")
+    better = {"method": "static", "sparsity": 0.2}  # after all
+    trial = space.trial(pareto, better)
+    ledger.add(planned(trial, better, "search", 5, {"flops_inference": 1.0}))
+    ledger.add(event("completed", stage="search", trial_id=trial.trial_id, step=8, fid=1.0))
+    confirm.plan(pareto, ledger)
+    assert len(ledger.board.chosen) == 3
+    rows = ledger.board.of_stage("search")[:-1]
     assert [one.fid for one, _ in confirm.choose_front(rows, Confirm(seeds=(1,), front=1))] == [10.0]
     assert len(list(confirm.choose_front(rows, Confirm(seeds=(1,), front=9)))) == 5
     assert list(confirm.choose_front([], Confirm(seeds=(1,)))) == []
