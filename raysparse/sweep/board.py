@@ -86,6 +86,8 @@ class Board:
         self.refused: list[int] = []  # the Optuna trials whose points are no trials
         self.chosen: list[Event] = []
         self.second_chances = 0  # that were taken
+        # Optuna trial -> its FIDs when ASHA had stopped it, where a second chance is another Optuna trial since
+        self.pruned: dict[int, dict[int, float | None]] = {}
         self.stage: str | None = None
         self.finished = False
         self.folder: Path | None = None  # where its trials' files are
@@ -143,6 +145,8 @@ class Board:
                 row.fids = {step: fid for step, fid in row.fids.items() if fid is not None}  # where it was lost
                 self.finished = False
             case "second_chance" if row:
+                for number in self._numbers(row):
+                    self.pruned.setdefault(number, dict(row.fids))
                 row.state, row.reason = "PENDING", None
                 self.second_chances += 1
                 if item.number is not None:
@@ -189,6 +193,11 @@ class Board:
             _let_go(row, item.time)
         if row:
             row.heard = item.time
+
+    def _numbers(self, row: Row) -> list[int]:
+        """The Optuna trials of a row so far."""
+        own = [] if row.number is None else [row.number]
+        return own + [repeat.number for repeat in self.repeats if repeat.trial_id == row.trial_id]
 
     def of_stage(self, stage: str) -> list[Row]:
         return [row for row in list(self.rows.values()) if row.stage == stage]

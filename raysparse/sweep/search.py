@@ -267,22 +267,23 @@ class Suggested(OptunaSearch):  # type: ignore[misc]
         return new_point(self._search, rng.key(self._search.seed, "untried", step=self._count), known)
 
     def _learn(self, row: Row) -> None:
-        """Bring the row's trials in the study to where the row is."""
+        """Bring the row's trials in the study to where it is, those before a second chance to where it was then."""
         for trial in self._asked.get(row.trial_id, []):
             if trial.number in self._told:
                 continue
+            pruned = self._ledger.board.pruned.get(trial.number)
             known = self._reported.setdefault(trial.number, set())
-            for step, fid in sorted(row.fids.items()):
+            for step, fid in sorted((row.fids if pruned is None else pruned).items()):
                 if fid is not None and step not in known:
                     self._report(trial, step, fid)
                     known.add(step)
-            if row.state == "COMPLETED":
-                self._tell(trial, objectives.values(row, self._search.objectives), None)
-            elif row.state == "STOPPED":
+            if pruned is not None or row.state == "STOPPED":
                 self._tell(trial, None, TrialState.PRUNED)
+            elif row.state == "COMPLETED":
+                self._tell(trial, objectives.values(row, self._search.objectives), None)
             elif row.state == "FAILED":
                 self._tell(trial, None, TrialState.FAIL)
-            if not row.open:
+            if pruned is not None or not row.open:
                 self._told.add(trial.number)
                 self._windowed.learn(self.study._storage.get_trial(trial._trial_id))
 

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import optuna
 import pytest
+from optuna.storages import InMemoryStorage
 from optuna.trial import TrialState
 
 from raysparse import config, space
@@ -199,6 +201,29 @@ def test_a_resume_takes_the_chances_that_are_left(
     assert not [trial for trial in trials if trial.state == TrialState.RUNNING]
     ledger.close()
     shutil.rmtree(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("sparsity", [{"low": 0.1, "high": 0.95}, [0.1, 0.3, 0.4, 0.5, 0.7, 0.8, 0.9]])
+@pytest.mark.parametrize("workers", [1, 3])
+def test_the_study_of_a_resume_is_the_one_that_was(
+    sweep_of: Callable[..., Sweep], tmp_path: Path, workers: int, sparsity: Any
+) -> None:
+    """To the study a second chance is another trial: what the first one was told stays."""
+    search = {"trials": 14, "sampler": "random", "axes": {"static": {"sparsity": sparsity}}}
+    rules = {"grace_steps": 2, "reduction_factor": 2, "explore_first": True, "second_chances": 5}
+    sweep, storage = sweep_of(search=search, asha=rules, confirm=None), InMemoryStorage()
+    run = simulate(sweep, CURVES, workers=workers, journal=tmp_path, storage=storage)
+    assert run.board.second_chances >= 5
+    assert (len(run.board.repeats) > run.board.second_chances) == isinstance(sparsity, list)
+    ledger = Ledger(tmp_path)
+    found = Suggested(sweep, ledger, lambda row: {}).study.get_trials()
+    ledger.close()
+    told = optuna.load_study(study_name=sweep.name, storage=storage).get_trials()
+    assert [(t.state, t.values, t.intermediate_values, t.params, t.user_attrs) for t in found] == [
+        (t.state, t.values, t.intermediate_values, t.params, t.user_attrs) for t in told
+    ]
+    steps = [max(t.intermediate_values) for t in found if t.state == TrialState.PRUNED]
+    assert min(steps) == 2  # as the first rung left them
 
 
 def test_old_files_are_the_sweeps_that_they_were(sweep_of: Callable[..., Sweep]) -> None:
