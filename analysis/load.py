@@ -66,6 +66,8 @@ PLACES = (
     "train.runtime",
     "train.cuda_graph",
 )
+# Settings that came later, and what was done before: at that value they are as if unknown (as in a trial's id).
+LATER = {"evaluate.intermediate": None, "evaluate.validation_examples": 1_024, "evaluate.precision": None}
 UNREADABLE = "(config)"  # stands for all settings where the text is no JSON object
 # Settings that have a column of their own.
 ALWAYS_THERE = ("sparse.allocation", "sparse.prune_schedule", "sparse.update_end_fraction")  # where a method has them
@@ -236,7 +238,7 @@ def _varies(name: str, settings: list[dict[str, Any]]) -> bool:
 
 
 def _settings(text: str) -> dict[str, Any]:
-    """A trial's configuration as {dotted name: value}, without seed and places; settings that are None are left out."""
+    """A trial's configuration as {dotted name: value}: what its id is made of, without the seed and what is None."""
     try:
         config = json.loads(text)
     except ValueError:
@@ -244,7 +246,10 @@ def _settings(text: str) -> dict[str, Any]:
     if not isinstance(config, dict):
         return {UNREADABLE: text}
     flat = _flatten(config)
-    return {name: value for name, value in flat.items() if name not in PLACES}
+    if "first_stage.sha256" in flat:
+        flat.pop("first_stage.weights", None)  # then the hash says which they are
+    known = {name: value for name, value in flat.items() if name not in PLACES}
+    return {name: value for name, value in known.items() if name not in LATER or value != LATER[name]}
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

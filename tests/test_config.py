@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -122,3 +123,26 @@ def test_the_analysis_leaves_out_the_same_places() -> None:
     from analysis.load import PLACES
 
     assert set(PLACES) == {"seed", *(".".join(place) for place in config.PLACES)}
+
+
+def test_the_analysis_knows_the_same_later_settings() -> None:
+    from analysis.load import LATER
+
+    assert {f"{section}.{name}": default for section, name, default in config.LATER} == LATER
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {},
+        {"evaluate": {"validation_examples": 512, "precision": "bf16", "intermediate": {"generated": 100}}},
+        {"first_stage": {"weights": "/a"}, "train": {"threads": 2}},
+        {"first_stage": {"weights": "/a", "sha256": "0" * 64}},
+        {"sparse": {"method": "magran", "pattern": "block", "block": 8}},
+    ],
+)
+def test_a_configuration_of_the_analysis_is_what_an_id_is_made_of(data: dict[str, Any]) -> None:
+    from analysis.load import _flatten, _settings
+
+    trial = config.parse(data)
+    assert _settings(trial.dump_json()) == {k: v for k, v in _flatten(trial.content()).items() if k != "seed"}

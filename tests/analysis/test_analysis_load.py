@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -88,6 +90,37 @@ def test_configurations_differ_by_settings_not_by_seed_or_place(folder: Folder) 
     trials = read(folder.path).trials
     assert trials["configuration"].nunique() == 3
     assert set(trials["other_settings"]) == {"optimizer.lr=0.004", "optimizer.lr=0.1"}
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, {"evaluate": {"validation_examples": 1024, "precision": None, "intermediate": None}}),  # came later
+        *(
+            ({"first_stage": {"sha256": "a", "weights": "/one"}}, {"first_stage": {"sha256": "a", "weights": place}})
+            for place in ("/other", None)
+        ),
+    ],
+)
+def test_what_a_trials_id_leaves_out_makes_no_other_configuration(
+    folder: Folder, before: dict[str, Any], after: dict[str, Any]
+) -> None:
+    for seed, added in ((1, before), (2, before), (3, after)):
+        trial = facts("rigl", 0.5, seed)
+        folder.add(dataclasses.replace(trial, config=json.dumps(json.loads(trial.config) | added)), [(400, 9.0 + seed)])
+    (section,) = analysis.sections_of(folder.path)
+    assert section.confirmed[["seeds", "fid_mean", "other_settings"]].to_numpy().tolist() == [[3, 11.0, ""]]
+
+
+@pytest.mark.parametrize(
+    "added", [{"evaluate": {"validation_examples": 512}}, {"first_stage": {"name": "autoencoder", "weights": "/one"}}]
+)
+def test_what_a_trials_id_tells_apart_stays_apart(folder: Folder, added: dict[str, Any]) -> None:
+    for seed in (1, 2):
+        trial = facts("rigl", 0.5, seed)
+        config = json.loads(trial.config) | (added if seed == 2 else {})
+        folder.add(dataclasses.replace(trial, config=json.dumps(config)), [(400, 9.0 + seed)])
+    assert read(folder.path).trials["configuration"].nunique() == 2
 
 
 def test_what_does_not_vary_is_not_mentioned(sweep: Folder) -> None:
