@@ -104,3 +104,31 @@ def test_the_interval_of_a_rank_correlation_by_hand() -> None:
         (math.tanh(math.atanh(rho) - half), math.tanh(math.atanh(rho) + half))
     )
     assert math.isnan(robust.rank_correlation(a[:4], b[:4], 0.95).low)
+
+
+@pytest.mark.parametrize("n", [5, 8, 20])
+def test_the_same_order_is_no_certainty(n: int) -> None:
+    found = robust.rank_correlation(range(n), range(n), 0.95)
+    assert (found.estimate, found.high) == pytest.approx((1, 1))
+    assert found.low < 0.999
+    mirrored = robust.rank_correlation(range(n), range(n, 0, -1), 0.95)
+    assert (mirrored.estimate, mirrored.low, mirrored.high) == pytest.approx((-1, -1, -found.low))
+
+
+def test_five_in_the_same_order_by_hand() -> None:
+    most = 1 - 6 / (5 * 24)  # an adjacent swap is 1 - 12 / 120
+    low = math.tanh(math.atanh(most) - 1.959964 * math.sqrt((1 + most**2 / 2) / 2))
+    assert robust.rank_correlation(range(5), range(5), 0.95).low == pytest.approx(low)
+    # A tie among a hundred lies above that middle, and the interval has its estimate in it all the same.
+    tied = robust.rank_correlation([0, *range(99)], range(100), 0.95)
+    assert tied.low < tied.estimate <= tied.high < 1
+
+
+@pytest.mark.parametrize(("n", "r"), [(5, 0.5), (5, 0.9), (6, 0.9), (12, 0.9)])
+def test_the_interval_of_a_rank_correlation_covers_what_it_says(n: int, r: float) -> None:
+    draws = np.random.default_rng(n)
+    truth = 6 / math.pi * math.asin(r / 2)  # Spearman's rho of normal pairs
+    first = draws.normal(size=(300, n))
+    second = r * first + math.sqrt(1 - r * r) * draws.normal(size=(300, n))
+    found = [robust.rank_correlation(a.tolist(), b.tolist(), 0.95) for a, b in zip(first, second, strict=True)]
+    assert np.mean([one.low <= truth <= one.high for one in found]) > 0.92
