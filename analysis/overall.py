@@ -15,7 +15,7 @@ import pandas as pd
 
 from analysis import stats, words
 from analysis.parts import Part
-from analysis.sections import DENSE, Section
+from analysis.sections import DENSE, Section, same_budget
 from analysis.tables import Column, Table
 
 
@@ -32,7 +32,7 @@ def parts(sections: Sequence[Section]) -> list[Part]:
 
 
 def overview_table(sections: Sequence[Section]) -> Table:
-    """A row per section: dense, the best sparse configuration, what it costs."""
+    """A row per section: the best sparse configuration, dense of its budget, what it costs."""
     frame = pd.DataFrame([_row(section) for section in sections])
     columns = (
         Column("model", lambda row: words.text(row["model"]), numeric=False),
@@ -49,8 +49,9 @@ def overview_table(sections: Sequence[Section]) -> Table:
         Column("test FLOPs", lambda row: words.ratio(row["flops_inference_ratio"])),
     )  # fmt: skip
     caption = (
-        "Each row is a protocol of its own: compare within a row, never down a column of FIDs. Bold: the sparse mean "
-        "is lower than dense's; whether that is more than noise, the verdict says."
+        "Each row is a protocol of its own: compare within a row, never down a column of FIDs. Dense is of the budget "
+        "of the best sparse one. Bold: the sparse mean is lower than dense's; whether that is more than noise, the "
+        "verdict says."
     )
     return Table("overview", "Overview: dense and the best sparse model", caption, frame, columns)
 
@@ -75,7 +76,9 @@ def data_table(group: Sequence[Section], number: int = 0) -> Table:
     group = sorted(group, key=lambda section: section.variant)
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for place, section in enumerate(group):
-        rows = section.ranked.sort_values("fid_mean", kind="stable").drop_duplicates(["method", "sparsity"])
+        best, rows = section.best, section.ranked
+        rows = rows if best is None else rows[same_budget(rows, best)]  # else a column would not compare
+        rows = rows.sort_values("fid_mean", kind="stable").drop_duplicates(["method", "sparsity"])
         for row in rows.to_dict("records"):
             mine = found.setdefault(
                 (row["method"], row["sparsity"]), {"method": row["method"], "sparsity": row["sparsity"]}
@@ -95,8 +98,8 @@ def data_table(group: Sequence[Section], number: int = 0) -> Table:
         columns += [_data_column(frame, section, place, value) for value in ("fid", "kid")]
     caption = (
         "The best configuration of each method and S. Each amount of data is a task of its own, and where the "
-        "reference set changes with it a protocol too: compare down a column. Bold: lower than dense in the column; "
-        "underlined: the lowest sparse value."
+        "reference set changes with it a protocol too: compare down a column, which is of one budget, that of its "
+        "lowest sparse value. Bold: lower than dense in the column; underlined: the lowest sparse value."
     )
     name = "data" if number == 0 else f"data_{number}"
     title = f"Full and reduced data: {group[0].dataset}, {group[0].model}"
@@ -117,7 +120,8 @@ def _data_column(frame: pd.DataFrame, section: Section, place: int, value: str) 
 
 
 def _row(section: Section) -> dict[str, Any]:
-    best, dense = section.best, section.dense
+    best = section.best
+    dense = section.dense if best is None else section.dense_of(best)
     keep = (
         "method", "sparsity", "prune_ratio", "update_interval_steps", "stage", "seeds", "fid_mean", "fid_std",
         "verdict", "params_ratio", "flops_train_ratio", "flops_inference_ratio",

@@ -72,13 +72,16 @@ def table(section: Section, rows: pd.DataFrame) -> Table:
     """Each published row with its ratio to the dense row of the same table, and ours at the same method, S and p."""
     dense = _dense(rows)
     ours = [_ours(section, row) for row in rows.to_dict("records")]
-    base = section.dense["fid_mean"] if section.dense else float("nan")
+    bases = [section.dense_of(row) if row else None for row in ours]
     frame = rows.assign(
         dense_ratio=rows["fid"] / dense,
         own_fid=[row["fid_mean"] if row else float("nan") for row in ours],
         own_fid_std=[row["fid_std"] if row else float("nan") for row in ours],
         own_seeds=[row["seeds"] if row else 0 for row in ours],
-        own_dense_ratio=[row["fid_mean"] / base if row else float("nan") for row in ours],
+        own_dense_ratio=[
+            row["fid_mean"] / base["fid_mean"] if row and base else float("nan")
+            for row, base in zip(ours, bases, strict=True)
+        ],
         own_protocol=section.protocol_text,
     )
     columns = (
@@ -95,7 +98,8 @@ def table(section: Section, rows: pd.DataFrame) -> Table:
     )
     caption = (
         "Published as printed; ours: the lowest mean of confirmed configurations (else of search trials) with the same "
-        "method, S and p. The two FID columns have different protocols and do not compare."
+        "method, S and p, and its ratio to dense of the same budget. The two FID columns have different protocols and "
+        "do not compare."
     )
     return Table("published", "Published beside ours", caption, frame, columns)
 

@@ -7,6 +7,7 @@ columns and the figure's marks above one tick are. That more steps give a lower 
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pandas as pd
@@ -15,10 +16,15 @@ import plotly.graph_objects as go
 from analysis import marks, stats, style, words
 from analysis.markup import plain
 from analysis.parts import Part
-from analysis.sections import DENSE, Section
-from analysis.tables import Column, Row, Table
+from analysis.sections import BUDGET, DENSE, Section, budget_of
+from analysis.tables import Column, Row, Table, steps_column
 
 STEPS = "ddim_steps"
+# What a row of the table stands for.
+KEYS = [
+    "method", "sparsity", "prune_ratio", "update_interval_steps", "other_settings", "configuration", *BUDGET, "stage",
+    "trial",
+]  # fmt: skip
 
 
 def parts(section: Section) -> list[Part]:
@@ -57,21 +63,10 @@ def by_steps(section: Section) -> pd.DataFrame:
     own = section.trials[section.trials["trial_id"].isin(measured["trial_id"]) & section.trials["result_fid"].notna()]
     own = own.assign(**{STEPS: section.protocol[STEPS], "fid": own["result_fid"]})
     rows = pd.concat([own, measured], ignore_index=True).drop_duplicates(["trial_id", STEPS])
-    keys = [
-        "method",
-        "sparsity",
-        "prune_ratio",
-        "update_interval_steps",
-        "other_settings",
-        "configuration",
-        "stage",
-        "trial",
-        STEPS,
-    ]
     confirmed = rows["stage"].eq("confirm")
     rows["trial"] = rows["trial_id"].mask(confirmed, "")  # search: each trial on its own
     rows["stage"] = rows["stage"].where(confirmed, "search")
-    found = rows.groupby(keys, dropna=False)["fid"].agg(list).reset_index(name="fid_values")
+    found = rows.groupby([*KEYS, STEPS], dropna=False)["fid"].agg(list).reset_index(name="fid_values")
     samples = [stats.sample(values) for values in found["fid_values"]]
     return found.assign(
         seeds=[s.n for s in samples], fid_mean=[s.mean for s in samples], fid_std=[s.std for s in samples]
@@ -83,10 +78,13 @@ def figure(section: Section, rows: pd.DataFrame) -> go.Figure:
     drawn = style.figure("DDIM steps (each a protocol of its own)", plain(section.fid_name))
     looks = style.looks(section.methods())
     lines = ["method", "configuration", "stage", "trial"]
+    budgets = rows["total_steps"].nunique() > 1
     for (method, _, stage, _), points in rows.groupby(lines, sort=False, dropna=False):
         colour, symbol = looks[method]
         confirmed = stage == "confirm"
-        name = plain(words.configuration(marks.records_of(points)[0])) + ("" if confirmed else " (one seed)")
+        first = marks.records_of(points)[0]
+        trained = f", trained {words.integer(first['total_steps'])} steps" if budgets else ""
+        name = plain(words.configuration(first)) + trained + ("" if confirmed else " (one seed)")
         bars = {"type": "data", "array": points["fid_std"], "thickness": 1.5, "width": 4, "color": colour}
         drawn.add_scatter(
             x=points[STEPS], y=points["fid_mean"], mode="lines+markers", name=name, legendgroup=name,
@@ -104,15 +102,14 @@ def figure(section: Section, rows: pd.DataFrame) -> go.Figure:
 
 def table(section: Section, rows: pd.DataFrame) -> Table:
     """A row per configuration, a column per number of steps; bold where it beats dense at that number."""
-    keys = ["method", "sparsity", "prune_ratio", "update_interval_steps", "other_settings", "configuration", "stage"]
-    keys.append("trial")
     steps = [int(step) for step in sorted(rows[STEPS].unique())]
-    wide = rows.drop_duplicates(keys, keep="first")[keys].reset_index(drop=True)
+    wide = rows.drop_duplicates(KEYS, keep="first")[KEYS].reset_index(drop=True)
     for step in steps:
         at = rows[rows[STEPS].eq(step)].rename(columns={n: f"{n}_{step}" for n in ("fid_mean", "fid_std", "seeds")})
-        wide = wide.merge(at[[*keys, f"fid_mean_{step}", f"fid_std_{step}", f"seeds_{step}"]], on=keys, how="left")
+        wide = wide.merge(at[[*KEYS, f"fid_mean_{step}", f"fid_std_{step}", f"seeds_{step}"]], on=KEYS, how="left")
     columns = [
         Column("configuration", words.configuration, numeric=False),
+        *steps_column(wide),
         Column("stage", lambda row: words.text(row["stage"]), numeric=False),
     ]
     for step in steps:
@@ -120,20 +117,27 @@ def table(section: Section, rows: pd.DataFrame) -> Table:
     frame = wide.assign(model=section.model, dataset=section.dataset, protocol=section.protocol_text)
     caption = (
         f"{section.fid_name} at each number of DDIM steps, mean ± standard deviation over seeds. Bold: lower than "
-        "dense in that column (and stage), underlined: the lowest sparse one; columns are protocols and do not compare."
+        "dense in that column (of the same stage and budget), underlined: the lowest sparse one there; columns are "
+        "protocols and do not compare."
     )
     return Table("sampling_steps", f"{section.fid_name} at each number of DDIM steps", caption, frame, tuple(columns))
 
 
 def _column(wide: pd.DataFrame, step: int) -> Column:
     mean = f"fid_mean_{step}"
-    dense = {stage: rows[mean].min() for stage, rows in wide[wide["method"].eq(DENSE)].groupby("stage")}
-    lowest = {stage: rows[mean].min() for stage, rows in wide[wide["method"].ne(DENSE)].groupby("stage")}
+    is_dense = wide["method"].eq(DENSE)
+    # Stage and budget name a group: no mark is won against another one's.
+    groups = (rows.groupby(["stage", *BUDGET]) for rows in (wide[is_dense], wide[~is_dense]))
+    dense, lowest = (group[mean].min().to_dict() for group in groups)
+
+    def key(row: Row) -> tuple[Any, ...]:
+        return (row["stage"], *budget_of(row))
+
     return Column(
         f"{step} steps",
         lambda row: words.spread(row[mean], row[f"fid_std_{step}"]),
-        bold=lambda row: row["method"] != DENSE and bool(row[mean] < dense.get(row["stage"], float("nan"))),
-        underlined=lambda row: row["method"] != DENSE and bool(row[mean] == lowest.get(row["stage"])),
+        bold=lambda row: row["method"] != DENSE and bool(row[mean] < dense.get(key(row), math.nan)),
+        underlined=lambda row: row["method"] != DENSE and bool(row[mean] == lowest.get(key(row))),
     )
 
 

@@ -13,6 +13,7 @@ A confirmed row never pools the search trial that made it a winner: that one was
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -150,6 +151,15 @@ class Section:
                 return found
         return None
 
+    def dense_of(self, row: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The dense configuration with the lowest FID at the budget of `row`, in the stage of `ranked` where there is
+        one: the only dense that `row` may be held against."""
+        for stage in (self.ranked, self.confirmed, self.searched):
+            rows = stage[stage["method"].eq(DENSE)]
+            if found := _lowest(rows[same_budget(rows, row)]):
+                return found
+        return None
+
     @property
     def best(self) -> dict[str, Any] | None:
         """The sparse configuration with the lowest (mean) FID."""
@@ -184,9 +194,14 @@ def split(records: Records) -> list[Section]:
     return sorted(sections, key=lambda section: -len(section.trials))
 
 
-def same_budget(rows: pd.DataFrame, row: dict[str, Any]) -> pd.Series:
+def budget_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The values of BUDGET, by which `groupby(BUDGET)` names its groups."""
+    return tuple(row[name] for name in BUDGET)
+
+
+def same_budget(rows: pd.DataFrame, row: Mapping[str, Any]) -> pd.Series:
     """Which of `rows` have the budget of `row`."""
-    return rows[BUDGET].eq([row[name] for name in BUDGET]).all(axis=1)
+    return rows[BUDGET].eq(list(budget_of(row))).all(axis=1)
 
 
 def _fields(protocol: str) -> dict[str, Any]:
@@ -265,7 +280,7 @@ def _against_dense(rows: pd.DataFrame) -> pd.DataFrame:
     confidence = stats.simultaneous(CONFIDENCE, _pairs(done[done["stage"].eq("confirm")]))
     verdicts = []
     for row in rows.to_dict("records"):
-        judge = of_budget.get((row["stage"], *(row[name] for name in BUDGET)))
+        judge = of_budget.get((row["stage"], *budget_of(row)))
         base = judge or of_stage.get(row["stage"])
         verdict: dict[str, Any] = {"train_s_ratio": _seconds_ratio(row, base) if base else np.nan}
         verdict |= dict.fromkeys(("fid_difference", "fid_difference_low", "fid_difference_high"), np.nan)

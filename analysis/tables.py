@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import pandas as pd
 
 from analysis import latex, markup, words
-from analysis.sections import CONFIDENCE, DENSE, Section
+from analysis.sections import BUDGET, CONFIDENCE, DENSE, Section, budget_of
 
 Row = dict[str, Any]
 
@@ -89,7 +90,7 @@ def _other(frame: pd.DataFrame) -> tuple[Column, ...]:
     return (Column("other settings", lambda row: words.text(row["other_settings"]), numeric=False),)
 
 
-def _budget(frame: pd.DataFrame) -> tuple[Column, ...]:
+def steps_column(frame: pd.DataFrame) -> tuple[Column, ...]:
     """The column of steps, where sweeps of several budgets stand in one table."""
     if frame["total_steps"].nunique() < 2:
         return ()
@@ -123,7 +124,7 @@ def main(section: Section) -> Table:
     frame = frame[frame["seeds"].gt(0) | frame["stage"].eq("confirm")]
     against = _AGAINST if frame["verdict"].notna().any() else ()
     stage = Column("stage", lambda row: row["stage"], numeric=False)
-    columns = (*_settings(), *_other(frame), *_budget(frame), stage)
+    columns = (*_settings(), *_other(frame), *steps_column(frame), stage)
     caption = (
         "FID of the last report at full budget. Confirmed rows: mean ± standard deviation over seeds; search rows: one "
         "seed, no spread, no claim. Ratios are to the same model at S = 0; the time ratio is of measured seconds per "
@@ -141,51 +142,59 @@ def main(section: Section) -> Table:
 
 def summary(section: Section) -> Table:
     """Dense and the best configuration of each method, of the confirmed results where there are any (Tables 1, 2)."""
-    ranked = section.ranked.sort_values("fid_mean", kind="stable").drop_duplicates("method")
-    ranked = ranked.sort_values("method", key=lambda names: names.ne(DENSE), kind="stable")
-    if section.dense is not None and not ranked["method"].eq(DENSE).any():  # confirmed winners, dense still searched
-        ranked = pd.concat([pd.DataFrame([section.dense]), ranked], ignore_index=True)
-    confirmed = ranked["stage"].eq("confirm")
-    stage = "confirmed, over seeds" if len(ranked) and confirmed.all() else "search, one seed each"
+    frame = _dense_and_best(section)
+    confirmed = frame["stage"].eq("confirm")
+    stage = "confirmed, over seeds" if len(frame) and confirmed.all() else "search, one seed each"
     if confirmed.any() and not confirmed.all():
         stage = "confirmed, over seeds; with one seed from the search"
+    several = " of all budgets, and dense at each of these" if frame["total_steps"].nunique() > 1 else ""
     caption = (
-        f"The lowest FID per method ({stage}), mean ± standard deviation. {MARKED} Params and FLOPs of dense are "
-        "counts, those of the others ratios to the same model at S = 0; test FLOPs are of one sample."
+        f"The lowest FID per method{several} ({stage}), mean ± standard deviation. {MARKED} Params and FLOPs of dense "
+        "are counts, those of the others ratios to the same model at S = 0; test FLOPs are of one sample."
     )
-    columns = (*_settings(), *_other(ranked), *_budget(ranked), Column("seeds", _seeds), *marked(section), *costs())
+    columns = (*_settings(), *_other(frame), *steps_column(frame), Column("seeds", _seeds), *marked(section), *costs())
     return Table(
-        "summary", "Dense and the best of each method", caption, ranked.drop(columns="fid_values"), columns,
+        "summary", "Dense and the best of each method", caption, frame.drop(columns="fid_values"), columns,
         "No trial has reached its full budget yet.",
     )  # fmt: skip
 
 
+def _dense_and_best(section: Section) -> pd.DataFrame:
+    """The lowest row of each sparse method, and above them the dense of each budget that they have."""
+    ranked = section.ranked
+    best = ranked[ranked["method"].ne(DENSE)].sort_values("fid_mean", kind="stable").drop_duplicates("method")
+    dense = [section.dense_of(rows.iloc[0]) for _, rows in best.groupby(BUDGET)]
+    shown = [row for row in dense if row] or [row for row in [section.dense] if row]
+    frames = [frame for frame in (pd.DataFrame(shown), best) if len(frame)]
+    return pd.concat(frames, ignore_index=True) if frames else ranked
+
+
 MARKED = (
-    "Bold: a lower mean than dense; underlined: the lowest of the sparse ones (the papers' marks, no claim of a "
-    "difference)."
+    "Bold: a lower mean than dense of the same budget; underlined: the lowest of the sparse ones of a budget (the "
+    "papers' marks, no claim of a difference)."
 )
 
 
 def marked(section: Section) -> tuple[Column, ...]:
-    """FID and KID, bold where the mean is below dense's, underlined the best sparse one."""
+    """FID and KID, each budget by itself: bold where the mean is below dense's, underlined the lowest sparse one."""
+    budgets = section.ranked[section.ranked["method"].ne(DENSE)].groupby(BUDGET)
+    judges = {budget: section.dense_of(rows.iloc[0]) for budget, rows in budgets}
     columns = []
     for name, value in ((section.fid_name, "fid"), (section.kid_name, "kid")):
-        dense = section.dense
-        base = float("nan") if dense is None else dense[f"{value}_mean"]
-        sparse = section.ranked[section.ranked["method"].ne(DENSE)][f"{value}_mean"]
-        lowest = sparse.min() if len(sparse) else float("nan")
-        columns.append(spread_column(name, value, base, lowest))
+        dense = {budget: row[f"{value}_mean"] for budget, row in judges.items() if row}
+        columns.append(spread_column(name, value, dense, budgets[f"{value}_mean"].min().to_dict()))
     return tuple(columns)
 
 
-def spread_column(heading: str, value: str, dense: float, lowest: float) -> Column:
-    """`<value>_mean ± <value>_std`; bold where a sparse mean is below `dense`, underlined where it is `lowest`."""
+def spread_column(heading: str, value: str, dense: Mapping[Any, float], lowest: Mapping[Any, float]) -> Column:
+    """`<value>_mean ± <value>_std`; bold where a sparse mean is below `dense` of its budget, underlined where it is
+    `lowest` there."""
     mean = f"{value}_mean"
     return Column(
         heading,
         lambda row: words.spread(row[mean], row[f"{value}_std"]),
-        bold=lambda row: row["method"] != DENSE and bool(row[mean] < dense),
-        underlined=lambda row: row["method"] != DENSE and row[mean] == lowest,
+        bold=lambda row: row["method"] != DENSE and bool(row[mean] < dense.get(budget_of(row), math.nan)),
+        underlined=lambda row: row["method"] != DENSE and bool(row[mean] == lowest.get(budget_of(row))),
     )
 
 

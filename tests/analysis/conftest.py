@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from synthetic_grid import evaluated, fill_grid
+from synthetic_grid import evaluated, fill_grid, fill_two_budgets
 from synthetic_records import Folder, fill_sweep
 
 from analysis.load import read
@@ -39,4 +39,11 @@ def grid(tmp_path_factory: pytest.TempPathFactory) -> Section:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Section:
     """The section of synthetic_records.fill_sweep. Not to be written to."""
     (section,) = split(read(fill_sweep(Folder(tmp_path_factory.mktemp("sweep"))).path))
+    return section
+
+
+@pytest.fixture(scope="session")
+def two_budgets(tmp_path_factory: pytest.TempPathFactory) -> Section:
+    """The section of synthetic_grid.fill_two_budgets. Not to be written to."""
+    (section,) = split(read(fill_two_budgets(Folder(tmp_path_factory.mktemp("budgets"))).path))
     return section

@@ -47,6 +47,35 @@ def test_full_beside_reduced_data(folder: Folder) -> None:
     assert "26.50 ± 0.71" in lines[4]
 
 
+def test_budgets_are_not_held_against_each_other(folder: Folder) -> None:
+    for count in (None, 100):
+        for seed in (1, 2):
+            for method, sparsity, steps, fid in (
+                ("dense", 0.0, 400, 10.0), ("static", 0.5, 400, 20.0), ("dense", 0.0, 800, 60.0),
+                ("rigl", 0.5, 400, 9.0), ("rigl", 0.9, 800, 50.0),
+            ):  # fmt: skip
+                trial = facts(method, sparsity, seed, total_steps=steps, trial_id=f"{method}{steps}{seed}{count}")
+                config = json.loads(trial.config)
+                config["data"]["train_examples"] = count
+                folder.add(type(trial)(**(vars(trial) | {"config": json.dumps(config)})), [(steps, fid + seed)])
+    _, part = overall.parts(split(read(folder.path)))
+    rows = part.tables[0].frame  # the lowest sparse one is of 400 steps: nothing of 800
+    assert rows[["method", "sparsity", "fid_mean_0"]].to_numpy().tolist() == [
+        ["dense", 0.0, 11.5], ["rigl", 0.5, 10.5], ["static", 0.5, 21.5],
+    ]  # fmt: skip
+
+
+def test_the_overview_shows_dense_of_the_budget_of_the_best(folder: Folder) -> None:
+    for dataset in ("hershey", "kanjivg"):
+        for seed in (1, 2):
+            folder.add(facts("dense", 0.0, seed, dataset=dataset, trial_id=f"d{dataset}{seed}"), [(400, 10.0 + seed)])
+            longer = facts("rigl", 0.5, seed, dataset=dataset, total_steps=800, trial_id=f"r{dataset}{seed}")
+            folder.add(longer, [(800, 8.0 + seed)])
+    (part,) = overall.parts(split(read(folder.path)))
+    assert part.tables[0].frame["dense_fid_mean"].isna().all()
+    assert "**" not in part.tables[0].markdown()
+
+
 def test_only_the_amount_of_data_may_differ(folder: Folder) -> None:
     for number, (count, change) in enumerate([(None, {}), (None, {"eta": 1.0}), (9, {"reference_hash": "ff"})]):
         trial = facts(trial_id=f"d{number}", protocol=json.dumps(json.loads(PROTOCOL) | change))

@@ -39,6 +39,19 @@ def test_ours_beside_theirs(kanji: Section) -> None:
     assert sparsest["dense_ratio"] == pytest.approx(29.12 / 21.10)  # Table 10 has no dense row: Table 2's
 
 
+def test_ours_is_a_ratio_to_dense_of_the_same_budget(folder: Folder) -> None:
+    for seed in (1, 2):
+        for method, s, steps, fid in (("dense", 0.0, 400, 9.0), ("dense", 0.0, 800, 18.0), ("static", 0.5, 400, 13.5)):
+            name = f"{method}{steps}{seed}"
+            folder.add(facts(method, s, seed, dataset="kanjivg", total_steps=steps, trial_id=name), [(steps, fid)])
+        folder.add(facts("rigl", 0.5, seed, dataset="kanjivg", total_steps=800, trial_id=f"r{seed}"), [(800, 8.0)])
+    (section,) = split(read(folder.path))
+    (part,) = published_numbers.parts(section)
+    frame = part.tables[0].frame
+    static = frame[frame["source"].eq("table 2") & frame["method"].eq("static")].iloc[0]
+    assert static["own_dense_ratio"] == pytest.approx(13.5 / 9)  # not 18, though the best one's budget is 800
+
+
 def test_the_figure_holds_published_values_only_and_says_so(kanji: Section) -> None:
     (part,) = published_numbers.parts(kanji)
     assert part.figure is not None

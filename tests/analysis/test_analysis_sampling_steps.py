@@ -26,6 +26,21 @@ def test_bold_is_judged_within_a_number_of_steps(grid: Section) -> None:
     assert lines[-1].count("**<u>") == 3
 
 
+def test_budgets_are_told_apart_and_marked_each_by_itself(two_budgets: Section) -> None:
+    (part,) = sampling_steps.parts(two_budgets)
+    rows = part.tables[0].markdown().splitlines()[2:]
+    assert sorted(rows) == [
+        "| dense | 4,000 | confirm | 62.00 ± 1.00 | 61.00 ± 1.00 |",
+        "| dense | 400 | confirm | 12.00 ± 1.00 | 11.00 ± 1.00 |",
+        "| rigl, S = 0.5, p = 0.5, ΔTe = 100 | 4,000 | confirm | **<u>7.00 ± 1.00</u>** | **<u>6.00 ± 1.00</u>** |",
+        "| static, S = 0.5 | 400 | confirm | <u>22.00 ± 1.00</u> | <u>21.00 ± 1.00</u> |",
+    ]
+    assert [trace.name for trace in part.figure.data[:2]] == [
+        "dense, trained 4,000 steps",
+        "dense, trained 400 steps",
+    ]
+
+
 def test_other_protocols_are_left_out_and_said(grid: Section) -> None:
     (part,) = sampling_steps.parts(grid)
     assert part.sentences == (

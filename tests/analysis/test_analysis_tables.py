@@ -40,11 +40,36 @@ def test_the_main_table_by_hand(sweep: Folder) -> None:
 
 
 def test_sweeps_of_two_budgets_are_told_apart(sweep: Folder) -> None:
-    sweep.add(facts("rigl", 0.5, 1, total_steps=800), [(800, 9.0)])
-    for table in (tables.main(only(sweep)), tables.summary(only(sweep))):
-        rows = [row for row in cells(table.markdown()) if (row["method"], row["S"]) == ("rigl", "0.5")]
-        assert {row["steps"] for row in rows} <= {"400", "800"}
-        assert rows[0]["steps"] == "800"
+    sweep.add(facts("rigl", 0.5, 1, total_steps=800, trial_id="longer"), [(800, 9.0)])
+
+    def steps(table: tables.Table) -> list[tuple[str, str, str]]:
+        rows = cells(table.markdown())
+        return [(row["method"], row["steps"], row["FID (stroke_stats)"]) for row in rows if row["S"] in ("0", "0.5")]
+
+    confirmed = [("rigl", "800", "9.00"), ("rigl", "400", "11.50 ± 1.00"), ("static", "400", "16.00 ± 1.00")]
+    assert steps(tables.main(only(sweep)))[:4] == [("dense", "400", "11.00 ± 1.00"), *confirmed]
+    summary = [row[:2] for row in steps(tables.summary(only(sweep)))]
+    assert summary == [("dense", "400"), ("rigl", "800"), ("static", "400")]
+
+
+def test_no_mark_is_won_against_another_budget(two_budgets: Section) -> None:
+    table = tables.summary(two_budgets)
+    assert [(row["method"], row["steps"], row["FID (stroke_stats)"]) for row in cells(table.markdown())] == [
+        ("dense", "400", "12.00 ± 1.00"),
+        ("dense", "4,000", "62.00 ± 1.00"),
+        ("rigl", "4,000", "**<u>7.00 ± 1.00</u>**"),
+        ("static", "400", "<u>22.00 ± 1.00</u>"),  # below 62, but that is dense of 4,000 steps
+    ]
+    assert "per method of all budgets, and dense at each of these" in table.caption
+
+
+def test_a_mark_needs_a_dense_of_its_budget(folder: Folder) -> None:
+    for seed in (1, 2):
+        folder.add(facts("dense", 0.0, seed), [(400, 30.0 + seed)])
+        folder.add(facts("rigl", 0.5, seed, total_steps=800), [(800, 9.0 + seed)])
+    dense, rigl = cells(tables.summary(only(folder)).markdown())
+    assert (dense["steps"], dense["FID (stroke_stats)"]) == ("400", "31.50 ± 0.71")
+    assert (rigl["steps"], rigl["FID (stroke_stats)"]) == ("800", "<u>10.50 ± 0.71</u>")
 
 
 def test_the_csv_has_every_digit_and_the_protocol(sweep: Folder) -> None:
