@@ -1,8 +1,8 @@
 """Two sweeps side by side: `python -m analysis compare A B`.
 
-Only the same task under the same protocol compares. Rows are the dense baseline, each method's best, and every
-configuration that both sweeps confirmed; a difference is B minus A with Welch's interval, all of a task together
-(Bonferroni). Seeds are not paired: two sweeps rarely share code, machine and seeds at once.
+Only the same task under the same protocol compares. Rows are the dense baseline and each method's best, of the longest
+budget that both sweeps have, and every configuration that both confirmed; a difference is B minus A with Welch's
+interval, all of a task together (Bonferroni). Seeds are not paired: two sweeps rarely share code, machine and seeds.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pandas as pd
 
 from analysis import stats, words
 from analysis.load import read
-from analysis.sections import BUDGET, CONFIDENCE, DENSE, Section, split
+from analysis.sections import BUDGET, CONFIDENCE, DENSE, Section, budget_of, same_budget, split
 from analysis.tables import Column, Table
 from raysparse.errors import UsageError
 
@@ -71,13 +71,11 @@ def why_not(one: Sequence[Section], other: Sequence[Section]) -> str:
 def rows(one: Section, other: Section) -> pd.DataFrame:
     """Configurations of two sections of one task: who, seeds and FID on both sides, difference, interval, verdict."""
     chosen: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
-    if one.dense is not None and other.dense is not None:
-        chosen.append(("dense", one.dense, other.dense))
-    methods = [name for name in one.methods() if name != DENSE and name in other.methods()]
-    for method in methods:
-        best = [_best(side, method) for side in (one, other)]
-        if best[0] is not None and best[1] is not None:
-            chosen.append((f"best {method}", best[0], best[1]))
+    for method in (name for name in one.methods() if name in other.methods()):
+        budget = _shared(one, other, method)
+        a, b = (_best(side, method, budget) for side in (one, other))
+        if a is not None and b is not None:
+            chosen.append((DENSE if method == DENSE else f"best {method}", a, b))
     known = {(mine["configuration"], theirs["configuration"]) for _, mine, theirs in chosen}
     for name in (name for name in one.confirmed["configuration"] if (name, name) not in known):
         mine, theirs = (side.confirmed[side.confirmed["configuration"].eq(name)] for side in (one, other))
@@ -113,9 +111,28 @@ def _judged_of(section: Section, method: str) -> int:
     return int((rows["method"].eq(method) & rows["seeds"].gt(1)).sum())
 
 
-def _best(section: Section, method: str) -> dict[str, Any] | None:
+def _shared(one: Section, other: Section, method: str) -> tuple[Any, ...] | None:
+    """The longest budget at which both confirmed a method, else the longest at which both have a result of it.
+
+    None where they share none.
+    """
+    for sides in ((one.confirmed, other.confirmed), (_done(one), _done(other))):
+        a, b = (set(map(budget_of, rows[rows["method"].eq(method)].to_dict("records"))) for rows in sides)
+        if a & b:
+            return max(a & b)
+    return None
+
+
+def _done(section: Section) -> pd.DataFrame:
+    return section.configurations[section.configurations["seeds"].gt(0)]
+
+
+def _best(section: Section, method: str, budget: tuple[Any, ...] | None) -> dict[str, Any] | None:
+    """The lowest of a method at a budget (None: at any), of the confirmed ones where there are any."""
     for found in (section.confirmed, section.searched):
         mine = found[found["method"].eq(method)]
+        if budget is not None:
+            mine = mine[same_budget(mine, dict(zip(BUDGET, budget, strict=True)))]
         if len(mine):
             return dict(mine.sort_values("fid_mean", kind="stable").iloc[0])
     return None
@@ -126,9 +143,11 @@ def _table(one: Section, other: Section, a: Path, b: Path, number: int) -> Table
     columns = (
         Column("what", lambda row: words.text(row["what"]), numeric=False),
         Column("in A", lambda row: words.text(row["a_configuration"]), numeric=False),
+        *_steps(frame, "steps", "a"),
         Column("seeds", lambda row: str(row["a_seeds"])),
         Column(f"A: {one.fid_name}", lambda row: words.spread(row["a_fid_mean"], row["a_fid_std"])),
         Column("in B", lambda row: words.text(row["b_configuration"]), numeric=False),
+        *_steps(frame, "steps in B", "b"),
         Column("seeds in B", lambda row: str(row["b_seeds"])),
         Column(f"B: {one.fid_name}", lambda row: words.spread(row["b_fid_mean"], row["b_fid_std"])),
         Column("B minus A", lambda row: words.interval(row, "difference", row["a_fid_mean"])),
@@ -145,6 +164,13 @@ def _table(one: Section, other: Section, a: Path, b: Path, number: int) -> Table
     return Table(
         name, f"{one.title}: A and B", caption, frame, columns, "No configuration has a result in both sweeps."
     )
+
+
+def _steps(frame: pd.DataFrame, heading: str, side: str) -> tuple[Column, ...]:
+    """The column of a side's steps, where several budgets stand in the table."""
+    if frame.empty or pd.concat([frame[f"{name}_total_steps"] for name in SIDES]).nunique() < 2:
+        return ()
+    return (Column(heading, lambda row: words.integer(row[f"{side}_total_steps"])),)
 
 
 def _task(section: Section) -> tuple[str, str, str, str]:

@@ -90,6 +90,36 @@ def test_other_budgets_are_not_judged(sweep: Folder, tmp_path: Path) -> None:
     assert compare.rows(one, two)["verdict"].tolist() == ["another budget"]
 
 
+def test_the_best_is_of_a_budget_that_both_have(folder: Folder, tmp_path: Path) -> None:
+    other = Folder(tmp_path / "other")
+    for seed in (1, 2, 3):
+        for place, steps, dense, rigl in ((folder, 400, 30, 25), (other, 400, 30, 28), (other, 800, 20, 18)):
+            for method, sparsity, fid in (("dense", 0.0, dense), ("rigl", 0.5, rigl)):
+                place.add(facts(method, sparsity, seed, total_steps=steps, trial_id=f"{method}-{steps}-{seed}"),
+                          [(steps, fid + seed)])  # fmt: skip
+    (one,), (two,) = split(read(folder.path)), split(read(other.path))
+    found = compare.rows(one, two)
+    assert found[["what", "b_total_steps", "difference"]].to_numpy().tolist() == [
+        ["dense", 400, 0.0], ["best rigl", 400, 3.0],
+    ]  # fmt: skip
+    assert not found["verdict"].eq("another budget").any()
+    assert compare.rows(two, two)["a_total_steps"].tolist()[:2] == [800, 800]  # the longest of several
+
+
+def test_what_both_confirmed_goes_before_a_longer_search(folder: Folder, tmp_path: Path) -> None:
+    other = Folder(tmp_path / "other")
+    for place in (folder, other):
+        for seed in (1, 2):
+            place.add(facts("rigl", 0.5, seed), [(400, 9.0 + seed)])
+        place.add(facts("rigl", 0.5, stage="search", total_steps=800, trial_id="long"), [(800, 5.0)])
+    (one,), (two,) = split(read(folder.path)), split(read(other.path))
+    assert compare.rows(one, two)["verdict"].tolist() == [stats.NO_DIFFERENCE]
+    other.add(facts("static", 0.5, 1, total_steps=800), [(800, 9.0)])
+    folder.add(facts("static", 0.5, 1), [(400, 9.0)])
+    (table,), _ = compare.tables(folder.path, other.path)
+    assert "| best static | static, S = 0.5 | 400 | 1 | 9.00 | static, S = 0.5 | 800 | 1 |" in table.markdown()
+
+
 @pytest.mark.parametrize("arguments", [["compare"], ["compare", "a"], []])
 def test_missing_arguments_exit_with_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
