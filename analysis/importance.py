@@ -55,10 +55,12 @@ def parts(section: Section) -> list[Part]:
         )
         caption = "Optuna's PED-ANOVA: how much a setting decides whether a trial is in the best tenth; they sum to 1."
         found.append(Part("importance", title, figure(scores), caption, (told,), tables=(table(section, scores),)))
+    older = section.trials["defaults"].isna().any()
     found.append(
         Part("parallel", "All settings of the search at once", parallel(section, rows),
              "A line per search trial at full budget, the best fifth dark blue and drawn last, the worst red. p and "
-             "ΔTe are logarithmic; at “none” the method has no such setting.")
+             "ΔTe are logarithmic; at “none” the method has no such setting, or no use for it"
+             f"{', or the record is of an earlier version and leaves out a default' if older else ''}.")
     )  # fmt: skip
     return found
 

@@ -10,7 +10,7 @@ and `kid` of a diverged report are NaN, whatever stand-in was written for the tr
                            intermediate protocol, at its last step too, else `fid`. Never compared with a `fid`.
     configuration   str    ten hex digits: the same for trials that differ only in seed, folders and threads
     other_settings  str    settings beside method, S, p, ΔTe and steps that vary among the trials that share protocol,
-                           model, data set and variant, `name=value, ...`
+                           model, data set and variant, `name=value, ...`; a default too, where the record says it
     variant         str    what else makes another task of the same data set: "class-conditional", "first 12500
                            training examples"; empty for the usual one
 
@@ -51,7 +51,8 @@ FACTS = [field.name for field in dataclasses.fields(records.Facts)]
 OUTCOME = [field.name for field in dataclasses.fields(records.Outcome)]
 LARGE = ("samples_png", "layer_density", "mask_sample")
 REPORT = [field.name for field in dataclasses.fields(records.Report) if field.name not in LARGE]
-OPTIONAL = ("allocation", "prune_ratio", "update_interval_steps", "intermediate_protocol")  # facts that may be null
+# Facts that may be null.
+OPTIONAL = ("allocation", "prune_ratio", "update_interval_steps", "intermediate_protocol", "defaults")
 TASK = ["protocol", "model", "dataset", "variant"]  # where all of these are equal, two FIDs are comparable
 EVALUATIONS = "evaluations"  # the folder of what `raysparse evaluate` measured
 
@@ -200,18 +201,36 @@ def _measured(rows: pd.DataFrame) -> pd.DataFrame:
 
 def _with_configurations(rows: pd.DataFrame) -> pd.DataFrame:
     settings = {text: _settings(text) for text in rows["config"].unique()}
-    keys = {text: hashlib.sha256(json.dumps(flat, sort_keys=True).encode()) for text, flat in settings.items()}
+    keys = {text: _key(flat) for text, flat in settings.items()}
     rows = rows.assign(
-        configuration=rows["config"].map({text: key.hexdigest()[:10] for text, key in keys.items()}),
+        configuration=rows["config"].map(keys),
         variant=rows["config"].map({text: _variant(flat) for text, flat in settings.items()}),
     )
+    defaults = _defaults(rows)
     others: dict[str, str] = {}
     for _, texts in rows.drop_duplicates("config").groupby(TASK)["config"]:
         comparable = [settings[text] for text in texts]
-        varying = {name for name in {name for flat in comparable for name in flat} if _varies(name, comparable)}
+        varying = sorted(name for name in {name for flat in comparable for name in flat} if _varies(name, comparable))
         for text, flat in zip(texts, comparable, strict=True):
-            others[text] = ", ".join(f"{name}={_compact(flat[name])}" for name in sorted(varying & set(flat)))
+            known = defaults[keys[text]] | flat
+            others[text] = ", ".join(f"{name}={_compact(known[name])}" for name in varying if name in known)
     return _with_plain_text(rows.assign(other_settings=rows["config"].map(others)))
+
+
+def _key(flat: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _defaults(rows: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """configuration -> the settings that its config leaves out for they have their default, of all records of it.
+
+    Beside a trial with another value they are told. Records of earlier versions do not say them.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for key, text in rows[["configuration", "defaults"]].drop_duplicates().itertuples(index=False):
+        told = _object(text) if isinstance(text, str) else None
+        found.setdefault(key, {name: value for name, value in LATER.items() if value is not None}).update(told or {})
+    return found
 
 
 def _variant(flat: dict[str, Any]) -> str:
@@ -239,17 +258,22 @@ def _varies(name: str, settings: list[dict[str, Any]]) -> bool:
 
 def _settings(text: str) -> dict[str, Any]:
     """A trial's configuration as {dotted name: value}: what its id is made of, without the seed and what is None."""
-    try:
-        config = json.loads(text)
-    except ValueError:
-        config = None
-    if not isinstance(config, dict):
+    config = _object(text)
+    if config is None:
         return {UNREADABLE: text}
     flat = _flatten(config)
     if "first_stage.sha256" in flat:
         flat.pop("first_stage.weights", None)  # then the hash says which they are
     known = {name: value for name, value in flat.items() if name not in PLACES}
     return {name: value for name, value in known.items() if name not in LATER or value != LATER[name]}
+
+
+def _object(text: str) -> dict[str, Any] | None:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -132,6 +132,12 @@ class SparseConfig(Section):
         """A setting's value, its default where none was given; None where the method does not have it."""
         return getattr(self.settings(), name, None)
 
+    def left_out(self) -> dict[str, Any]:
+        """The settings with an effect that are not in here, for they have their default."""
+        chosen = self.settings()
+        absent = chosen.model_dump(mode="json", exclude={*FIRST_SETTINGS, *(self.model_extra or {}), *chosen.unused()})
+        return {name: value for name, value in absent.items() if value is not None}
+
     def settings(self) -> settings.Dense:
         """All settings of the method, as its file declares them."""
         given = self.model_dump(exclude={"method"}, exclude_none=True)

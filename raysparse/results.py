@@ -57,6 +57,8 @@ class Facts:
     command: str  # what to type to get this record again
     # The protocol of `intermediate_fid`; None: there is none, and each report has a FID under `protocol`
     intermediate_protocol: str | None = None
+    # JSON {dotted name: value} of what `config` leaves out, settings at their default; None: recorded before this was
+    defaults: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +118,7 @@ SCHEMA = _schema()
 # A file has fifty small columns, and a zstd reader takes 10 µs to set up: 1.7 ms a file, 1.1 so.
 COMPRESSION = {name: "zstd" if name in ("layer_density", "mask_sample") else "snappy" for name in SCHEMA.names}
 # Columns that records written before them lack.
-_LATER = frozenset({"mask_sample", "intermediate_fid", "intermediate_protocol", "compile_s"})
+_LATER = frozenset({"mask_sample", "intermediate_fid", "intermediate_protocol", "compile_s", "defaults"})
 
 
 def write_trial(results: Path, facts: Facts, outcome: Outcome, reports: Iterable[Report]) -> Path:

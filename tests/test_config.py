@@ -146,3 +146,31 @@ def test_a_configuration_of_the_analysis_is_what_an_id_is_made_of(data: dict[str
 
     trial = config.parse(data)
     assert _settings(trial.dump_json()) == {k: v for k, v in _flatten(trial.content()).items() if k != "seed"}
+
+
+@pytest.mark.parametrize(
+    ("data", "left_out"),
+    [
+        ({}, {}),  # dense has no setting
+        ({"method": "static"}, {"pattern": "element"}),
+        ({"method": "static", "pattern": "block"}, {"block": 16, "other_layers": "element"}),
+        ({"method": "static", "pattern": "block", "block": 16}, {"block": 16, "other_layers": "element"}),
+        ({"method": "static", "pattern": "block", "block": 8}, {"other_layers": "element"}),
+        ({"method": "static", "block": 8}, {"pattern": "element"}),  # by element, a block has no effect
+        (
+            {"method": "rigl", "prune_schedule": "cosine"},
+            {"pattern": "element", "interval_schedule": "constant", "prune_ratio_end": 0.0},
+        ),
+    ],
+)
+def test_what_a_trial_leaves_out_is_at_its_default(data: dict[str, Any], left_out: dict[str, Any]) -> None:
+    assert config.parse({"sparse": data}).sparse.left_out() == left_out
+
+
+@pytest.mark.parametrize("method", plugins.names("methods"))
+def test_a_trial_with_what_it_leaves_out_is_the_same_trial(method: str) -> None:
+    trial = config.parse({"sparse": {"method": method}})
+    whole = trial.sparse.model_dump(exclude_none=True) | trial.sparse.left_out()
+    assert config.parse({"sparse": whole}).trial_id == trial.trial_id
+    given = {"method": method} | {name: trial.sparse.setting(name) for name in config.method_settings(method)}
+    assert {name for name in given if given[name] is not None} - set(whole) <= trial.sparse.settings().unused()

@@ -28,16 +28,17 @@ class Dense(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
+    def unused(self) -> set[str]:
+        """The names of the settings that the others leave without effect."""
+        return set()
+
     def relevant(self) -> Self:
         """These settings with what they leave without effect at its default, so that equal trials have equal ids."""
-        return self
+        return self.model_copy(update={name: type(self).model_fields[name].default for name in self.unused()})
 
     def bounds(self) -> list[int]:
         """The end of each range of timesteps that has masks of its own; none: the same masks for all."""
         return []
-
-    def _without(self, *names: str) -> Self:
-        return self.model_copy(update={name: type(self).model_fields[name].default for name in names})
 
 
 class Sparse(Dense):
@@ -73,10 +74,14 @@ class Sparse(Dense):
         plugins.load("patterns", self.pattern).check(self)
         return self
 
+    def unused(self) -> set[str]:
+        """What the pattern does not use."""
+        used: frozenset[str] = plugins.load("patterns", self.pattern).SETTINGS
+        return {"block", "m", "other_layers"} - used
+
     def relevant(self) -> Self:
-        """Without what the pattern does not use."""
-        plugin = plugins.load("patterns", self.pattern)
-        return self._without(*({"block", "m", "other_layers"} - plugin.SETTINGS)).model_copy(update=plugin.FIXED)
+        """With what the pattern decides, too."""
+        return super().relevant().model_copy(update=plugins.load("patterns", self.pattern).FIXED)
 
 
 class Dynamic(Sparse):
@@ -120,14 +125,13 @@ class Dynamic(Sparse):
             )
         return self
 
-    def relevant(self) -> Self:
-        """Without what the two schedules do not use."""
-        unused = (
-            [] if "stall" in (self.prune_schedule, self.interval_schedule) else ["stall_reports", "stall_tolerance"]
-        )
-        unused += ["prune_ratio_end"] if self.prune_schedule == "constant" else []
-        unused += ["update_interval_end"] if self.interval_schedule == "constant" else []
-        return super().relevant()._without(*unused)
+    def unused(self) -> set[str]:
+        """What the pattern and the two schedules do not use."""
+        stall = "stall" in (self.prune_schedule, self.interval_schedule)
+        found = set() if stall else {"stall_reports", "stall_tolerance"}
+        found |= {"prune_ratio_end"} if self.prune_schedule == "constant" else set()
+        found |= {"update_interval_end"} if self.interval_schedule == "constant" else set()
+        return super().unused() | found
 
 
 def of_method(method: str) -> type[Dense]:

@@ -156,6 +156,7 @@ def facts(config: TrialConfig, *, sweep: str, stage: str, world_size: int, comma
         versions=json.dumps(versions(), sort_keys=True),
         command=command,
         intermediate_protocol=intermediate.json() if intermediate else None,
+        defaults=json.dumps({f"sparse.{name}": value for name, value in sparse.left_out().items()}, sort_keys=True),
     )
 
 

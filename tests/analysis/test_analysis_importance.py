@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import subprocess
 import sys
@@ -59,6 +61,40 @@ def test_a_list_is_one_value() -> None:
         "sparse.pattern": "block",
     }
     assert importance._others("") == {}
+
+
+def blocks(folder: Folder, recorded: bool) -> Section:
+    """A search of B = 8, 16 and 32, where 16 is the default, which a config leaves out, and of two trials without B."""
+    for number in range(12):
+        size = (8, 16, 32)[number % 3]
+        trial = facts("magran", 0.5, stage="search", trial_id=f"t{number:02d}", prune_ratio=0.1 + number / 100)
+        config = json.loads(trial.config)
+        config["sparse"] |= {"pattern": "block"} | ({"block": size} if size != 16 else {})
+        left_out = {"sparse.other_layers": "element"} | ({"sparse.block": 16} if size == 16 else {})
+        defaults = json.dumps(left_out) if recorded else None
+        folder.add(dataclasses.replace(trial, config=json.dumps(config), defaults=defaults), [(400, 10.0 + size)])
+    for number, left_out in enumerate(({"sparse.pattern": "element"}, {})):
+        trial = facts(("magran", "dense")[number], 0.5 - number / 2, stage="search", trial_id=f"other{number}")
+        folder.add(dataclasses.replace(trial, defaults=json.dumps(left_out) if recorded else None), [(400, 50.0)])
+    return only(folder)
+
+
+def test_a_setting_at_its_default_has_its_value(folder: Folder) -> None:
+    section = blocks(folder, recorded=True)
+    rows = importance.settings(section).set_index("trial_id")
+    assert "sparse.other_layers" not in rows  # all have the default
+    assert [rows["sparse.block"].get(name) for name in ("t00", "t01", "t02")] == [8, 16, 32]
+    assert rows.loc[["other0", "other1"], "sparse.block"].isna().all()  # by element, and dense
+    assert rows["sparse.pattern"].fillna("")[["t00", "other0", "other1"]].tolist() == ["block", "element", ""]
+    (_, drawn) = importance.parts(section)
+    assert drawn.caption.endswith("the method has no such setting, or no use for it.")
+
+
+def test_a_record_that_says_no_defaults_may_have_them(folder: Folder) -> None:
+    section = blocks(folder, recorded=False)
+    assert importance.settings(section).set_index("trial_id")["sparse.block"].isna()["t01"]
+    (_, drawn) = importance.parts(section)
+    assert "the record is of an earlier version and leaves out a default" in drawn.caption
 
 
 def test_parts_say_what_is_left_out(search: Section) -> None:

@@ -43,7 +43,7 @@ def test_every_column_has_a_home(folder: Folder) -> None:
 
 def test_records_without_later_columns_are_read(folder: Folder) -> None:
     path = folder.add(facts("rigl", 0.5), [(400, 12.0)])
-    pq.write_table(pq.read_table(path).drop_columns(["mask_sample"]), path)
+    pq.write_table(pq.read_table(path).drop_columns(["mask_sample", "defaults"]), path)
     assert read(folder.path).warnings == ()
     assert column(path, "mask_sample") == [None]
 
@@ -121,6 +121,26 @@ def test_what_a_trials_id_tells_apart_stays_apart(folder: Folder, added: dict[st
         config = json.loads(trial.config) | (added if seed == 2 else {})
         folder.add(dataclasses.replace(trial, config=json.dumps(config)), [(400, 9.0 + seed)])
     assert read(folder.path).trials["configuration"].nunique() == 2
+
+
+def test_defaults_are_told_beside_another_value_and_make_no_other_configuration(folder: Folder) -> None:
+    for seed, block, defaults in ((1, None, None), (2, None, '{"sparse.block": 16}'), (1, 8, "{}"), (3, None, "[1")):
+        trial = facts("rigl", 0.5, seed, trial_id=f"{block}-{seed}")
+        config = json.loads(trial.config)
+        config["sparse"]["block"] = block
+        folder.add(dataclasses.replace(trial, config=json.dumps(config), defaults=defaults), [(400, 1.0)])
+    trials = read(folder.path).trials  # the first of them of a version that did not record defaults
+    assert trials["other_settings"].tolist() == ["sparse.block=8", *3 * ["sparse.block=16"]]
+    assert trials["configuration"].nunique() == 2
+
+
+def test_a_later_setting_is_told_beside_another_value(folder: Folder) -> None:
+    for examples in (1024, 512):
+        trial = facts("rigl", 0.5, trial_id=f"t{examples}")
+        config = json.loads(trial.config) | {"evaluate": {"validation_examples": examples}}
+        folder.add(dataclasses.replace(trial, config=json.dumps(config)), [(400, 1.0)])
+    told = {f"evaluate.validation_examples={examples}" for examples in (1024, 512)}
+    assert set(read(folder.path).trials["other_settings"]) == told
 
 
 def test_what_does_not_vary_is_not_mentioned(sweep: Folder) -> None:

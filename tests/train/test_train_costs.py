@@ -71,6 +71,7 @@ def test_facts_carry_protocol_versions_and_the_trial(tiny, rigl):
     assert '"kid_subset_size":16' in facts.protocol
     assert '"torch"' in facts.versions
     assert facts.params_active < facts.params_total
+    assert facts.defaults == '{"sparse.interval_schedule": "constant", "sparse.pattern": "element"}'
 
 
 def test_a_sample_costs_the_steps_that_are_done(tiny):

@@ -61,14 +61,14 @@ class Settings(Sparse):
         """Index of the stage after so many optimizer steps."""
         return min(step // self.stage_steps, len(self.patterns()) - 1)
 
-    def relevant(self) -> Self:
-        """Without what the straight-through estimator, the stages and the teacher do not use."""
-        unused = ["sr_lambda"] if self.ste == "plain" else []
-        unused += ["stage_steps"] if len(self.patterns()) == 1 else []
-        unused += ["teacher_weight"] if self.loss != "both" else []
-        unused += ["teacher_bf16"] if self.loss == "noise" else []
-        unused += ["teacher"] if self.loss == "noise" and self.start == "scratch" else []
-        return super().relevant()._without(*unused)
+    def unused(self) -> set[str]:
+        """What the pattern, the straight-through estimator, the stages and the teacher do not use."""
+        found = {"sr_lambda"} if self.ste == "plain" else set()
+        found |= {"stage_steps"} if len(self.patterns()) == 1 else set()
+        found |= {"teacher_weight"} if self.loss != "both" else set()
+        found |= {"teacher_bf16"} if self.loss == "noise" else set()
+        found |= {"teacher"} if self.loss == "noise" and self.start == "scratch" else set()
+        return super().unused() | found
 
 
 METHOD = Method(straight_through=True)
