@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from raysparse.sweep import leaving
 from raysparse.sweep.journal import Event, Journal, event, read
 
 
@@ -224,9 +225,11 @@ class Ledger:
         self.board = Board.load(results)
         self._journal = Journal(results / "journal.jsonl")
         self._on_event = on_event
-        running = sum(row.since is not None for row in self.board.rows.values())
+        running = [row.trial_id for row in self.board.rows.values() if row.since is not None]
         if running:  # on record: else who reads the journal counts the pause as time in which they ran
-            self.add(event("gone", reason=f"the driver before ended without a word; {running} trials ran"))
+            for trial_id in running:
+                leaving.forgive_start(results / "trials" / trial_id)
+            self.add(event("gone", reason=f"the driver before ended without a word; {len(running)} trials ran"))
 
     def add(self, item: Event) -> None:
         self._journal.append(item)

@@ -95,11 +95,8 @@ def count_start(folder: Path, step: int, hung: str | None = None) -> str | None:
     Machines may be lost without end in a sweep of a week; a trial that gets further in between has no part in it.
     """
     path = folder / STARTS
-    try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        before = int(kept["starts"]) if kept["step"] == step else 0
-    except (OSError, ValueError, KeyError, TypeError):
-        before = 0
+    at, before = _starts(path)
+    before = before if at == step else 0
     if before >= STARTS_LIMIT:
         path.unlink()  # an answer to a person's `retry`: it gets as many starts again
         times = f"its process ended {before} times at or after step {step}"
@@ -111,6 +108,23 @@ def count_start(folder: Path, step: int, hung: str | None = None) -> str | None:
         )
     write_text(path, json.dumps({"step": step, "starts": before + 1}))
     return None
+
+
+def forgive_start(folder: Path) -> None:
+    """The last start ended with its driver, which was killed: that is no fault of the trial's."""
+    path = folder / STARTS
+    step, starts = _starts(path)
+    if starts > 0:
+        write_text(path, json.dumps({"step": step, "starts": starts - 1}))
+
+
+def _starts(path: Path) -> tuple[int, int]:
+    """The step of the last start, and how many there were from it; (0, 0) where that is not known."""
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return int(kept["step"]), int(kept["starts"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0, 0
 
 
 class Pause:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,9 @@ import pytest
 from raysparse import space
 from raysparse.space import Sweep
 from raysparse.sweep import leaving
+from raysparse.sweep.board import Ledger
+from raysparse.sweep.journal import event
+from raysparse.sweep.search import planned
 from raysparse.sweep.trainable import train_rank
 from raysparse.train import setup, state
 
@@ -116,6 +120,25 @@ def test_machines_may_be_lost_without_end_but_a_trial_that_gets_nowhere_fails(
         assert leaving.count_start(path, 8) is None
     assert str(leaving.count_start(path, 8)).startswith("its process ended 3 times at or after step 8")
     assert leaving.count_start(path, 8) is None  # a person has tried it again
+
+
+def test_a_start_that_ended_with_its_driver_is_no_death_of_the_trial(
+    tmp_path: Path, sweep_of: Callable[..., Sweep]
+) -> None:
+    trial = space.trial(sweep_of(), {"method": "static", "sparsity": 0.5})
+    path = tmp_path / "trials" / trial.trial_id
+    for _ in range(leaving.STARTS_LIMIT + 2):
+        ledger = Ledger(tmp_path)
+        if not ledger.board.rows:
+            ledger.add(planned(trial, {"method": "static", "sparsity": 0.5}, "search"))
+        ledger.add(event("started", stage="search", trial_id=trial.trial_id))
+        assert leaving.count_start(path, 0) is None
+        ledger.close()  # the driver is killed: nothing says that the trial has ended
+    with closing(Ledger(tmp_path)):
+        for _ in range(leaving.STARTS_LIMIT):
+            assert leaving.count_start(path, 0) is None
+        assert leaving.count_start(path, 0) is not None, "deaths under one driver count"
+    leaving.forgive_start(tmp_path / "never started")
 
 
 def test_a_wish_is_looked_for_rarely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
