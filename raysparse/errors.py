@@ -23,6 +23,10 @@ class RanksApart(UsageError):
     """
 
 
+class OtherFormat(UsageError):
+    """A file of another version of raysparse: whole, and not to be taken for damaged."""
+
+
 def unknown(what: str, got: str, known: Iterable[str]) -> str:
     """`unknown key 'sparcity' (did you mean 'sparsity'?); known: ...`"""
     names = sorted(known)

@@ -27,7 +27,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from raysparse.errors import UsageError
+from raysparse.errors import OtherFormat, UsageError
 from raysparse.files import TEMPORARY, remove_folder, sync
 from raysparse.train import fits
 
@@ -151,7 +151,7 @@ def manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "format" not in content:
         raise _of_something_else(folder)
     if content["format"] != FORMAT:
-        raise UsageError(
+        raise OtherFormat(
             f"{path} has format {content['format']}, this raysparse reads {FORMAT}; use the one that wrote it"
         )
     if not all(type(content.get(name)) is kind for name, kind in CONTENT.items()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import math
 import os
@@ -133,6 +134,19 @@ def test_a_report_without_its_checkpoint_is_made_again(told: dict[str, Any], tmp
     assert [path.name for path in sorted(checkpoints.iterdir())] == ["step-000000006", "step-000000008"]
     assert [metrics["step"] for metrics in again] == [2, 4, 6, 8]
     assert fids(again)[:2] == fids(first)
+
+
+def test_a_checkpoint_of_another_version_is_kept_and_said(told: dict[str, Any], tmp_path: Path) -> None:
+    run(told, kill_at=4)
+    checkpoints = tmp_path / "checkpoints" / told["trial_id"]
+    for manifest in checkpoints.glob("*/manifest.json"):
+        outer = json.loads(manifest.read_text())
+        outer["content"]["format"] = 99
+        outer["sha256"] = hashlib.sha256(json.dumps(outer["content"], sort_keys=True).encode()).hexdigest()
+        manifest.write_text(json.dumps(outer))
+    (last,) = run(told)
+    assert "has format 99, this raysparse reads" in last["failed"]
+    assert [path.name for path in sorted(checkpoints.iterdir())] == ["step-000000002", "step-000000004"]
 
 
 def test_a_report_that_was_lost_beside_its_checkpoint_is_made_again(told: dict[str, Any], tmp_path: Path) -> None:
