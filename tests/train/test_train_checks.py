@@ -16,3 +16,9 @@ def test_a_models_inputs_are_of_the_representation_it_is_given(tiny, representat
         check_settings(tiny(data, {"model.options.inputs": inputs}))
     with pytest.raises(UsageError, match=f"inputs is {other}, data.options.representation {representation}: set both"):
         check_settings(tiny(data, {"model.options.inputs": other}))
+
+
+@pytest.mark.parametrize(("option", "most"), [("hidden", 4096), ("layers", 64)])
+def test_a_sketch_model_that_no_memory_holds_is_refused(tiny, option: str, most: int) -> None:
+    with pytest.raises(UsageError, match=f"{option}.*{most}"):
+        check_settings(tiny({f"model.options.{option}": 10**30}))
