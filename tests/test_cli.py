@@ -202,7 +202,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(run, tmp_path:
 def test_a_sweep_file_lends_train_its_base_and_what_the_method_has_of_the_shared_settings(tmp_path: Path) -> None:
     dense = cli.load_trial(SPACES / "quickstart.yaml", None, None)
     assert dense.sparse.method == "dense"
-    assert dense.model.options == {"hidden": 32, "layers": 2}
+    assert dense.model.options == {"hidden": 32, "layers": 2, "inputs": "del"}
     rigl = cli.load_trial(SPACES / "quickstart.yaml", ["sparse.method=rigl", "sparse.sparsity=0.9"], tmp_path)
     assert (rigl.sparse.update_interval, rigl.sparse.sparsity) == (40, 0.9)
     assert rigl.data.source == str(tmp_path)
