@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -215,7 +215,7 @@ def _said_to(path: Path) -> Iterator[None]:
     """What Ray says in this process goes to a file: the terminal is the command line's."""
     from ray._private import worker
 
-    handler = logging.FileHandler(path, delay=True)
+    handler = _Log(path, delay=True)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger("ray")
     before, printed = list(logger.handlers), worker.print_to_stdstream
@@ -233,3 +233,18 @@ def _said_to(path: Path) -> Iterator[None]:
         worker.print_to_stdstream = printed
         logger.handlers[:] = before
         handler.close()
+
+
+class _Log(logging.FileHandler):
+    """A log that cannot be written loses what it was told: that ends nothing, and hides no error that does."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):  # where it is opened only now
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass  # else a traceback on the terminal
+
+    def close(self) -> None:
+        with suppress(OSError):  # what is still to be written
+            super().close()

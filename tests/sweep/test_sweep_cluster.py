@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -138,3 +139,16 @@ def test_a_process_that_ray_killed_for_memory_is_a_lost_one() -> None:
     assert [(type(error), str(error)) for error in heard] == 2 * [(RayActorError, "low on memory")]
     with pytest.raises(RuntimeError, match="unexpected exception: low"):  # where Ray knows it itself, ours can go
         RayActorManager._actor_task_failed(manager, task, OutOfMemoryError("low on memory"))
+
+
+@pytest.mark.parametrize("path", [Path("/dev/full"), Path("/no/such/folder/ray.log")])
+def test_a_log_that_cannot_be_written_neither_hides_an_error_nor_says_its_own(
+    path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail() -> None:
+        logging.getLogger("ray").warning("a worker was lost")
+        raise UsageError("full; go on with: raysparse resume")
+
+    with pytest.raises(UsageError, match="go on with"), cluster._said_to(path):
+        fail()
+    assert capfd.readouterr().err == ""
