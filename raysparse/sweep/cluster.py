@@ -71,6 +71,11 @@ def ray_for(
         )
     except (ConnectionError, ray.exceptions.AuthenticationError) as error:
         raise UsageError(f"cannot start or reach Ray at {address!r}: {error}") from error
+    except Exception as error:  # of a Ray that does not come up in time it says Exception itself
+        if not local:
+            raise
+        why = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise UsageError(f"cannot start Ray on this machine: {why}; try again") from error
     from ray.tune.execution import class_cache
 
     class_cache.ENV_VARS_TO_PROPAGATE.add(HANDOVER)  # to processes on other nodes too

@@ -124,6 +124,30 @@ def test_a_cluster_that_lost_its_nodes_is_said_once_and_so_is_the_end_of_it(monk
     assert shortage() is None
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            Exception("The current node timed out.\nIts load may be why."),
+            "this machine: The current node timed out; try",
+        ),
+        (TimeoutError(), "this machine: TimeoutError; try again"),
+        (ConnectionError("nobody"), "cannot start or reach Ray at 'local': nobody"),
+    ],
+)
+def test_a_local_ray_that_does_not_start_is_said_in_words(
+    error: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def init(**options: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("ray.init", init)
+    monkeypatch.setattr(cluster, "ENVIRONMENT", {})
+    monkeypatch.setattr(cluster, "make_token", lambda: None)
+    with pytest.raises(UsageError, match=said), cluster.ray_for(tmp_path, Resources(), address="local"):
+        pass
+
+
 def test_a_process_that_ray_killed_for_memory_is_a_lost_one() -> None:
     from ray.air.execution._internal.actor_manager import RayActorManager
     from ray.exceptions import OutOfMemoryError, RayActorError
