@@ -178,17 +178,26 @@ class NoRoom(UsageError):
         self.found = found
 
 
+class RayLost(UsageError):
+    """The Ray that this process started has no node left, and no other can join it."""
+
+
 class Shortage:
     """Said by a sweep that runs: the nodes that are left have room for no trial, and when they have again."""
 
-    def __init__(self, resources: Resources, nodes: Callable[[], list[dict[str, float]]] | None = None) -> None:
-        """nodes: the resources of each node that is alive; None: Ray is asked."""
-        self._resources, self._nodes = resources, nodes or _alive
+    def __init__(
+        self,
+        resources: Resources,
+        nodes: Callable[[], list[dict[str, float]]] | None = None,
+        can_grow: Callable[[], bool] | None = None,
+    ) -> None:
+        """nodes: the resources of each node that is alive; can_grow: whether others may join; None: Ray is asked."""
+        self._resources, self._nodes, self._can_grow = resources, nodes or _alive, can_grow or _can_grow
         self._since: float | None = None
         self._said = False
 
     def __call__(self) -> str | None:
-        """What there is to say now; a shortage that lasts is said once."""
+        """What there is to say now; a shortage that lasts is said once. RayLost where it would last for ever."""
         nodes = self._nodes()
         try:
             _check_fits(nodes, self._resources, f"the cluster of {len(nodes)} node{'s' * (len(nodes) != 1)}")
@@ -196,6 +205,8 @@ class Shortage:
             self._since = time.monotonic() if self._since is None else self._since
             if self._said or time.monotonic() - self._since < SHORT_S:
                 return None
+            if not nodes and not self._can_grow():
+                raise RayLost("the Ray of this machine was lost (its raylet ended)") from None
             self._said = True
             return f"no trial can run: {lack.found}; waiting for nodes to join (`ray status` shows what is asked for)"
         said, self._said, self._since = self._said, False, None

@@ -121,7 +121,7 @@ def _drive(
 ) -> Summary:
     from raysparse.sweep.cluster import concurrency, ray_for
 
-    with caught() as signals, ray_for(results, sweep.resources, **ray), _storage(results):
+    with caught() as signals, ray_for(results, sweep.resources, **ray), _in_words(results):
         signals.catch()  # again: Ray's start puts a SIGTERM handler of its own in place
         at_a_time = concurrency(sweep.resources)
         leaving.forget(results)
@@ -206,19 +206,26 @@ def _stage(
 
 
 @contextmanager
-def _storage(results: Path) -> Iterator[None]:
-    """Storage that failed for longer than the driver waits, in words; the journal is whole up to there."""
+def _in_words(results: Path) -> Iterator[None]:
+    """What a sweep ends at, storage that failed for longer than the driver waits or a lost Ray, with what to do.
+
+    The journal is whole up to there.
+    """
     from ray.tune.error import TuneError
 
+    from raysparse.sweep.cluster import RayLost
+
+    go_on = f"go on with: raysparse resume {shlex.quote(str(results))}"
     try:
         yield
+    except RayLost as error:
+        raise UsageError(f"{error}; {go_on}") from error
     except (OSError, TuneError) as error:
         failed = error if isinstance(error, OSError) else error.__context__  # Tune has what a callback raised as text
         if not passing(failed):
             raise
         raise UsageError(
-            f"{results} cannot be written: {failed}; free some space or bring the storage back, then go on with: "
-            f"raysparse resume {shlex.quote(str(results))}"
+            f"{results} cannot be written: {failed}; free some space or bring the storage back, then {go_on}"
         ) from error
 
 

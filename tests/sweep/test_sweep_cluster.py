@@ -124,6 +124,19 @@ def test_a_cluster_that_lost_its_nodes_is_said_once_and_so_is_the_end_of_it(monk
     assert shortage() is None
 
 
+def test_a_local_ray_that_was_lost_ends_the_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(cluster.time, "monotonic", lambda: now[0])
+    local = Shortage(Resources(), list, lambda: False)
+    joined = Shortage(Resources(), list, lambda: True)
+    assert (local(), joined()) == (None, None)
+    now[0] = cluster.SHORT_S
+    assert "the cluster of 0 nodes" in (joined() or ""), "its nodes may come back"
+    go_on = rf"Ray of this machine was lost .*; go on with: raysparse resume {tmp_path}$"
+    with pytest.raises(UsageError, match=go_on), tuner._in_words(tmp_path):
+        local()
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
