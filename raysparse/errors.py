@@ -27,6 +27,13 @@ class OtherFormat(UsageError):
     """A file of another version of raysparse: whole, and not to be taken for damaged."""
 
 
+class WorkerDied(RuntimeError):
+    """A rank's process was ended from outside, as by the system for want of memory.
+
+    The command line prints it without a traceback, which would be of who waited, and exits with 1.
+    """
+
+
 def unknown(what: str, got: str, known: Iterable[str]) -> str:
     """`unknown key 'sparcity' (did you mean 'sparsity'?); known: ...`"""
     names = sorted(known)

@@ -6,10 +6,12 @@ import errno
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from raysparse import cli
+from raysparse.errors import WorkerDied
 from raysparse.sweep.board import Board
 from raysparse.sweep.tuner import Summary
 
@@ -182,6 +184,18 @@ def test_train_writes_records_and_goes_on_where_it_stopped(run, tmp_path: Path) 
     assert code == 0
     assert "step" not in err
     assert Path(out.strip()).is_file()
+
+
+def test_a_worker_that_was_killed_is_told_without_a_traceback(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raysparse.train import ranks
+
+    died = WorkerDied("worker 0 died with exit code -9; the work ended, run it again to resume")
+    monkeypatch.setattr(ranks, "run", mock.Mock(side_effect=died))
+    code, out, err = run("train", "--output", str(tmp_path), *settings())
+    assert (code, out) == (1, "")
+    assert err.splitlines()[-1] == f"error: {died}"
 
 
 def test_an_output_that_cannot_be_written_is_told_before_the_work(run, tmp_path: Path) -> None:

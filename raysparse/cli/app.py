@@ -15,7 +15,7 @@ import yaml
 import raysparse
 from raysparse import config, plugins, space
 from raysparse.config import TrialConfig
-from raysparse.errors import UsageError
+from raysparse.errors import UsageError, WorkerDied
 
 app = typer.Typer(
     help="Sparse-to-sparse training of diffusion models, swept on Ray.",
@@ -49,6 +49,9 @@ def main() -> None:
     except UsageError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
+    except WorkerDied as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(1)
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise

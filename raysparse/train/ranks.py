@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from raysparse.errors import UsageError
+from raysparse.errors import UsageError, WorkerDied
 from raysparse.train import distributed
 
 Say = Callable[[Any], None]
@@ -47,7 +47,7 @@ def run(work: Callable[..., Any], job: tuple[Any, ...], workers: int, device: st
 
     work: a function that can be pickled, like the job, where there are several workers. on_message: called in this
     process with what ranks say. The first Ctrl-C (or SIGTERM) makes `should_stop` true, a second one raises
-    KeyboardInterrupt. UsageError: a rank's. RuntimeError: a rank died, which ends all.
+    KeyboardInterrupt. UsageError: a rank's. RuntimeError: a rank raised or died (WorkerDied), which ends all.
     """
     with _interrupts() as stop:
         if workers == 1:
@@ -98,11 +98,14 @@ def _listen(ranks: list[Any], messages: Any, stop: threading.Event, stopping: An
             elif not isinstance(message, Exception):
                 on_message(message)
         complaints = sorted((m for m in heard if isinstance(m, Exception)), key=lambda e: not isinstance(e, UsageError))
-        if complaints:
+        killed = [process for process in died if process.exitcode == -signal.SIGKILL]
+        # The ranks beside a killed one raise as well, in their collective: that is no cause.
+        if complaints and (isinstance(complaints[0], UsageError) or not killed):
             raise complaints[0]
         if died:
-            raise RuntimeError(
-                f"{died[0].name} died with exit code {died[0].exitcode}; the work ended, run it again to resume"
+            first = (killed or died)[0]
+            raise WorkerDied(
+                f"{first.name} died with exit code {first.exitcode}; the work ended, run it again to resume"
             )
         if ended:
             assert done is not None  # rank 0 says it before it ends

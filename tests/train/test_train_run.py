@@ -10,6 +10,7 @@ import queue
 import signal
 import subprocess
 import sys
+import threading
 from unittest import mock
 
 import pytest
@@ -18,7 +19,7 @@ import torch
 from trainer_state import assert_same, tensors_of
 
 from raysparse import results
-from raysparse.errors import UsageError
+from raysparse.errors import UsageError, WorkerDied
 from raysparse.train import claims, ranks, run, setup, state
 from raysparse.train.loop import Trainer
 
@@ -118,6 +119,24 @@ def test_two_workers_are_interrupted_resume_and_die_together(tiny, tmp_path):
     assert heard == [*range(20, heard[-1] + 1, 20)]  # no report twice, none left out
     assert heard[-1] >= stopped  # at it where the evaluation of that step was interrupted: it is done now
     assert not multiprocessing.active_children()
+
+
+def test_of_a_killed_rank_its_death_is_told_and_not_what_the_others_say():
+    killed, beside = mock.Mock(exitcode=-signal.SIGKILL), mock.Mock(exitcode=1)
+    killed.name, beside.name, end = "worker 1", "worker 0", threading.Event()
+    for said, raised, words in [
+        ([], WorkerDied, "worker 1 died with exit code -9; the work ended, run it again to resume"),
+        ([RuntimeError("Connection closed by peer")], WorkerDied, "worker 1 died with exit code -9"),
+        ([RuntimeError("Connection closed by peer"), UsageError("a file is damaged")], UsageError, "a file is damaged"),
+    ]:
+        messages = queue.Queue()
+        for word in said:
+            messages.put(word)
+        with pytest.raises(raised, match=words):
+            ranks._listen([beside, killed], messages, end, end, print)
+    messages.put(RuntimeError("a fault of ours"))
+    with pytest.raises(RuntimeError, match="a fault of ours"):
+        ranks._listen([beside], messages, end, end, print)
 
 
 def test_ranks_that_do_not_stop_talking_are_interrupted_all_the_same():
