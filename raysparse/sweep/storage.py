@@ -27,6 +27,7 @@ from raysparse.space import Sweep
 from raysparse.sweep import chances, objectives, views
 from raysparse.sweep.board import Board, Ledger, Row
 from raysparse.sweep.journal import event
+from raysparse.train.folders import CHECKPOINT
 
 LOOK_S = 10.0  # between two looks of a driver: of 600 trials it has to list as many folders
 OF_OPEN = 2  # trainable.KEEP_CHECKPOINTS, without importing Ray
@@ -60,7 +61,7 @@ class Store:
         reasons = self._reasons()
         for folder in _folders(self._results / "checkpoints"):
             row = self._board.rows.get(folder.name)
-            steps = sorted(path for path in _folders(folder) if path.name.startswith("step-"))
+            steps = sorted(path for path in _folders(folder) if CHECKPOINT.fullmatch(path.name))
             for place, path in enumerate(reversed(steps), start=1):
                 kept, why = _judged(row, place, reasons.get(folder.name))
                 wanted = (place == 1, *((row.step, -(row.latest or 0.0)) if row else ()))

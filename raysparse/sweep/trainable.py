@@ -38,7 +38,7 @@ from raysparse.results import Report
 from raysparse.sweep import leaving, pulse, trial_log
 from raysparse.sweep.patience import passing, patiently
 from raysparse.sweep.scheduler import last_line
-from raysparse.train import claims
+from raysparse.train import claims, folders
 
 KEEP_CHECKPOINTS = 2  # the last, and the one before in case the last is damaged
 
@@ -187,8 +187,7 @@ def load_latest(trainer: Any, checkpoints: Path, *, removes: bool) -> None:
 
     if removes:
         state.remove_leftovers(checkpoints)
-    found = sorted(path for path in checkpoints.glob("step-*") if path.is_dir())
-    for path in reversed(found):
+    for path in reversed(folders.checkpoints(checkpoints)):
         try:
             patiently(functools.partial(_load, trainer, path), f"{path}", needed=True, done="read")
             return

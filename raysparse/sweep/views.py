@@ -24,6 +24,7 @@ from raysparse.space import Sweep
 from raysparse.sweep import control, folder, objectives, trial_log
 from raysparse.sweep.board import Board, Row
 from raysparse.sweep.journal import read
+from raysparse.train import folders
 
 Facts = dict[str, Any]  # plain data for JSON
 SETTINGS = ("sparsity", "prune_ratio", "update_interval")
@@ -212,7 +213,7 @@ def trial_page(view: View, row: Row) -> Facts:
     """All of `raysparse show`."""
     trial = view.results / "trials" / row.trial_id
     table = _table(view.results, row.trial_id)
-    checkpoints = sorted((view.results / "checkpoints" / row.trial_id).glob("step-*"))
+    checkpoints = folders.checkpoints(view.results / "checkpoints" / row.trial_id)
     samples = sorted((trial / "samples").glob("*.png"), key=lambda path: path.stem.zfill(12))
     reports = records.reports_of(table) if table is not None else []
     return trial_facts(row) | {

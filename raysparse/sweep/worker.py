@@ -15,6 +15,7 @@ from raysparse.sweep import pulse
 from raysparse.sweep.leaving import STARTS_LIMIT, NodeGoes
 from raysparse.sweep.scheduler import exit_detail
 from raysparse.sweep.trainable import failure, train_rank
+from raysparse.train.folders import checkpoints
 
 DRIVER = {"memory": 256 * 2**20}  # bytes; Tune refuses a bundle of nothing
 OTHERS_LOST = "a rank was lost: the others found its connection closed"
@@ -82,7 +83,7 @@ def _lost_because(error: BaseException) -> str:
 def _saved(config: dict[str, Any]) -> str:
     """The name of the trial's last checkpoint, which grows with its step."""
     folder = Path(config["results"]) / "checkpoints" / config["trial_id"]
-    return max((path.name for path in folder.glob("step-*")), default="")
+    return max((path.name for path in checkpoints(folder)), default="")
 
 
 def train_loop(config: dict[str, Any]) -> None:

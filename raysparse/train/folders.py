@@ -1,7 +1,8 @@
-"""A folder of files that is whole or absent."""
+"""A folder of files that is whole or absent; which of a trial's folders are its checkpoints."""
 
 from __future__ import annotations
 
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,13 @@ from pathlib import Path
 
 from raysparse import files
 from raysparse.errors import UsageError
+
+CHECKPOINT = re.compile(r"step-[0-9]+")  # the name of one; what is half written, or a person's copy, has another
+
+
+def checkpoints(trial: Path) -> list[Path]:
+    """A trial's checkpoints by step; `step-<k>` is zero-padded, so by name."""
+    return sorted(path for path in trial.glob("step-*") if CHECKPOINT.fullmatch(path.name) and path.is_dir())
 
 
 @contextmanager

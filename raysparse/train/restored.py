@@ -22,6 +22,7 @@ from raysparse.errors import UsageError
 from raysparse.sparse import layout
 from raysparse.sparse.ranges import ByTimestep
 from raysparse.train import checks, fits, state
+from raysparse.train.folders import checkpoints
 
 EXPORTED = "raysparse.json"  # what an exported folder has and a checkpoint has not
 FIRST_STAGE = "first_stage"  # an imported folder brings its own, as diffusers has it
@@ -95,10 +96,10 @@ def find(path: Path) -> list[Path]:
         return [path]
     if (path / EXPORTED).is_file():
         raise UsageError(f"{path} is an exported folder; first: raysparse import {shlex.quote(str(path))} --to FOLDER")
-    if own := _steps(path):
+    if own := checkpoints(path):
         return own[-1:]
     trials = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    found = [steps[-1] for trial in sorted(trials.iterdir()) if (steps := _steps(trial))]
+    found = [steps[-1] for trial in sorted(trials.iterdir()) if (steps := checkpoints(trial))]
     if not found:
         raise UsageError(
             f"there is no checkpoint in {path}: give a results folder, a trial's folder among its checkpoints, or one "
@@ -181,8 +182,3 @@ def _check_pattern(trial: TrialConfig, masks: Mapping[str, Tensor], where: str) 
             f"{where}: these masks do not keep sparse.pattern {pattern!r}, with which the trial says that it was "
             f"trained: {fits.some(broken)}; take a checkpoint whose files belong together"
         )
-
-
-def _steps(trial: Path) -> list[Path]:
-    """A trial's checkpoints by step; `step-<k>` is zero-padded, so by name. What is half written has another name."""
-    return sorted(path for path in trial.glob("step-*") if path.is_dir())

@@ -30,6 +30,7 @@ from torch import Tensor
 from raysparse.errors import OtherFormat, UsageError
 from raysparse.files import TEMPORARY, remove_folder, sync
 from raysparse.train import fits
+from raysparse.train.folders import checkpoints
 
 if TYPE_CHECKING:
     from raysparse.train.loop import Trainer
@@ -184,7 +185,7 @@ def latest(parent: Path) -> Path | None:
     Removes what an interrupted `save` left behind; only for the one process that writes there.
     """
     remove_leftovers(parent)
-    found = sorted(path for path in parent.glob("step-*") if path.is_dir())
+    found = checkpoints(parent)
     return found[-1] if found else None
 
 
@@ -202,7 +203,7 @@ def remove_leftovers(parent: Path) -> None:
 
 def keep_latest(parent: Path, count: int) -> None:
     """Remove all checkpoints of a trial but the `count` of the highest steps."""
-    found = sorted(path for path in parent.glob("step-*") if path.is_dir())
+    found = checkpoints(parent)
     for old in found[: max(0, len(found) - count)]:
         remove_folder(old)
 

@@ -298,6 +298,17 @@ def test_gc_says_what_would_go_then_does_it(made: Made) -> None:
     assert any(names["confirmed"] in line and "a confirmed result" in line for line in shown)
 
 
+def test_gc_passes_over_what_a_person_keeps_beside_the_checkpoints(made: Made) -> None:
+    name = made.trial(static(0.5), ("report", 2, 9.0), ("report", 6, 7.0), ("completed", 8, 6.0))
+    made.ledger.add(event("interrupted"))
+    theirs = [made.results / "checkpoints" / name / other for other in ("step-abc", "step-000000006.bak")]
+    for path in theirs:
+        path.mkdir()
+    done = CliRunner().invoke(app, ["gc", str(made.results), "--json"])
+    assert [one["step"] for one in json.loads(done.stdout)["gone"]] == [2, 6]
+    assert all(path.is_dir() for path in theirs)
+
+
 def test_gc_keeps_away_from_a_sweep_that_is_driven(made: Made, tmp_path: Path) -> None:
     filled(made)
     before = made.why()

@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -121,6 +122,15 @@ def test_a_restarted_trial_says_all_again_and_goes_on_to_the_same_bits(told: dic
         path.rename(path.with_name(f"old-{path.name}"))  # from the start, for comparison
     (folder / "reports.jsonl").unlink()
     assert fids(run(told)) == fids(again)
+
+
+def test_a_copy_beside_the_checkpoints_is_not_gone_on_from(told: dict[str, Any], tmp_path: Path) -> None:
+    first = run(told, kill_at=4)
+    copy = tmp_path / "checkpoints" / told["trial_id"] / "step-000000004.bak"
+    shutil.copytree(copy.with_suffix(""), copy)
+    (copy / "manifest.json").write_text("a person changed it")
+    assert fids(run(told))[:2] == fids(first)
+    assert copy.is_dir()
 
 
 def test_a_report_without_its_checkpoint_is_made_again(told: dict[str, Any], tmp_path: Path) -> None:

@@ -281,6 +281,15 @@ def test_latest_ignores_and_removes_what_was_not_finished(tiny, rigl, checkpoint
     assert state.latest(parent / "nowhere") is None
 
 
+def test_what_a_person_keeps_beside_the_checkpoints_is_none_of_them_and_stays(tmp_path):
+    names = ["step-000000060", "step-000000060.bak", "step-000000120", "step-000000180", "step-000000180.bak", "step-x"]
+    for name in names:
+        (tmp_path / name).mkdir()
+    assert state.latest(tmp_path) == tmp_path / "step-000000180"
+    state.keep_latest(tmp_path, 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == names[1:]
+
+
 def test_trees_come_back_as_they_were():
     tree = {"a": [1, 2.5, None, True, "x"], 3: {"t": torch.arange(3), "pair": (0.1, float("inf"))}}
     tensors: dict[str, torch.Tensor] = {}
