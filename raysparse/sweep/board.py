@@ -53,7 +53,7 @@ class Row:
     @property
     def intermediate(self) -> bool:
         """Whether `fids` are of a protocol of their own."""
-        return self.config.get("evaluate", {}).get("intermediate") is not None
+        return (self.config.get("evaluate") or {}).get("intermediate") is not None
 
     @property
     def open(self) -> bool:
@@ -67,7 +67,7 @@ class Row:
 
     def setting(self, name: str) -> Any:
         """A setting of the method, e.g. "sparsity"; None where it has none."""
-        return self.config["sparse"].get(name)
+        return (self.config.get("sparse") or {}).get(name)
 
 
 @dataclasses.dataclass(frozen=True)

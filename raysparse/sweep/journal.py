@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import time
@@ -116,10 +117,9 @@ class Reader:
                 try:
                     data = json.loads(line)
                     item = Event(**{name: value for name, value in data.items() if name in _FIELDS})
-                    if item.trial_id is not None and not _TRIAL_ID.fullmatch(item.trial_id):
-                        raise ValueError(f"{item.trial_id!r} is no trial's id")  # it names folders: no way out of ours
+                    _check(item)
                     yield item
-                except (ValueError, TypeError, AttributeError) as error:
+                except (ValueError, TypeError, AttributeError, OverflowError, RecursionError) as error:
                     raise UsageError(
                         f"{self.path}, line {self._lines} is damaged: restore the file from a copy ({error})"
                     ) from error
@@ -127,6 +127,45 @@ class Reader:
 
 _TRIAL_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _FIELDS = {field.name for field in dataclasses.fields(Event)}
+_TYPES: dict[type, tuple[str, ...]] = {
+    str: ("kind", "stage", "trial_id", "reason", "method", "by"),
+    int: ("step", "seed", "total_steps", "number"),
+    float: ("time", "fid", "intermediate_fid"),
+    dict: ("point", "config", "costs"),
+}
+_NEEDED = {  # what the board cannot do without
+    "planned": ("stage", "trial_id", "method", "config"),
+    "repeated": ("trial_id", "number"),
+    "refused": ("number",),
+}
+_SECTIONS = ("sparse", "data", "evaluate", "first_stage")  # of a trial's config, those that the board's readers look at
+_END_OF_TIME = 1e11  # the year 5138: later ones are no dates in Python
+
+
+def _check(item: Event) -> None:
+    """ValueError where a field is not what readers take it for; kinds and fields of later versions are left alone."""
+    for kind, names in _TYPES.items():
+        for name in names:
+            _check_type(name, getattr(item, name), kind)
+    if missing := [name for name in ("kind", "time", *_NEEDED.get(item.kind, ())) if getattr(item, name) is None]:
+        raise ValueError(f"it has no {', '.join(missing)}")
+    if not 0 <= item.time < _END_OF_TIME:
+        raise ValueError(f"time {item.time} is no date")
+    if item.trial_id is not None and not _TRIAL_ID.fullmatch(item.trial_id):
+        raise ValueError(f"{item.trial_id!r} is no trial's id")  # it names folders: no way out of ours
+    if item.point and type(item.point.get("method")) is not str:
+        raise ValueError("the point has no method")
+    for name in _SECTIONS:
+        _check_type(f"config.{name}", (item.config or {}).get(name), dict)
+    for name, value in (item.costs or {}).items():
+        _check_type(f"costs.{name}", value, float)
+
+
+def _check_type(name: str, value: Any, kind: type) -> None:
+    # `type`, for True is an int to isinstance; isfinite raises where an int is no float.
+    if value is None or type(value) is kind or (kind is float and type(value) is int and math.isfinite(value)):
+        return
+    raise ValueError(f"{name} is {type(value).__name__}, not {kind.__name__}")
 
 
 def _whole_bytes(path: Path) -> int | None:

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO
 import pytest
 
 from raysparse.errors import UsageError
-from raysparse.sweep import patience
+from raysparse.sweep import journal, patience
 from raysparse.sweep.board import Board, Ledger
 from raysparse.sweep.journal import Event, Journal, Reader, event, read
 
@@ -114,6 +114,58 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path.write_text('{"kind":"stage","time":1}\n{"kind":\n{"kind":"finished","time":2}\n')
     with pytest.raises(UsageError, match="line 2 is damaged"):
         list(read(path))
+
+
+PLANNED = '"kind":"planned","time":1,"trial_id":"a","stage":"search","method":"rigl","config":{"sparse":{}}'
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"kind":"report","time":1,"trial_id":"a","step":"2","fid":1.0}',
+        '{"kind":"report","time":1,"trial_id":"a","step":true,"fid":1.0}',
+        '{"kind":"report","time":1,"trial_id":"a","step":2,"fid":"1.0"}',
+        '{"kind":"report","time":1,"trial_id":"a","step":2,"fid":[1.0]}',
+        '{"kind":"report","time":1,"trial_id":"a","step":2,"fid":1' + 400 * "0" + "}",
+        '{"kind":"report","time":1,"trial_id":7}',
+        '{"kind":"note","time":NaN}',
+        '{"kind":"note","time":1e300}',
+        '{"kind":"note","time":-1e300}',
+        '{"kind":"note","time":"now"}',
+        '{"kind":"note","time":null}',
+        '{"kind":null,"time":1}',
+        '{"kind":["note"],"time":1}',
+        '{"kind":"note","time":1,"reason":{}}',
+        '{"kind":"planned","time":1}',
+        '{"kind":"repeated","time":1,"trial_id":"a"}',
+        '{"kind":"refused","time":1}',
+        "{" + PLANNED.replace('{"sparse":{}}', "[]") + "}",
+        "{" + PLANNED.replace('{"sparse":{}}', '{"sparse":[]}') + "}",
+        "{" + PLANNED + ',"costs":{"params_active":"many"}}',
+        "{" + PLANNED + ',"point":[]}',
+        '{"kind":"chosen","time":1,"trial_id":"a","point":{"sparsity":0.5}}',
+        "[" * 100_000,
+    ],
+)
+def test_a_field_that_is_not_what_it_should_be_is_a_damaged_line(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "journal.jsonl"
+    path.write_text('{"kind":"stage","time":1}\n' + line + "\n")
+    with pytest.raises(UsageError, match="line 2 is damaged"):
+        Board.load(tmp_path)
+
+
+def test_what_a_later_version_adds_is_passed_over(tmp_path: Path) -> None:
+    report = '{"kind":"report","time":2,"trial_id":"a","step":2,"fid":NaN,"mood":["well"]}'
+    lines = ["{" + PLANNED + ',"colour":7}', report, '{"kind":"later","time":3,"what":{}}']
+    (tmp_path / "journal.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    board = Board.load(tmp_path)
+    assert board.rows["a"].step == 2
+    assert board.last is not None
+    assert board.last.kind == "later"
+
+
+def test_every_field_has_its_type() -> None:
+    assert sorted(name for names in journal._TYPES.values() for name in names) == sorted(journal._FIELDS)
 
 
 def test_an_event_is_on_disk_before_anyone_hears_of_it(tmp_path: Path) -> None:
