@@ -104,7 +104,7 @@ def read(*folders: Path) -> Records:
     rows = _measured(_with_configurations(rows))
     trials = _trials(rows)
     reports = rows[rows["step"].notna()].astype({"step": "int64"}).reset_index(drop=True)
-    again, damaged = _read_all(path for folder in folders for path in sorted((folder / EVALUATIONS).glob("*.parquet")))
+    again, damaged = _read_all(path for folder in folders for path in records.parquet_files(folder / EVALUATIONS))
     return Records(folders, reports, trials, _evaluations(again, trials), tuple(warnings + doubled + damaged))
 
 

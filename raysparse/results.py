@@ -189,4 +189,9 @@ def record_paths(results: Path) -> list[Path]:
     folder = results / "records"
     if not folder.is_dir():
         raise UsageError(f"{results} is not a results folder: it has no folder 'records' (give the folder of a sweep)")
-    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith("."))
+    return parquet_files(folder)
+
+
+def parquet_files(folder: Path) -> list[Path]:
+    """Those of a folder, sorted by name; a pipe of such a name would be waited for without end."""
+    return sorted(path for path in folder.glob("*.parquet") if not path.name.startswith(".") and path.is_file())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -73,6 +74,12 @@ def test_a_damaged_file_is_named(tmp_path: Path, damage: bytes | None) -> None:
     path.write_bytes(path.read_bytes()[:-40] if damage is None else damage)
     with pytest.raises(UsageError, match=r"t\.parquet is not a readable Parquet file"):
         results.read_trial(path)
+
+
+def test_a_pipe_among_the_records_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "records").mkdir()
+    os.mkfifo(tmp_path / "records" / "rigl-1.parquet")
+    assert results.record_paths(tmp_path) == []
 
 
 def test_a_foreign_parquet_file_is_named(tmp_path: Path) -> None:

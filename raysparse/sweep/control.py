@@ -44,7 +44,7 @@ def driver(results: Path, board: Board | None = None) -> Driver:
     """
     lock = results / "lock"
     try:
-        who, beat = lock.read_text(encoding="utf-8").strip(), lock.stat().st_mtime
+        who, beat = lock.read_text(encoding="utf-8", errors="replace").strip(), lock.stat().st_mtime
     except OSError:
         return Driver("none", "")
     last = (board or Board.load(results)).last
@@ -102,7 +102,7 @@ def _stop(results: Path, trial_id: str) -> str:
 def stop_asked_by(results: Path, trial_id: str) -> str | None:
     """The person who asked for the trial's end; None where nobody did."""
     try:
-        return request_path(results, trial_id).read_text(encoding="utf-8").strip()[:200] or "unknown"
+        return request_path(results, trial_id).read_text(encoding="utf-8", errors="replace").strip()[:200] or "unknown"
     except OSError:
         return None
 

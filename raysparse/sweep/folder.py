@@ -94,7 +94,7 @@ def load(results: Path) -> tuple[Sweep, str]:
 def locked(results: Path) -> Iterator[None]:
     """The right to drive the sweep in this folder; the system frees it when the process ends, however it ends."""
     results.mkdir(parents=True, exist_ok=True)
-    with (results / "lock").open("a+") as stream:
+    with (results / "lock").open("a+", errors="replace") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -119,7 +119,7 @@ def read(results: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"{results} is not a sweep's results folder: it has no sweep.json") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"{path} is damaged: {error}") from error
     if not isinstance(content, dict) or not {"digest", "sweep", "command", "versions"} <= set(content):
         raise UsageError(f"{path} is not a sweep's: it lacks digest, sweep, command or versions")

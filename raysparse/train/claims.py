@@ -22,7 +22,7 @@ def claimed(folder: Path, still_held: Callable[[str], None], said: str = "") -> 
     what this one's says after its process and machine.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a+") as stream:
+    with (folder / "lock").open("a+", errors="replace") as stream:
         deadline = time.monotonic() + ORPHAN_S
         while not _try_lock(stream):
             if time.monotonic() > deadline:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 from optuna.trial import TrialState
@@ -23,6 +24,7 @@ from raysparse.sweep.board import Board, Ledger
 from raysparse.sweep.journal import event, read
 from raysparse.sweep.scheduler import Rungs
 from raysparse.sweep.search import Suggested
+from raysparse.train import claims
 
 
 @pytest.fixture
@@ -152,6 +154,28 @@ def test_a_folder_that_cannot_be_written_is_said_so(results: Path) -> None:
     (results / "requests").touch()
     with pytest.raises(UsageError, match="cannot write in"):
         control.stop(results, "a")
+
+
+def test_a_lock_that_is_no_text_is_read_all_the_same(results: Path) -> None:
+    (results / "lock").write_bytes(b"process 1 on \xff\xfe\n")
+    os.utime(results / "lock", (0, 0))
+    assert control.driver(results).state == "gone"
+    with folder.locked(results):
+        (results / "lock").write_bytes(b"\xff")
+        with pytest.raises(folder.Busy), folder.locked(results):
+            pass
+    with claims.claimed(results / "trials" / "a", print):
+        (results / "trials" / "a" / "lock").write_bytes(b"\xff")
+
+        def is_held(holder: str) -> None:
+            raise UsageError(f"held by {holder}")
+
+        with (
+            mock.patch.object(claims, "ORPHAN_S", 0.0),
+            pytest.raises(UsageError, match="held by \ufffd"),
+            claims.claimed(results / "trials" / "a", is_held),
+        ):
+            pass
 
 
 def test_an_id_that_another_process_has_by_now_is_no_driver(results: Path) -> None:

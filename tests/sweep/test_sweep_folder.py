@@ -67,6 +67,12 @@ def test_a_folder_with_something_else_is_refused_and_one_of_a_failed_start_is_no
         folder.refuse_if_taken(tmp_path / "thesis.tex", sweep_of())
 
 
+def test_json_that_nests_without_end_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "sweep.json").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match=r"sweep\.json is damaged"):
+        folder.read(tmp_path)
+
+
 def test_one_driver_at_a_time(tmp_path: Path) -> None:
     with folder.locked(tmp_path), pytest.raises(UsageError, match="another process drives"), folder.locked(tmp_path):
         pass
