@@ -73,7 +73,18 @@ def _axis(given: Any) -> Any:
 
 
 Axis = Annotated[Range | tuple[Any, ...], BeforeValidator(_axis)]
-Axes = dict[str, dict[str, Axis]]  # method -> axis -> values
+
+
+def _known_methods(given: Any) -> Any:
+    """A method that there is not is told before its axes are: `axes:` in a grid, as a search has it, is no range."""
+    for method in given if isinstance(given, Mapping) else ():
+        if isinstance(method, str):
+            config.method_settings(method)
+    return given
+
+
+# method -> axis -> values
+Axes = Annotated[dict[str, dict[str, Axis]], BeforeValidator(_known_methods)]
 
 
 def check_axis(method: str, name: str, axis: Axis) -> None:

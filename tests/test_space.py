@@ -99,6 +99,7 @@ def test_the_digest_is_of_what_is_computed() -> None:
         ({"grid": {"rigel": {}}}, ["unknown method 'rigel'", "did you mean 'rigl'"]),
         ({"grid": {"dense": {"sparsity": [0.5]}}}, ["'dense' has no axis 'sparsity'"]),
         ({"grid": {"static": {"sparsity": [0.5], "prune_ratio": [0.1]}}}, ["'static' has no axis 'prune_ratio'"]),
+        ({"grid": {"axes": {"static": {"sparsity": [0.5]}}}}, ["unknown method 'axes'", "known: "]),
         ({"grid": {"static": {"sparcity": [0.5]}}}, ["unknown axis 'sparcity'", "did you mean 'sparsity'"]),
         ({"grid": {"static": {"sparsity": [0.5, 1.2]}}}, ["[0, 1)", "1.2"]),
         ({"grid": {"static": {"sparsity": []}}}, ["static.sparsity has no values"]),
