@@ -16,7 +16,7 @@ from raysparse.errors import UsageError
 from raysparse.models.chirodiff import BY_POINT, CHANNELS, ChiroDiff
 
 SIDES = ("", "_reverse")
-_MADE = ("plain", "abs", "del")  # numbered as in chunk.h
+_DERIVED = ("plain", "abs", "del")  # numbered as in chunk.h
 _LISTS = 11  # of a unit's columns that the same gates use; a column that none uses is in no list
 
 
@@ -36,14 +36,14 @@ class Side(ctypes.Structure):
 class Head(ctypes.Structure):
     _fields_ = [
         ("weights", ctypes.c_void_p),
-        *fields("hidden inputs outputs made", ctypes.c_int32),
+        *fields("hidden inputs outputs derived", ctypes.c_int32),
         ("last", ctypes.c_int64),
     ]
 
     @classmethod
     def of(cls, model: ChiroDiff, weights: int | None, last: int) -> Head:
         """weights: the address of float32 [3, 2 h], None: yet to come. last: see chunk.h."""
-        return cls(weights, model.config.hidden, BY_POINT, CHANNELS, _MADE.index(model.config.inputs), last)
+        return cls(weights, model.config.hidden, BY_POINT, CHANNELS, _DERIVED.index(model.config.inputs), last)
 
 
 class Sketches(ctypes.Structure):

@@ -13,7 +13,7 @@
 namespace {
 
 struct Sketches {
-  const float* x;          // [sketches, points, inputs - 2]; the last two inputs are made of the first two
+  const float* x;          // [sketches, points, inputs - 2]; the last two inputs are derived from the first two
   const float* start;      // [sketches, 2, 4 h] sums of the first layer before its inputs by point
   const float* tail;       // [sketches, outputs] the same of the outputs
   float* y;                // [sketches, points, outputs]
@@ -22,16 +22,16 @@ struct Sketches {
   int64_t sketches, points;
 };
 
-enum Made : int32_t {
-  GROWTH,             // by how much the first two inputs grow, from the point before on; 0 at the first point
+enum Derived : int32_t {  // from the first two inputs
+  GROWTH,             // by how much they grow, from the point before on; 0 at the first point
   GROWTH_FROM_START,  // from 0 on
-  SUM,                // of the first two inputs up to the point
+  SUM,                // up to the point
 };
 
 struct Head {
   const float* weights;  // [outputs, 2 h]
   int32_t hidden, inputs, outputs;
-  Made made;     // what the last two inputs are
+  Derived derived;  // the last two inputs
   int64_t last;  // bytes from a time step's row to the last layer's states
 };
 
@@ -83,15 +83,15 @@ struct Chunk {
       for (int lane = 0; lane < WIDTH; ++lane)
         tails[i * WIDTH + lane] = lane < count ? all.tail[order[lane] * outputs + i] : 0;
     for (int64_t t = 0; t < steps; ++t) {
-      float *row = (float*)(rows + t * stride), *made = row + given * WIDTH;
-      const float *before = row - stride / sizeof(float), *made_before = made - stride / sizeof(float);
+      float *row = (float*)(rows + t * stride), *derived = row + given * WIDTH;
+      const float *before = row - stride / sizeof(float), *derived_before = derived - stride / sizeof(float);
       for (int lane = 0; lane < WIDTH; ++lane)
         for (int i = 0; i < given; ++i)
           row[i * WIDTH + lane] = lane < running[t] ? all.x[(order[lane] * all.points + t) * given + i] : 0;
-      const bool any = t || head.made != GROWTH;
+      const bool any = t || head.derived != GROWTH;
       for (int i = 0; i < 2 * WIDTH; ++i) {
-        const float value = head.made == SUM ? made_before[i] + row[i] : row[i] - before[i];
-        made[i] = any && i % WIDTH < running[t] ? value : 0;
+        const float value = head.derived == SUM ? derived_before[i] + row[i] : row[i] - before[i];
+        derived[i] = any && i % WIDTH < running[t] ? value : 0;
       }
     }
   }

@@ -256,10 +256,10 @@ struct FewSketch {
       const float* x = all.x + (sketch * all.points + t) * given;
       for (int i = 0; i < given; ++i) to[i * WIDTH] = t < points ? x[i] : 0;
       for (int i = 0; i < 2; ++i) {
-        const float now = to[i * WIDTH], growth = t || net.head.made != GROWTH ? now - before[i] : 0;
+        const float now = to[i * WIDTH], growth = t || net.head.derived != GROWTH ? now - before[i] : 0;
         sum[i] += now;
         before[i] = now;
-        to[(given + i) * WIDTH] = t >= points ? 0 : net.head.made == SUM ? sum[i] : growth;
+        to[(given + i) * WIDTH] = t >= points ? 0 : net.head.derived == SUM ? sum[i] : growth;
       }
     }
   }
