@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import sys
 from pathlib import Path
@@ -162,6 +163,15 @@ def test_cost_prints_the_papers_counts(run) -> None:
     table = run("cost", "--model", "chirodiff", "--points", "88.6", "--sparsity", "0.5")[1]
     assert "416,859" in table
     assert "0.5000" in table
+
+
+def test_a_terminal_without_greek_letters_gets_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", shown)
+    monkeypatch.setattr(sys.modules["raysparse.cli.app"], "app", lambda: shown.write("ΔTe 50\n"))
+    cli.main()
+    shown.seek(0)
+    assert shown.read() == "?Te 50\n"
 
 
 def test_cost_of_a_trial_file_is_that_of_its_own_method(run, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import shlex
 import sys
 from collections.abc import Mapping
@@ -44,6 +45,9 @@ Data = Annotated[Path | None, typer.Option("--data", help="The raw data: a file 
 
 def main() -> None:
     """The `raysparse` command: exit code 2 for the user's mistakes, without a traceback."""
+    # A terminal that has no Δ shows a ? for it; stderr never fails by itself.
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
     try:
         app()
     except UsageError as error:
