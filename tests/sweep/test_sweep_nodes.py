@@ -131,12 +131,15 @@ def test_a_trial_of_two_workers_goes_on_when_the_node_of_one_is_lost(
     summary = tuner.run(sweep, out, command="", on_event=on_event, address=nodes.cluster.address)
     (row,) = summary.board.rows.values()
     assert (row.state, sorted(row.fids)) == ("COMPLETED", [40, 80, 120])
-    (note,) = [str(item.reason) for item in read(out / "journal.jsonl") if item.kind == "note"]
-    # The last where Ray had put the trial's own process, which needs no core, on that node too.
-    lost = "rank 1 was lost: .*|a rank was lost: the others .*|its process was lost: neither it nor its node answers"
-    assert re.match(rf"({lost}); started again$", note)
-    (step,) = went_on(out, trial.trial_id)
-    assert step in (40, 80), "of a report, which ranks may have passed before the driver has heard of it"
+    notes = [str(item.reason) for item in read(out / "journal.jsonl") if item.kind == "note"]
+    # Where Ray had put the trial's own process, which needs no core, on that node too, it tells of the rank and is lost
+    # itself, or is lost before it tells.
+    lost = r"rank \d was lost: .*|a rank was lost: the others .*|its process was lost: neither it nor its node answers"
+    assert 1 <= len(notes) <= 2, notes
+    assert all(re.match(rf"({lost}); started again$", note) for note in notes), notes
+    steps = went_on(out, trial.trial_id)
+    assert steps, "it was started again"
+    assert set(steps) <= {40, 80}, "of a report, which ranks may have passed before the driver has heard of it"
     run.train(trial, tmp_path / "alone", workers=2, device="cpu")
     found = [state.latest(place / "checkpoints" / trial.trial_id) for place in (out, tmp_path / "alone")]
     assert files(found[0]) == files(found[1]), "bit for bit what an undisturbed run makes"
