@@ -24,26 +24,29 @@ from raysparse.models.chirodiff import BY_POINT, ChiroDiff
 
 _SOURCE = Path(__file__).parent / "native" / "chirodiff.cpp"
 # A direction of a layer of at least this density is computed with all its weights. Times as long by skipping the zeros,
-# h = 32 to 256, 64 sketches, on an Intel Xeon: .9 to 1.07 at density .95, .82 to 1.08 at .9, .83 to 1.01 at .85, .75 to
-# 1.01 at .8, .7 to .9 at .6; on an AMD EPYC .89 to 1.1 at .99, .83 to 1.04 at .95, .83 to .99 at .9; with AVX2 .96 to
-# 1.03 at .95, .92 at .9. With one or four sketches, on an EPYC, 1.0 to 1.04 at .95, .98 to 1.03 at .9, .94 to .98 at .8
-# (AVX2 1.01 to 1.04, .99 to 1.0, .93 to .95); with sixteen, which fill one vector, 1.05 to 1.18 at .9, .89 to 1.0 at .7
-# (AVX2, eight: .93 to .99 at .95).
-_DENSE = {"intel": 0.88, "amd": 0.97, "narrow": 0.95}[_cpu.KIND]
-_DENSE_FEW = 0.87
-_DENSE_ONE = 0.78 if _cpu.AVX512 else 0.95  # of sketches that fill one vector
+# h = 32 to 256, 64 sketches, on an Intel Xeon: 1.05 to 1.13 at density .9, .98 to 1.09 at .85, .95 to 1.03 at .8, .89
+# to .94 at .7; on an AMD EPYC .89 to 1.1 at .99, .83 to 1.04 at .95, .83 to .99 at .9; with AVX2 .96 to 1.03 at .95,
+# .92 at .9. With one or four sketches, on the Xeon, 1.08 to 1.21 at .8, 1.02 to 1.14 at .7, .98 to 1.11 at .6; on an
+# EPYC 1.0 to 1.04 at .95, .98 to 1.03 at .9, .94 to .98 at .8 (AVX2 1.01 to 1.04, .99 to 1.0, .93 to .95). With
+# sixteen, which fill one vector, on the Xeon 1.04 to 1.28 at .8, .91 to 1.19 at .7, .86 to 1.01 at .6; on an EPYC 1.05
+# to 1.18 at .9, .89 to 1.0 at .7 (AVX2, eight: .93 to .99 at .95).
+_DENSE = {"intel": 0.82, "amd": 0.97, "narrow": 0.95}[_cpu.KIND]
+_DENSE_FEW = {"intel": 0.6, "amd": 0.87, "narrow": 0.87}[_cpu.KIND]
+_DENSE_ONE = {"intel": 0.63, "amd": 0.78, "narrow": 0.95}[_cpu.KIND]  # of sketches that fill one vector
 # By the lanes of a vector: where the GRU's density is at most so much, up to so many sketches are predicted one at a
 # time. Times as long with a sketch in each lane on an AMD EPYC, h = 48 to 192, one thread, 16 lanes: 14 sketches .95 to
 # 1.15 at density 1, 12 .97 to 1.15 at .5, 10 1.0 to 1.25 at .25 and .1, .87 to .95 at .05, where 9 are the most; 8
 # lanes: 20 .95 to 1.12 at 1, 16 .94 to 1.03 at .75, 12 .99 to 1.07 at .5, 9 1.12 to 1.17 at .4, 6 .89 to 1.09 and 5
 # 1.05 to 1.27 at .25, 4 1.02 to 1.18 at .1 and .05; 4 lanes: 5 1.57 to 1.64 at 1, 4 1.11 to 1.24 at .5, 3 1.09 to 1.13
-# at .25, 2 .95 to 1.05 at .1 and .05. PyTorch takes 2.8 to 30 times as long for one, 1.5 to 15 for eight and 1.3 to 12
-# for sixteen.
+# at .25, 2 .95 to 1.05 at .1 and .05. On the Xeon, 16 lanes, 16 are .86 to .98 at density 1, 14 .82 to .99 at .5, 12
+# .91 to 1.03 at .25, 11 .81 to .97 at .1 and .05. PyTorch takes 2.8 to 30 times as long for one, 1.5 to 15 for eight
+# and 1.3 to 12 for sixteen.
 _FEW = {
     16: ((0.08, 9), (0.29, 10), (0.5, 11), (0.7, 12), (0.92, 13), (1.0, 14)),
     8: ((0.15, 4), (0.27, 5), (0.35, 7), (0.45, 9), (0.6, 12), (0.85, 16), (1.0, 19)),
     4: ((0.15, 2), (0.35, 3), (0.6, 4), (1.0, 5)),
 }
+_FEW_INTEL = _FEW | {16: ((0.18, 11), (0.35, 12), (0.55, 14), (1.0, 16))}
 
 
 class _Layer(ctypes.Structure):
@@ -143,7 +146,7 @@ def _most_one_by_one(model: ChiroDiff, lanes: int) -> int:
     """Up to so many sketches are predicted one at a time."""
     weights = [weight for weight in model.gru.parameters() if weight.dim() == 2]
     density = sum(int(weight.count_nonzero()) for weight in weights) / sum(weight.numel() for weight in weights)
-    return next(most for limit, most in _FEW[lanes] if density <= limit)
+    return next(most for limit, most in (_FEW_INTEL if _cpu.INTEL else _FEW)[lanes] if density <= limit)
 
 
 def _scaled(weights: layout.BySketch) -> layout.BySketch:

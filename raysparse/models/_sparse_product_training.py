@@ -23,14 +23,14 @@ from raysparse.models import _sparse_products as products
 from raysparse.models._cuda_product_training import BlockLayer, lay_out_all, with_mlps
 from raysparse.models._sparse_memory import Memory
 
-# As in _sparse_products, of a step's three products, and 1.15 (amd) or 1.25 times what fitted 2,056 tokens: weights are
-# gathered and their gradients spread at each step, however few tokens. Times faster at density .5, .35, .25, .1: 512 x
-# 1,536 is .74, 1.02, 1.35, 2.55 (intel), 1.31, 1.8, 2.35, 4.3 (amd; with 514 tokens .99, 1.43, 1.85, 3.4), .94, 1.33,
-# 1.8, 3.1 (narrow; with 257 tokens .78, –, 1.37, 2.5); a 3x3 convolution of 256 channels at .35, .25, .1 .9, 1.16, 2.0;
-# 1.57, 2.0, 3.0; 1.3, 1.65, 3.2. By blocks of 16 512 x 1,536 is 1.3, 1.87, 2.5, 4.6 (amd), 1.17, 1.6, 2.1, 4.1
-# (narrow).
+# As in _sparse_products, of a step's three products, and 1.15 (amd, intel) or 1.25 times what fitted 2,056 tokens:
+# weights are gathered and their gradients spread at each step, however few tokens. Times faster at density .5, .35,
+# .25, .1: 512 x 1,536 is .78, –, 1.3, 2.28 (intel; with 257 tokens .57, –, .97, 1.68), 1.31, 1.8, 2.35, 4.3 (amd; with
+# 514 tokens .99, 1.43, 1.85, 3.4), .94, 1.33, 1.8, 3.1 (narrow; with 257 tokens .78, –, 1.37, 2.5); a 3x3 convolution
+# of 256 channels at .35, .25, .1 –, 1.33, 2.2; 1.57, 2.0, 3.0; 1.3, 1.65, 3.2. By blocks of 16 512 x 1,536 is .94, –,
+# 1.6, 2.7 (intel), 1.3, 1.87, 2.5, 4.6 (amd), 1.17, 1.6, 2.1, 4.1 (narrow).
 _BY_CPU = {
-    "intel": products.Costs(3.0, 3.0, 50),
+    "intel": products.Costs(3.0, 2.5, 20),
     "amd": products.Costs(1.9, 1.65, 14),
     "narrow": products.Costs(2.5, 1.85, 14),
 }

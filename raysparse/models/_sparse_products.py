@@ -36,14 +36,16 @@ class Costs(NamedTuple):
 
 
 # Fitted to linear layers of 64 to 1,536 features and convolutions of 32 to 256 channels. Times faster at density .6,
-# .5, .25, .1: 512 x 1,536 is .93, 1.1, 1.6 to 1.9, 3.5 (intel), 1.28, 1.52, 3.1, 5.2 (amd), 1.15, 1.36, 2.4, 4.5
-# (narrow); a 3x3 convolution of 256 channels .88, 1.02, 1.7, 2.7; 1.01, 1.23, 1.9, 3.4; 1.06, 1.24, 2.2, 4.1; one of
-# 32 at .5 and .1 .82, 1.35; .90, 1.6; 1.01, 2.0. By blocks of 16 512 x 1,536 is at .7, .5, .25, .1 1.48, 2.0, 3.7,
-# 6.5 (amd; without tiles 1.26, 1.6, 2.9, 5.1), 1.36, 1.8, 3.1, 5.6 (narrow).
-_BY_CPU = {"intel": Costs(1.75, 1.75, 12), "amd": Costs(1.35, 0.95, 18), "narrow": Costs(1.5, 1.13, 13)}
+# .5, .25, .1: 512 x 1,536 is –, .98 to 1.05, 1.7 to 1.8, 2.3 to 3.1 (intel), 1.28, 1.52, 3.1, 5.2 (amd), 1.15, 1.36,
+# 2.4, 4.5 (narrow); a 3x3 convolution of 256 channels –, 1.05, 1.8, 3.3; 1.01, 1.23, 1.9, 3.4; 1.06, 1.24, 2.2, 4.1;
+# one of 32 at .5 and .1 .83, 1.43; .90, 1.6; 1.01, 2.0. By blocks of 16 512 x 1,536 is at .7, .5, .25, .1 1.11 to 1.19,
+# 1.3 to 1.6, 2.1 to 2.7, 2.5 to 4.6 (intel), 1.48, 2.0, 3.7, 6.5 (amd; without tiles 1.26, 1.6, 2.9, 5.1), 1.36, 1.8,
+# 3.1, 5.6 (narrow).
+_BY_CPU = {"intel": Costs(1.8, 1.22, 17), "amd": Costs(1.35, 0.95, 18), "narrow": Costs(1.5, 1.13, 13)}
 _COSTS = _BY_CPU[_cpu.KIND]
-# Of pairs in bfloat16, on the EPYC. Times faster than dense in bfloat16 at density .5, .25, .1, single weights; blocks:
-# 512 x 1,536 is 1.03, 1.6, 3.0; 1.9, 3.2, 5.1; a 3x3 convolution of 256 channels .93, 1.4, 2.7.
+# Of pairs in bfloat16, on the EPYC (on an Intel Xeon they take as long as single weights in float32 or longer). Times
+# faster than dense in bfloat16 at density .5, .25, .1, single weights; blocks: 512 x 1,536 is 1.03, 1.6, 3.0; 1.9, 3.2,
+# 5.1; a 3x3 convolution of 256 channels .93, 1.4, 2.7.
 _PAIRS = Costs(1.3, 0.95, 20)
 _TILE = 4  # see products.cpp
 _GROUPS = 16  # of tokens, whose sums of weights' gradients are added in order, whichever thread made them

@@ -25,20 +25,22 @@ from raysparse.models.chirodiff import BY_POINT
 
 _SOURCE = Path(__file__).parent / "native" / "chirodiff_train.cpp"
 # Where it beats the packed GRU: (weights of a direction of a layer, active or not; density), each at most. Times faster
-# with 3 layers of h = 16 to 256, on an Intel Xeon before TOGETHER (chirodiff_train.cpp): 9 thousand weights, density 1,
-# 1.1; 21 thousand, .5, 1.16 (.75: .91); 83 thousand, .25, 1.26 (.5: .73); 332 thousand, .25, 1.12 (.5: .56); 590
-# thousand, .1, 1.78 (.25: .87). On an AMD EPYC with 64 sketches (held to AVX2; with 32): 99 thousand, 1, 1.31 (1.16;
-# 1.14); 200 thousand, .8 to .9, 1.18 to 1.01 (.85: 1.16; 1.05); 349 thousand, .6 to .7, 1.08 to 1.02 (.65: 1.2; 1.11),
-# .8, .89; 599 thousand, .5 to .6, 1.21 to 1.04 (.55: 1.13; 1.06); 922 thousand, .5, 1.08 (.45: 1.06; 1.09). Larger: a
-# guess.
-_INTEL = ((10_000, 1.0), (30_000, 0.55), (100_000, 0.35), (350_000, 0.27), (600_000, 0.2), (math.inf, 0.1))
+# with 3 layers of h = 16 to 320, on an Intel Xeon with 64 sketches: 9 thousand weights, density 1, 2.3; 37 thousand, 1,
+# 1.1; 83 thousand, .75 to .8, 1.1 to 1.01 (.9: .83); 147 thousand, .65, 1.05 (.75: .91); 332 thousand, .45 to .55, 1.11
+# to 1.0 (.65: .83); 590 thousand, .4, 1.26 (.5: .94); 922 thousand, .4, 1.08 (.5: .92). On an AMD EPYC with 64 sketches
+# (held to AVX2; with 32): 99 thousand, 1, 1.31 (1.16; 1.14); 200 thousand, .8 to .9, 1.18 to 1.01 (.85: 1.16; 1.05);
+# 349 thousand, .6 to .7, 1.08 to 1.02 (.65: 1.2; 1.11), .8, .89; 599 thousand, .5 to .6, 1.21 to 1.04 (.55: 1.13;
+# 1.06); 922 thousand, .5, 1.08 (.45: 1.06; 1.09). Larger: a guess.
+_INTEL = ((40_000, 1.0), (90_000, 0.78), (150_000, 0.67), (350_000, 0.52), (600_000, 0.45), (math.inf, 0.4))
 _AMD = ((30_000, 1.25), (100_000, 1.0), (200_000, 0.85), (350_000, 0.65), (600_000, 0.55), (math.inf, 0.4))
 _PAYS = {"intel": _INTEL, "amd": _AMD, "narrow": _AMD}[_cpu.KIND]
 # With fewer sketches lanes are empty, so the density must be lower by as much. On the EPYC 16 sketches are .91 to 1.07
 # times as fast at the densities of _AMD for 99 to 922 thousand weights, 1.07 to 1.41 at .7 to .8 of these. Before
 # TOGETHER, with h = 32, 64, 128 and 256, 8 are 1.7, .93, .67 and .51 times as fast at density .5, 2.2, 1.5, 1.07 and
-# 1.05 at .25; 2 are 1.65, 1.0, .57 and .48 at .25 and 2.3, 1.5, .99 and .94 at .1.
-_MANY = 20
+# 1.05 at .25; 2 are 1.65, 1.0, .57 and .48 at .25 and 2.3, 1.5, .99 and .94 at .1. On the Xeon 32 sketches are .99 and
+# 1.04 times as fast at the densities of _INTEL for 83 and 332 thousand weights; 24 1.09 at .6 (.7: .9) and .98 at .4
+# (.5: .82), 16 .99 at .5 and .86 at .4, 8 1.3 at .2 and .95 at .3 for the former, 4 .99 at .1 for the latter.
+_MANY = {"intel": 32, "amd": 20, "narrow": 20}[_cpu.KIND]
 
 
 class _Side(ctypes.Structure):

@@ -16,7 +16,7 @@ from raysparse import rng
 from raysparse.diffusion import ddim
 from raysparse.diffusion.schedule import NoiseSchedule
 from raysparse.errors import UsageError
-from raysparse.models import _few_sketches, _sparse_chirodiff, _sparse_sides, chirodiff
+from raysparse.models import _cpu, _few_sketches, _sparse_chirodiff, _sparse_sides, chirodiff
 from raysparse.models._sparse_chirodiff import SparseChiroDiff
 from raysparse.models.chirodiff import ChiroDiff, Config, sparse_runtime
 
@@ -281,8 +281,14 @@ def test_few_sketches_have_a_kernel_of_their_own() -> None:
         assert not torch.equal(found, predicted(model, given, not few))  # rounding
 
 
-@pytest.mark.parametrize(("lanes", "dense", "sparse"), [(16, 14, 10), (8, 19, 4), (4, 5, 2)])
-def test_the_fewer_weights_the_sooner_a_sketch_in_each_lane_is_faster(lanes: int, dense: int, sparse: int) -> None:
+@pytest.mark.parametrize(
+    ("lanes", "intel", "dense", "sparse"),
+    [(16, False, 14, 10), (16, True, 16, 11), (8, False, 19, 4), (8, True, 19, 4), (4, False, 5, 2)],
+)
+def test_the_fewer_weights_the_sooner_a_sketch_in_each_lane_is_faster(
+    lanes: int, intel: bool, dense: int, sparse: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_cpu, "INTEL", intel)
     most = [_sparse_chirodiff._most_one_by_one(model_of(s, hidden=24, layers=2), lanes) for s in (0, 0.9)]
     assert most == [dense, sparse]
 
