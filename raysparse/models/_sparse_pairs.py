@@ -1,7 +1,8 @@
 """bfloat16 on a CPU whose vectors multiply pairs of it: two inputs beside each other, times two weights, in one number.
 
 A pair is worked on where one of its weights is left: at S = .5 .75 as many as there are weights, at .9 .95; by blocks
-half as many. What comes out is in bfloat16 too, as under autocast: PyTorch's GELU takes four times as long in float32.
+half as many. With AMX blocks of 16 x 16 are multiplied at once, those in which a weight is left (native/blocks.h). What
+comes out is in bfloat16 too, as under autocast: PyTorch's GELU takes four times as long in float32.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from raysparse import native
 from raysparse.models import _cpu
 
 SOURCE = Path(__file__).parent / "native" / "products.cpp"
+_SIDE = 16  # of a block
 
 
 def used(weight: Tensor) -> bool:
@@ -26,6 +28,24 @@ def used(weight: Tensor) -> bool:
     if not (_cpu.PAIRS and _cpu.halved() and outputs % 2 == inputs % 2 == 0):
         return False
     return bool(native.load(SOURCE).raysparse_pairs())
+
+
+def in_blocks(weight: Tensor) -> bool:
+    """Whether a layer made here of a weight [O, I, ...] can be computed in blocks, by AMX: under autocast, O and I by
+    sixteens. UsageError: no compiler."""
+    outputs, inputs = weight.shape[:2]
+    if not _cpu.halved() or outputs % _SIDE or inputs % _SIDE:
+        return False
+    return bool(native.load(SOURCE).raysparse_blocks())
+
+
+def whole_blocks(mask: Tensor) -> Tensor:
+    """bool [O, I, ...] -> the same with all of each block, of 16 outputs x 16 inputs or, in a convolution, x a pair of
+    them, that it has a weight of."""
+    outputs, inputs, *window = mask.shape
+    side = 2 if window else _SIDE
+    blocks = mask.view(outputs // _SIDE, _SIDE, inputs // side, side, *window)
+    return blocks.any(1, keepdim=True).any(3, keepdim=True).expand_as(blocks).reshape(mask.shape)
 
 
 def of_features(x: Tensor) -> Tensor:

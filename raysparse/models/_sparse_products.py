@@ -47,7 +47,11 @@ _COSTS = _BY_CPU[_cpu.KIND]
 # faster than dense in bfloat16 at density .5, .25, .1, single weights; blocks: 512 x 1,536 is 1.03, 1.6, 3.0; 1.9, 3.2,
 # 5.1; a 3x3 convolution of 256 channels .93, 1.4, 2.7.
 _PAIRS = Costs(1.3, 0.95, 20)
-_TILE = 4  # see products.cpp
+# In blocks of 16 x 16 by AMX, on an Intel Xeon; here 1 is what a dense product in bfloat16 takes for one weight. Times
+# faster at density .7, .5, .25, .1: 512 x 1,536 1.0, 1.4 to 1.7, 2.2, 3.7 to 4.0, 512 x 512 .85 to .96, 1.0 to 1.2, 1.4
+# to 1.8, 1.9 to 2.2; a 3x3 convolution of 256 channels 1.6, 1.45, 2.2, 3.1, of 128 1.06, 1.2, 1.3, 2.2.
+_BLOCKS = Costs(0, 2.2, 80)
+_TILE, _BLOCK_TILE = 4, 16  # see products.cpp
 _GROUPS = 16  # of tokens, whose sums of weights' gradients are added in order, whichever thread made them
 _FEW = 24  # columns (tokens, or pixels of all images) that fill too little of the kernel's vectors
 _SMALL = 2_000_000  # columns x weights, which take PyTorch about 50 us: a call of the kernel costs 20 by itself
@@ -103,7 +107,7 @@ def supported(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
 class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("starts", "offsets", "values", "bias")),
-        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "block", "pairs", "tiled")),
+        *((name, ctypes.c_int64) for name in ("inputs", "outputs", "block", "pairs", "tile")),
     ]
 
 
@@ -127,16 +131,26 @@ class Kernel:
     """The compiled products with a layer's weight, of `shape` [O, I] or [O, I, height, width], under a mask.
 
     Not thread-safe. memory: shared by layers. turned: with the weight turned, as dx is made: [I, O], its window turned
-    half round. in_pairs: in bfloat16, O and I even; gradients are for a kernel of single weights. `count` and then
-    `lay_out` take over a mask; `used` weights or pairs of it are walked.
+    half round. in_pairs: in bfloat16, O and I even; gradients are for a kernel of single weights. in_blocks: of pairs,
+    by AMX, with `last_values` only; O and I by sixteens. `count` and then `lay_out` take over a mask; `used` weights or
+    pairs of it are walked.
     """
 
-    def __init__(self, shape: Sequence[int], memory: Memory, *, turned: bool = False, in_pairs: bool = False) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        memory: Memory,
+        *,
+        turned: bool = False,
+        in_pairs: bool = False,
+        in_blocks: bool = False,
+    ) -> None:
         self._library = native.load(pairs.SOURCE)
         self._width = int(self._library.raysparse_width())
         self._deep = int(self._library.raysparse_deep())
         self._block = int(self._library.raysparse_features_in_cache())  # inputs that are walked before the next ones
-        self._in_pairs = in_pairs
+        in_pairs = in_pairs or in_blocks
+        self._in_pairs, self._in_blocks = in_pairs, in_blocks
         self._dtype = torch.bfloat16 if in_pairs else torch.float32
         self._shape, self._memory = tuple(shape), memory
         outputs, inputs, area = *shape[:2], math.prod(shape[2:])
@@ -148,15 +162,18 @@ class Kernel:
         self._columns = columns[:: 2 if in_pairs else 1].flatten().int()
         self._inputs = len(self._columns)
         self._matrix = _Matrix(self._columns.data_ptr(), row, int(columns[1, 0] - columns[0, 0]) if in_pairs else 0)
+        if in_blocks:
+            self._block = self._inputs
         self.edges, self.used = self._outputs + self._inputs, 0
         self.tile = 1  # outputs whose inputs are the same, as in blocks: the kernel loads those once then
         self._mask = self._starts = self._offsets = torch.empty(0)
 
     def count(self, mask: Tensor) -> None:
-        """mask: bool, of the weight's shape."""
-        self._mask = mask.contiguous()
-        self.tile = 1
-        self.tile = _TILE if self._call("tiled", self._mask) else 1
+        """mask: bool, of the weight's shape; in_blocks also what else is in a block is counted and computed."""
+        self._mask = (pairs.whole_blocks(mask) if self._in_blocks else mask).contiguous()
+        self.tile = _BLOCK_TILE if self._in_blocks else _TILE
+        if not (self._in_blocks or self._call("tiled", self._mask)):
+            self.tile = 1
         blocks = -(-self._inputs // self._block)
         self._starts = torch.zeros(blocks * (self._outputs // self.tile) + 1, dtype=torch.int32)
         self._call("counts", self._mask, self._starts[1:], torch.get_num_threads())
@@ -180,6 +197,11 @@ class Kernel:
         """The same of weights that no longer change: the mask is dropped."""
         found = self.values(weight)
         self._mask = torch.empty(0)
+        if self._in_blocks and len(self._shape) > 2:
+            in_tiles = -(-self._starts.diff() // _BLOCK_TILE) * _BLOCK_TILE * _BLOCK_TILE
+            packed, layer = torch.empty(int(in_tiles.sum())), self._packed(None, None, self._in_pairs)
+            self._library.raysparse_pack_blocks(ctypes.byref(layer), _handed(found), _handed(packed))
+            return packed
         return found
 
     def _call(self, name: str, *arguments: Tensor | int | _Sums) -> int:
@@ -194,7 +216,8 @@ class Kernel:
     def linear(self, x: Tensor, values: Tensor, bias: Tensor | None) -> Tensor:
         """x: float32 or bfloat16 [..., inputs] -> float32, in pairs bfloat16 [..., outputs]"""
         y = x.new_empty(*x.shape[:-1], self._outputs, dtype=self._dtype)
-        if x.dim() == 3 and x.mT.is_contiguous() and not x.is_contiguous():  # as attention gets an image's pixels
+        turned = x.dim() == 3 and x.mT.is_contiguous() and not x.is_contiguous()  # as attention gets an image's pixels
+        if turned and not self._in_blocks:
             window = Window((1, 1), (1, 1), (0, 0))
             padded = self._padded(x.mT.unsqueeze(2), window)
             self._run("convolve", values, bias, ctypes.byref(window.images(padded, y, by_token=True)))
@@ -250,7 +273,7 @@ class Kernel:
 
     def _packed(self, values: Tensor | None, bias: Tensor | None, halves: bool) -> _Layer:
         tensors = (self._starts, self._offsets, values, bias)
-        sizes = (self._inputs, self._outputs, self._block, halves, self.tile > 1)
+        sizes = (self._inputs, self._outputs, self._block, halves, self.tile)
         return _Layer(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), *sizes)
 
     def _scratch(self, columns: int) -> ctypes.c_void_p:
@@ -294,6 +317,21 @@ class Window(NamedTuple):
         return _Images(*pointers, count, channels, *size, *self.out(*size), *self.kernel, *self.stride, by_token)
 
 
+def _kernel_of(weight: Tensor, memory: Memory) -> tuple[Kernel, bool]:
+    """That of a layer's last weight, and whether it is faster than the layer."""
+    used = weight != 0
+    if pairs.in_blocks(weight):
+        kernel = Kernel(weight.shape, memory, in_blocks=True)
+        kernel.count(used)
+        if _BLOCKS.of(kernel) < weight.numel():
+            return kernel, not used.all()
+    in_pairs = pairs.used(weight)
+    kernel = Kernel(weight.shape, memory, in_pairs=in_pairs)
+    kernel.count(used)
+    spent = (_PAIRS if in_pairs else _COSTS).of(kernel)
+    return kernel, not used.all() and spent * _cpu.dense_speed() < weight.numel()
+
+
 class SparseProduct(nn.Module):
     """forward(x), after `lay_out`, as the nn.Linear or nn.Conv2d that it stands for, in float32, no gradients.
 
@@ -307,12 +345,8 @@ class SparseProduct(nn.Module):
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         self.layer = layer
         weight = layer.weight.detach()
-        used, in_pairs = weight != 0, pairs.used(weight)
         self._window = Window.of_layer(layer) if isinstance(layer, nn.Conv2d) else None
-        self._kernel = Kernel(weight.shape, memory, in_pairs=in_pairs)
-        self._kernel.count(used)
-        spent = (_PAIRS if in_pairs else _COSTS).of(self._kernel)
-        self.pays = not used.all() and spent * _cpu.dense_speed() < used.numel()
+        self._kernel, self.pays = _kernel_of(weight, memory)
         self._values = torch.empty(0)
 
     def lay_out(self) -> None:

@@ -37,6 +37,7 @@ def small_layers_too() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_sparse_products, "_SMALL", 0)
         patch.setattr(_cpu, "PAIRS", _cpu.VDPBF16PS)
+        patch.setattr(pairs, "in_blocks", lambda weight: False)
         for module in (_sparse_products, _sparse_product_training):
             patch.setattr(module, "_PAIRS", _sparse_products.Costs(0, 0, 0))
         patch.setattr(_sparse_product_training, "_OF_PAIRS", 0)

@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr int TILE = 4;
+constexpr int TILE = 4, BLOCK_TILE = 16;
 
 // In bfloat16 an input and a weight are two each, side by side in the 32 bits of a float, whose products are summed.
 struct Layer {
@@ -20,8 +20,8 @@ struct Layer {
   const float* bias;       // [outputs]
   int64_t inputs, outputs, block;
   int64_t pairs;  // whether it is in bfloat16
-  int64_t tiled;  // whether each TILE outputs take the same inputs: then starts and offsets are of all TILE, and an
-                  // input's values lie side by side
+  int64_t tile;   // so many outputs take the same inputs, 1, TILE or BLOCK_TILE: starts and offsets are of all of them,
+                  // and an input's values lie side by side
 };
 
 // Where a weight of the model has the rows and columns of the products, which may be those of its transposed.
@@ -38,6 +38,12 @@ inline uint32_t half(float x) {  // to bfloat16
   return x != x ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
 }
 
+// To bfloat16, the upper half of each number.
+inline ivec rounded(vec x) {
+  const ivec bits = (ivec)x, up = bits + 0x7fff + ((bits >> 16) & 1), odd = x != x;
+  return (up & ~odd) | (0x7fc00000 & odd);
+}
+
 // Flags of the matrix whether the mask has each column of a row, or one of a pair.
 struct Used {
   const Matrix& matrix;
@@ -48,12 +54,12 @@ struct Used {
   }
 };
 
-// work(number, output, first input, end) for each row of each block, of a tiled layer for each TILE rows: number is its
+// work(number, output, first input, end) for each row of each block, for `tile` of them at a time: number is its
 // place in Layer::starts. Rows go together to a thread, for those of a transposed weight lie side by side.
 template <class Work>
 void over_rows(const Layer& layer, int threads, const Work& work) {
   constexpr int64_t TOGETHER = 64;
-  const int64_t step = layer.tiled ? TILE : 1, rows = layer.outputs / step;
+  const int64_t step = layer.tile, rows = layer.outputs / step;
   const int64_t blocks = (layer.inputs + layer.block - 1) / layer.block, parts = (rows + TOGETHER - 1) / TOGETHER;
   over_threads(blocks * parts, threads, [&](int64_t part, int) {
     const int64_t block = part / parts, first = block * layer.block;
@@ -78,7 +84,8 @@ void over_weights_by(const Layer& layer, const Matrix& matrix, int threads, cons
 
 template <class Work>
 void over_weights(const Layer& layer, const Matrix& matrix, int threads, const Work& work) {
-  if (layer.tiled) over_weights_by<TILE>(layer, matrix, threads, work);
+  if (layer.tile == TILE) over_weights_by<TILE>(layer, matrix, threads, work);
+  else if (layer.tile == BLOCK_TILE) over_weights_by<BLOCK_TILE>(layer, matrix, threads, work);
   else over_weights_by<1>(layer, matrix, threads, work);
 }
 

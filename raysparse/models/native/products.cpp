@@ -9,6 +9,7 @@
 // first cache meanwhile. With AVX-512 these are 128 inputs of 32 KiB (AMD) or 192 of 48 (Intel). On the former 192 are
 // .91 to 1.03 times as fast at density .5 to .1, 256 .76 to 1.02, 96 .92 to 1.01.
 #define RAYSPARSE_VECTORS 4
+#include "blocks.h"
 #include "gru.h"
 #include "layout.h"
 #include "threads.h"
@@ -64,7 +65,7 @@ constexpr int DEEP = 8 * LANES;  // floats of a chunk of which weights' gradient
 // [outputs, DEEP]
 template <class Product>
 void add_gradients(const Layer& layer, const float* in, const float* dy, float* sums) {
-  const int stride = layer.tiled ? TILE : 1;
+  const int stride = (int)layer.tile;
   const int32_t* start = layer.starts;
   for (int64_t first = 0; first < layer.inputs; first += layer.block) {
     const char* base = (const char*)(in + first * DEEP);
@@ -143,7 +144,9 @@ template <class Product, int NV>
 void multiply_vectors(const Layer& layer, const float* in, float* out) {
   for (int64_t o = 0; o < layer.outputs; ++o)
     for (int v = 0; v < NV; ++v) ((vec*)out)[o * VECTORS + v] = splat(layer.bias[o]);
-  if (!layer.tiled) return multiply_by<Product, NV>(layer, in, out);
+  if (layer.tile == 1) return multiply_by<Product, NV>(layer, in, out);
+  if constexpr (Product::IN_ONE == 2)
+    if (layer.tile == BLOCK_TILE) return multiply_blocks<NV>(layer, in, out);
   constexpr int FIRST = NV < TILE_VECTORS ? NV : TILE_VECTORS;
   multiply_tiles<Product, FIRST>(layer, in, out);
   if constexpr (FIRST < NV) multiply_tiles<Product, NV - FIRST>(layer, in + FIRST * LANES, out + FIRST * LANES);
@@ -210,12 +213,6 @@ void take_apart(float* pairs, int64_t rows) {
     }
     memcpy(pairs, apart, sizeof apart);
   }
-}
-
-// To bfloat16, the upper half of each number.
-inline ivec rounded(vec x) {
-  const ivec bits = (ivec)x, up = bits + 0x7fff + ((bits >> 16) & 1), odd = x != x;
-  return (up & ~odd) | (0x7fc00000 & odd);
 }
 
 // rows [count, WIDTH] in pairs: [count / 2, WIDTH]
@@ -381,6 +378,7 @@ extern "C" {
 int32_t raysparse_width() { return WIDTH; }
 int32_t raysparse_deep() { return DEEP; }
 int32_t raysparse_pairs() { return RAYSPARSE_PAIRS; }
+int32_t raysparse_blocks() { return blocks_at_once(); }
 int32_t raysparse_features_in_cache() { return features_in_cache(); }
 
 // Whether each TILE outputs take the same inputs.
@@ -393,7 +391,7 @@ int32_t raysparse_tiled(const Layer* layer, const Matrix* matrix, const uint8_t*
   return 1;
 }
 
-// counts [blocks * outputs], of a tiled layer [blocks * outputs / TILE]: how many inputs of a block a row takes.
+// counts [blocks * outputs / tile]: how many inputs of a block a row takes.
 void raysparse_counts(const Layer* layer, const Matrix* matrix, const uint8_t* mask, int32_t* counts, int32_t threads) {
   const Used used{*matrix, mask};
   over_rows(*layer, threads, [&](int64_t number, int64_t output, int64_t first, int64_t end) {
@@ -430,6 +428,15 @@ void raysparse_values(const Layer* layer, const Matrix* matrix, const uint8_t* m
   else over_weights(*layer, *matrix, threads, one);
 }
 
+// packed: of values [weights] by BLOCK_TILE as raysparse_values leaves them, sixteen inputs at a time, by output, zeros
+// behind the last ones of an output
+void raysparse_pack_blocks(const Layer* layer, const float* values, float* packed) {
+  for (int64_t row = 0; row < layer->outputs / BLOCK_TILE; ++row)
+    for (int32_t i = layer->starts[row], end = layer->starts[row + 1]; i < end; i += 16, packed += 16 * BLOCK_TILE)
+      for (int o = 0; o < BLOCK_TILE; ++o)
+        for (int k = 0; k < 16; ++k) packed[o * 16 + k] = i + k < end ? values[(i + k) * BLOCK_TILE + o] : 0;
+}
+
 // gradients, zeros at first: of the model's weight, made of sums as raysparse_*_gradients leave them
 void raysparse_spread(const Layer* layer, const Matrix* matrix, const Sums* sums, float* gradients, int32_t threads) {
   const float* values = sums->values;
@@ -445,6 +452,9 @@ void raysparse_spread(const Layer* layer, const Matrix* matrix, const Sums* sums
 // floats
 void raysparse_linear(const Layer* layer, const float* x, float* y, int64_t tokens, char* memory, int32_t threads) {
   const int64_t inputs = layer->inputs;
+  if (layer->tile == BLOCK_TILE)
+    return linear_by_tiles(*layer, (const uint32_t*)x, (uint16_t*)y, tokens, memory, (inputs + layer->outputs) * ROW,
+                           threads);
   in_chunks(*layer, tokens, memory, threads, [&](int64_t first, int64_t count, float* in, float* out) {
     transpose(x + first * inputs, inputs, in, WIDTH, count, inputs);
     multiply(*layer, in, out, count);
