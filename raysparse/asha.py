@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
-from raysparse.config import Section
+from raysparse.section import Section
 
 
 class Asha(Section):

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Self, get_args
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from raysparse import config
-from raysparse.config import Section
 from raysparse.errors import UsageError, unknown, usage_error_from
+from raysparse.section import Section
 from raysparse.sparse.settings import of_method
 
 # Of `evaluate`, what a FID's protocol is made of (metrics/protocol.py).

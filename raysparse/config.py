@@ -12,10 +12,11 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import ConfigDict, Field, ValidationError, model_validator
 
 from raysparse import plugins
 from raysparse.errors import UsageError, unknown, usage_error_from
+from raysparse.section import Section
 from raysparse.sparse import settings
 from raysparse.sparse.settings import LARGEST
 
@@ -59,21 +60,17 @@ def _all_settings(methods: tuple[str, ...]) -> frozenset[str]:
     return frozenset().union(*(method_settings(name) for name in methods))
 
 
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
 class DataConfig(Section):
     name: str = "hershey"  # a file in raysparse/data/datasets/
     source: str | None = None  # raw file or folder; None: embedded, or downloaded by `raysparse prepare`
     root: str | None = None  # where prepared arrays lie; None: $RAYSPARSE_DATA or the user's cache folder
     train_examples: int | None = Field(None, ge=1)  # use only the first so many training examples
-    options: dict[str, Any] = {}  # of the data set; see its file
+    options: dict[str, Any] = Field(default_factory=dict)  # of the data set; see its file
 
 
 class ModelConfig(Section):
     name: str = "chirodiff"  # a file in raysparse/models/
-    options: dict[str, Any] = {}  # of the model; see its file
+    options: dict[str, Any] = Field(default_factory=dict)  # of the model; see its file
 
 
 class FirstStageConfig(Section):
@@ -83,7 +80,7 @@ class FirstStageConfig(Section):
     # A diffusers folder, a Hub id, or a CompVis model.ckpt; None: random weights, which serve tests only.
     weights: str | None = None
     sha256: str | None = Field(None, pattern="^[0-9a-f]{64}$")  # its identity; other weights are refused
-    options: dict[str, Any] = {}  # of its Config; see its file
+    options: dict[str, Any] = Field(default_factory=dict)  # of its Config; see its file
 
 
 class SparseConfig(Section):

@@ -7,7 +7,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from raysparse.config import Section
+from raysparse.section import Section
 
 RAY_UNIT = 1e-4  # Ray counts resources in ten-thousandths
 

@@ -33,10 +33,11 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from raysparse import config
 from raysparse.asha import Asha
 from raysparse.axis import Axes, Axis, Range, check_axis, choices, ends
-from raysparse.config import Section, TrialConfig, as_before
+from raysparse.config import TrialConfig, as_before
 from raysparse.errors import UsageError, unknown, usage_error_from
 from raysparse.files import size_bytes
 from raysparse.resources import Resources
+from raysparse.section import Section
 
 Point = dict[str, Any]  # {"method": "rigl", "sparsity": 0.9, "optimizer.lr": 1e-3, ...}
 OBJECTIVES = ("fid", "flops_inference", "flops_train", "params_active")  # all are made small; FLOPs, true convention

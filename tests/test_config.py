@@ -50,6 +50,10 @@ def test_a_method_gets_the_papers_values_where_the_file_says_nothing() -> None:
         ({"seed": 2**63}, ["seed", str(2**63)]),  # more than a record holds
         ({"train": {"steps": 2**63}}, ["train.steps"]),
         ({"sparse": {"method": "rigl", "update_interval": 2**63}}, ["update_interval"]),
+        ({"train": {"steps": True}}, ["train.steps", "got True", "yes", "give a number"]),  # YAML's yes
+        ({"data": {"train_examples": True}}, ["data.train_examples", "got True"]),
+        ({"optimizer": {"betas": [0.9, False]}}, ["optimizer.betas", "got False"]),
+        ({"sparse": {"method": "rigl", "update_interval": True}}, ["update_interval", "got True"]),
         ({"train": {"threads": 100_000}}, ["train.threads", "100000"]),
         ({"optimizer": {"betas": [0.9, 1.0]}}, ["optimizer.betas.1", "1.0", "less than 1"]),
         ({"optimizer": {"betas": [-1, 0.9]}}, ["optimizer.betas.0", "-1"]),

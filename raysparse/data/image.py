@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from raysparse.data import decoding
 from raysparse.data.table import Table
 from raysparse.errors import UsageError
+from raysparse.section import Section
 
 if TYPE_CHECKING:
     import torch
@@ -24,10 +25,8 @@ Decode = Callable[["torch.Tensor"], "torch.Tensor"]
 Same = TypeVar("Same", bound="_Examples")
 
 
-class ImageOptions(BaseModel):
+class ImageOptions(Section):
     """What every data set of pictures lets one choose."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     size_px: int = Field(256, ge=1, le=4096)  # side of the square pictures
     # "none": the pictures must have this size already. "centre": the largest centred square, then resized, as Latent

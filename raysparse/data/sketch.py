@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from raysparse.data import drawing
 from raysparse.data.preprocess import POINT_LIMIT, SCALE
+from raysparse.section import Section
 
 if TYPE_CHECKING:
     import torch
@@ -45,10 +46,8 @@ class Spec:
     mean_points: float | None = None  # of a training sketch at spacing .05, for plans made before the data is at hand
 
 
-class SketchOptions(BaseModel):
+class SketchOptions(Section):
     """What every sketch data set lets one choose."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     # "abs": x, y; "del": differences to the point before. Which one the sparse paper used is unknown; the original's
     # code defaults to abs, its paper chooses del (PAPER: ChiroDiff).

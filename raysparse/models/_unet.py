@@ -11,20 +11,19 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Self, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from raysparse import rng
 from raysparse.errors import UsageError
 from raysparse.models import _float32_layers
+from raysparse.section import Section
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-class UNetConfig(BaseModel):
+class UNetConfig(Section):
     """The settings of both U-Nets; each file has its own defaults. Names are diffusers'."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     sample_size: int = Field(ge=1)  # height and width of x
     in_channels: int = Field(3, ge=1)  # of x, and of the prediction

@@ -10,11 +10,12 @@ import json
 from typing import Any, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from raysparse.errors import UsageError
 from raysparse.models import _unet
+from raysparse.section import Section
 
 KIND = "first_stage"
 SMALL: dict[str, Any] = {  # a Config for tests: f = 2
@@ -26,14 +27,12 @@ SMALL: dict[str, Any] = {  # a Config for tests: f = 2
 }
 
 
-class Config(BaseModel):
+class Config(Section):
     """The defaults are CompVis' vq-f4 (models/first_stage_models/vq-f4/config.yaml). Names are diffusers'.
 
     vq-f8 of cin-ldm-vq-f8: block_out_channels (128, 256, 256, 512), attention at the last level, latent_channels and
     vq_embed_dim 4, num_vq_embeddings 16384.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     block_out_channels: tuple[int, ...] = Field((128, 256, 512), min_length=1)  # n levels: f = 2 ** (n - 1)
     layers_per_block: int = Field(2, ge=1)  # residual blocks per level of the encoder; the decoder has one more

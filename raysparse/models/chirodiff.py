@@ -23,13 +23,14 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from raysparse import rng
 from raysparse.errors import UsageError
 from raysparse.models._packed_gru import PackedGRU
+from raysparse.section import Section
 
 if TYPE_CHECKING:
     from raysparse.models._sparse_training import SparseStep
@@ -47,13 +48,11 @@ _FREQUENCIES = 4
 _TIME_SCALE = 4.0
 
 
-class Config(BaseModel):
+class Config(Section):
     """The defaults are the paper's for KanjiVG (416,859 parameters).
 
     QuickDraw: hidden 128, layers 3 (736,027); VMNIST: hidden 48, layers 2 (65,019).
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     hidden: int = Field(96, ge=1, le=4096)  # h, width of each direction
     layers: int = Field(3, ge=1, le=64)

@@ -13,7 +13,7 @@ import math
 from typing import Any, ClassVar, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,6 +22,7 @@ from raysparse.errors import UsageError
 from raysparse.models import _dead_units, _float32_layers, _unet
 from raysparse.models._sparse_product_training import SparseStep
 from raysparse.models._sparse_products import with_sparse_products
+from raysparse.section import Section
 
 KIND = "denoiser"
 PAPER_CONVENTION = "latent_diffusion"  # of raysparse.metrics.flops: 2 FLOPs per MAC
@@ -44,10 +45,8 @@ IMAGENET256_LARGE: dict[str, Any] = {
 }
 
 
-class Config(BaseModel):
+class Config(Section):
     """The defaults are U-ViT small/2 for CIFAR-10 (44,255,328 parameters)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     sample_size: int = Field(32, ge=1)  # height and width of x
     in_channels: int = Field(3, ge=1)  # of x, and of the prediction

@@ -13,20 +13,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 
 from raysparse import plugins
 from raysparse.errors import UsageError, unknown, usage_error_from
+from raysparse.section import Section
 from raysparse.sparse.allocation import ALLOCATIONS
 from raysparse.sparse.schedules import SCHEDULES
 
 LARGEST = 2**63 - 1  # of what is in a trial's records
 
 
-class Dense(BaseModel):
+class Dense(Section):
     """No setting at all."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def unused(self) -> set[str]:
         """The names of the settings that the others leave without effect."""

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from pydantic import Field
 
-from raysparse.config import Section
 from raysparse.resources import Resources
+from raysparse.section import Section
 from raysparse.sweep.board import Board, Row
 
 DISK_LOOK_S = 30.0  # between two sums over the folder's files, of which 600 trials have thousands

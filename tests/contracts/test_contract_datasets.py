@@ -123,7 +123,7 @@ def test_bad_options_and_a_missing_source(dataset: tuple[ModuleType, Any], tmp_p
     module, source = dataset
     with pytest.raises(UsageError, match="did you mean 'spacing'"):
         prepared.prepare(module.SPEC.name, {"spaceing": 1}, source, tmp_path)
-    for bad in ({"spacing": 0}, {"spacing": 1.5}, {"point_limit": 0}):
+    for bad in ({"spacing": 0}, {"spacing": 1.5}, {"point_limit": 0}, {"point_limit": True}):
         with pytest.raises(UsageError, match=next(iter(bad))):
             prepared.prepare(module.SPEC.name, bad, source, tmp_path)
     with pytest.raises(UsageError, match="representation"):

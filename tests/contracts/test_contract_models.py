@@ -63,6 +63,10 @@ def test_config_is_frozen_and_refuses_unknown_keys(any_module: ModuleType) -> No
     module = any_module
     with pytest.raises(ValidationError, match="sparcity"):
         module.Config(sparcity=0.5)
+    for name, field in module.Config.model_fields.items():
+        if field.annotation is int:
+            with pytest.raises(ValidationError, match="got True"):
+                module.Config(**{name: True})
     config = module.Config(**module.SMALL)
     name = next(iter(module.SMALL))
     with pytest.raises(ValidationError, match="frozen"):
