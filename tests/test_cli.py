@@ -215,6 +215,8 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(run, tmp_path:
     for words in (
         ["train", "--output", nowhere, *settings()],
         ["train", "--output", str(tmp_path / "file"), *settings()],
+        ["sweep", "tune_spaces/quickstart.yaml", "--output", nowhere],
+        ["sweep", "tune_spaces/quickstart.yaml", "--output", "/proc/raysparse"],  # ENOENT: nothing can be made there
         ["sample", trained, "--output", nowhere + "/pictures"],
         ["evaluate", trained, "--pictures", str(tmp_path / "file"), "--again"],
     ):

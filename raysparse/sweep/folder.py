@@ -30,7 +30,7 @@ from typing import Any
 
 from raysparse import space
 from raysparse.errors import UsageError
-from raysparse.files import write_text
+from raysparse.files import check_writable, write_text
 from raysparse.space import Sweep
 from raysparse.sweep.board import Board
 
@@ -92,8 +92,11 @@ def load(results: Path) -> tuple[Sweep, str]:
 
 @contextmanager
 def locked(results: Path) -> Iterator[None]:
-    """The right to drive the sweep in this folder; the system frees it when the process ends, however it ends."""
-    results.mkdir(parents=True, exist_ok=True)
+    """The right to drive the sweep in this folder; the system frees it when the process ends, however it ends.
+
+    UsageError where the folder cannot be made or written.
+    """
+    check_writable(results)
     with (results / "lock").open("a+", errors="replace") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
