@@ -142,6 +142,18 @@ def test_sketches_have_no_first_stage(run: Run, tmp_path: Path) -> None:
     assert "holds sketches" in err
 
 
+@pytest.mark.parametrize(("name", "file"), [("hershey", "points.npy"), ("imagefolder", "train.arrow")])
+def test_a_prepared_set_that_is_damaged_is_told_with_what_to_do(run: Run, pictures: Path, name: str, file: str) -> None:
+    words = [name, *(["--path", pictures, *OPTIONS] if name == "imagefolder" else [])]
+    stored = Path(run(*words)[1].strip()) / file
+    stored.write_bytes(stored.read_bytes()[:-9])
+    code, out, err = run(*words)
+    assert (code, out) == (2, "")
+    assert f"{stored} is damaged" in err
+    assert "delete" in err
+    assert "Traceback" not in err
+
+
 def test_ctrl_c_exits_with_130(run: Run, pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupted(*_: object, **__: object) -> Path:
         raise KeyboardInterrupt

@@ -48,6 +48,7 @@ def prepare(
     Pictures are read and encoded by one Ray task per shard, or with `--cpus 1` in this process. What is killed goes on
     where it stopped, by the same command.
     """
+    from raysparse.data import prepared
     from raysparse.sweep import encode
     from raysparse.terminal import print_damaged, progress
 
@@ -58,6 +59,8 @@ def prepare(
     except KeyboardInterrupt:
         typer.echo("interrupted; what is finished is kept, the same command goes on", err=True)
         raise typer.Exit(130) from None
+    for split in prepared.SPLITS:  # what was there already may be damaged: say so now, not when a trial begins
+        prepared.open_split(folder, split)
     facts = encode.facts(folder)
     print_damaged(facts)
     typer.echo(json.dumps(facts) if as_json else folder)
