@@ -23,6 +23,7 @@ from raysparse.sparse.settings import LARGEST
 # Where things lie on one machine, and how fast it is: never part of what a trial is.
 PATHS = (("data", "source"), ("data", "root"), ("evaluate", "weights"))
 PLACES = (*PATHS, ("evaluate", "runtime"), ("train", "threads"), ("train", "runtime"), ("train", "cuda_graph"))
+LEFT_OUT = "left out"  # a teacher's path in the settings of an exported model: another machine has no such folder
 # Settings that came later, and what was done before: there, the ids of known trials stay what they were.
 LATER = (
     ("evaluate", "intermediate", None),

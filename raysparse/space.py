@@ -259,12 +259,13 @@ def trial_count(sweep: Sweep) -> int:
 def with_places(sweep: Sweep, change: Callable[[str, str], str]) -> Sweep:
     """The sweep with `change(where, place)` for each of its FILES, in the base trial and among the axes.
 
-    where: dotted, in the file. An id of the Hub is no place.
+    where: dotted, in the file. An id of the Hub is no place, and neither is a teacher left out.
     """
 
     def changed(path: str, where: str, value: Any) -> Any:
         hub_id = path == "first_stage.weights" and isinstance(value, str) and not Path(value).expanduser().exists()
-        return value if not isinstance(value, str) or hub_id else change(where, value)
+        left_out = path == "sparse.teacher" and value == config.LEFT_OUT
+        return value if not isinstance(value, str) or hub_id or left_out else change(where, value)
 
     content = sweep.model_dump(mode="json")
     for path in FILES:

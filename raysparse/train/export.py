@@ -26,7 +26,7 @@ from raysparse import config as configs
 from raysparse import files, plugins
 from raysparse.config import TrialConfig
 from raysparse.errors import UsageError, usage_error_from
-from raysparse.train import bitmasks, checks, diffusers_parts, measured, model_card, restored, state, teacher
+from raysparse.train import bitmasks, checks, diffusers_parts, measured, model_card, restored, state
 from raysparse.train.folders import new_folder
 from raysparse.train.measured import Measured
 
@@ -152,7 +152,7 @@ def _without_paths(config: TrialConfig, identity: str | None) -> dict[str, Any]:
     for section, name in configs.PATHS:
         content[section][name] = None
     if config.sparse.setting("teacher") is not None:  # not None: its loss or its start say that there was one
-        content["sparse"]["teacher"] = teacher.LEFT_OUT
+        content["sparse"]["teacher"] = configs.LEFT_OUT
     if identity is not None:
         content["first_stage"] |= {"weights": None, "sha256": identity}
     return content

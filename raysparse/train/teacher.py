@@ -24,7 +24,6 @@ from raysparse.errors import UsageError
 from raysparse.train import checks, diffusers_parts, restored, state
 
 SCHEDULER = "scheduler_config.json"
-LEFT_OUT = "left out"  # instead of its path, in the settings of an exported model: another machine has no such folder
 # diffusers' name of each of our settings of noise
 NOISE = {
     "num_train_timesteps": "timesteps",
@@ -66,7 +65,7 @@ def load(config: TrialConfig) -> nn.Module | None:
     place = config.sparse.setting("teacher")
     if place is None:
         return None
-    if place == LEFT_OUT:
+    if place == configs.LEFT_OUT:
         raise UsageError(
             "these are an exported model's settings, which do not say where its teacher lies; to train with them set "
             "sparse.teacher to a dense checkpoint of raysparse or a diffusers folder"

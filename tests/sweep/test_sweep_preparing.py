@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from raysparse import config
 from raysparse.errors import UsageError
 from raysparse.space import Sweep
 from raysparse.sweep import preparing, tuner
@@ -51,6 +52,15 @@ def test_a_teacher_that_is_not_there_is_refused_before_anything_starts(
     with pytest.raises(UsageError, match=f"teacher {tmp_path}/dense is no folder"):
         tuner.run(sweep, tmp_path / "out", command="")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_teacher_left_out_by_an_export_is_told_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep_of: Callable[..., Sweep]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = sweep_of().base | {"sparse": {"teacher": config.LEFT_OUT, "start": "teacher"}}
+    with pytest.raises(UsageError, match="do not say where its teacher lies"):
+        tuner.run(sweep_of(base=base, asha=None, search=None, grid={"nm_ste": {}}), tmp_path / "out", command="")
 
 
 def test_each_teacher_is_looked_at_once(
