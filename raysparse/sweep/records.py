@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,12 @@ class Records(Callback):  # type: ignore[misc]
         report = records.report_from(result)
         if report is not None:  # else: it failed without a report
             report = with_samples(self._results / "trials" / row.trial_id, report)
+            before = self._known(row).get(report.step)
+            if before and report.train_loss is None and not report.diverged:
+                # Made again of a checkpoint whose report the trial had lost: what is counted between two is not in it.
+                report = dataclasses.replace(
+                    report, train_loss=before.train_loss, topology_changed=before.topology_changed
+                )
             self._known(row)[report.step] = report
         self._write(row)
 
