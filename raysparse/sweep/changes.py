@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from raysparse import space
+from raysparse.config import parse
 from raysparse.errors import UsageError
 from raysparse.files import write_text
 from raysparse.space import Sweep
@@ -62,6 +63,16 @@ def check(results: Path, sweep: Sweep) -> None:
                 f"trial {row.trial_id} of {results} does not belong to the new space ({error}); keep the axes wide "
                 "enough for what has run, or give a new folder"
             ) from error
+
+
+def check_planned(results: Path, board: Board) -> None:
+    """UsageError where a trial that may yet run has other settings in the journal than those its id is made of."""
+    for row in board.rows.values():
+        if row.state != "COMPLETED" and (made := parse(row.config, row.trial_id).trial_id) != row.trial_id:
+            raise UsageError(
+                f"{results / 'journal.jsonl'}: trial {row.trial_id} has the settings of {made}, so it was changed by "
+                "hand; restore the journal from a copy"
+            )
 
 
 def accept(results: Path, sweep: Sweep) -> None:

@@ -95,6 +95,7 @@ def resume(
         board = Board.load(results)
         if board.finished and not (found and wanted):
             return Summary(results, board, interrupted=False)
+        changes.check_planned(results, board)
         if found:
             if not accept_changes:
                 changes.refuse(results, found)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +74,17 @@ def test_a_changed_space_is_refused_with_what_changed(
     wider = sweep_of(asha={"grace_steps": 4, "reduction_factor": 2})
     with pytest.raises(UsageError, match=r"asha\.grace_steps 2 then, 4 now"):
         tuner.resume(out, space_file=wider)
+
+
+def test_a_trial_whose_settings_were_changed_in_the_journal_is_refused(begun: tuple[Path, Sweep]) -> None:
+    out, sweep = begun
+    trial = space.trial(sweep, POINT, seed=7)
+    line = planned(trial, POINT, "search", 1)
+    assert line.config
+    with closing(Ledger(out)) as ledger:
+        ledger.add(dataclasses.replace(line, config=with_value(line.config, "optimizer.lr", 9.0)))
+    with pytest.raises(UsageError, match=rf"journal\.jsonl: trial {trial.trial_id} has the settings of rigl-.*copy"):
+        tuner.resume(out)
 
 
 def test_what_is_accepted_is_recorded_and_holds(begun: tuple[Path, Sweep], sweep_of: Callable[..., Sweep]) -> None:
