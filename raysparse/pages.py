@@ -13,7 +13,7 @@ from rich.text import Text
 
 from raysparse.screen import TrialTable, intermediate_hint, intermediate_words, print_lines
 from raysparse.sweep.trial_log import printable
-from raysparse.terminal import duration
+from raysparse.terminal import duration, print_table
 
 if TYPE_CHECKING:
     from raysparse.sweep.board import Row
@@ -110,7 +110,7 @@ def print_trial(page: Facts) -> None:
     if page["intermediate_protocol"]:
         print_lines(console, intermediate_words(page["intermediate_protocol"]))
     if page["reports"]:
-        console.print(_course(page))
+        print_table(_course(page), console)
     for item in page["events"]:
         where = "after the report of" if item["kind"] == "started" else "at"  # it goes on there or a little later
         step = f" {where} step {item['step']}" if item["step"] else ""

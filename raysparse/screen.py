@@ -132,7 +132,10 @@ def intermediate_words(protocol: Mapping[str, Any]) -> str:
 
 
 class TrialTable:
-    """A line per trial; the last column says why it is not what one hoped for, and is cut where there is no room."""
+    """A line per trial; the last column says why it is not what one hoped for, and is cut where there is no room.
+
+    With still less room the columns that are missed least are left out, whole.
+    """
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self._rows = rows
@@ -140,14 +143,20 @@ class TrialTable:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         cells = [_cells(row) for row in self._rows]
         widths = [max(cell_len(text) for text in column) for column in zip(_COLUMNS, *cells, strict=True)]
-        room = options.max_width - sum(widths[:-1]) - 2 * (len(widths) - 1)
+        shown = dict(zip(_COLUMNS, widths, strict=True))
+        missed_least = iter(_MISSED_LEAST)
+        while (room := options.max_width - sum(list(shown.values())[:-1]) - 2 * (len(shown) - 1)) < _STATE:
+            if (name := next(missed_least, None)) is None:
+                break
+            del shown[name]
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-        for name in _COLUMNS:
+        for name in shown:
             table.add_column(name, justify="left" if name in ("trial", "state") else "right", no_wrap=True)
         for row, texts in zip(self._rows, cells, strict=True):
             state = Text(texts[-1])
-            state.truncate(max(room, 9), overflow="ellipsis")
-            table.add_row(*texts[:-1], state, style=_STYLES.get(row.state))
+            state.truncate(max(room, _STATE), overflow="ellipsis")
+            kept = [text for name, text in zip(_COLUMNS, texts, strict=True) if name in shown]
+            table.add_row(*kept[:-1], state, style=_STYLES.get(row.state))
         yield table
 
 
@@ -156,6 +165,8 @@ _SHOWN = ("PENDING", "FAILED", "STOPPED", "COMPLETED", "RUNNING")
 _RANK = {"RUNNING": 0, "FAILED": 1, "STOPPED": 1, "COMPLETED": 1, "PENDING": 2}
 _STYLES = {"FAILED": "red", "STOPPED": "dim", "RUNNING": "bold", "COMPLETED": "green"}
 _COLUMNS = ("trial", "S", "p", "ΔTe", "seed", "step", "FID", "state")
+_MISSED_LEAST = ("seed", "ΔTe", "p", "S", "step")
+_STATE = 9  # cells that the last column has at least: `completed`
 
 
 def _cells(row: Row) -> list[str]:

@@ -138,7 +138,7 @@ def print_plan(sweep: Sweep, plan: dict[str, Any]) -> None:
             ),
         )
     console = _wide_console()
-    _print_table(table, console)
+    print_table(table, console)
     for row in plan["trials"]:
         if row["layers_dense"]:
             listed = "; ".join(f"{layer}: {why}" for layer, why in row["layers_dense"].items())
@@ -166,7 +166,7 @@ def _wide_console() -> Console:
     return Console(width=None if Console().is_terminal else 140)
 
 
-def _print_table(table: Table, console: Console) -> None:
+def print_table(table: Table, console: Console) -> None:
     """With whole cells: a terminal that is too narrow gets the table without lines, with still less room rows wrap."""
     if Measurement.get(console, console.options.update(max_width=1_000), table).maximum <= console.width:
         console.print(table)
@@ -209,7 +209,7 @@ def print_cost(base: TrialConfig, rows: Sequence[dict[str, Any]]) -> None:
             *(f"{row[name]:.4e}" for name in _COSTS),
         )
     console = _wide_console()
-    _print_table(table, console)
+    print_table(table, console)
     for layer, why in rows[-1]["layers_dense"].items():
         console.print(f"{layer} stays dense: {why}", markup=False)
     for layer in rows[-1]["layers_by_element"]:
@@ -248,4 +248,4 @@ def print_evaluations(rows: Sequence[EvaluatedRow]) -> None:
             f"{row.step:,}",
             *("" if value is None else f"{value.fid:.2f} ({value.kid:.4f})" for value in values),
         )
-    _print_table(table, _wide_console())
+    print_table(table, _wide_console())

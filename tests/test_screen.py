@@ -41,6 +41,19 @@ def drawn(board: Board, width: int, height: int, lines: int = 4) -> list[str]:
     return captured.get().splitlines()
 
 
+@pytest.mark.parametrize("width", [40, 50, 60, 70, 80])
+def test_a_narrow_window_has_fewer_columns_and_whole_ones(width: int) -> None:
+    head, *lines = drawn(board_of(7), width, 24)[1:9]
+    assert ("seed" in head) == (width == 80)
+    assert head.split()[0] == "trial"
+    assert head.split()[-2:] == ["FID", "state"]
+    for line in lines[:-1]:
+        assert cell_len(line) <= width
+        words = line.split()
+        assert len(words[0]) == len("rigl-0000000000")
+        assert all("…" not in word for word in words[: len(head.split()) - 2])
+
+
 @pytest.mark.parametrize("count", [0, 1, 7, 40, 600])
 @pytest.mark.parametrize(("width", "height"), [(100, 30), (80, 24), (200, 50)])
 def test_it_fits_the_window_and_keeps_every_number(count: int, width: int, height: int) -> None:

@@ -6,7 +6,7 @@ import pytest
 from rich.cells import cell_len
 from rich.console import Console
 
-from raysparse import config, terminal
+from raysparse import config, pages, terminal
 
 ROW = {
     "sparsity": 0.5, "params_active": 274_056_163, "params_total": 274_056_163, "flops_inference_paper": 1.9204e13,
@@ -28,3 +28,20 @@ def test_a_table_keeps_every_number_at_every_width(
     assert "…" not in said
     if width >= 80:  # with less the terminal wraps the rows
         assert max(cell_len(line) for line in said.splitlines()) <= width
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 140])
+def test_the_course_of_a_trial_keeps_every_number_at_every_width(
+    width: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pages, "_console", lambda: Console(width=width))
+    report = {"step": 40_800, "fid": 123.456, "kid": 0.12345, "train_loss": 0.9876, "density": 0.5, "train_s": 4_000}
+    page = dict.fromkeys(("reason", "protocol", "log", "samples", "checkpoint", "command", "what_to_do"))
+    page |= {"trial_id": "rigl-0123456789", "state": "COMPLETED", "stage": "search", "point": {}, "seed": 0}
+    page |= {"intermediate_protocol": None, "events": [], "reports": [report]}
+    page |= {"rungs": [{"rung": 2_040, "fid": 123.456, "place": 1, "of": 3}]}
+    pages.print_trial(page)
+    said = capsys.readouterr().out
+    assert "…" not in said
+    for text in ("40,800", "123.456", "0.12345", "0.9876", "0.5000", "67 min", "2040: 1 of 3"):
+        assert text in said
