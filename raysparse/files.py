@@ -53,7 +53,10 @@ def sync(path: Path) -> None:
 
 
 def remove_leftovers(path: Path) -> None:
-    """Remove what killed processes left of `atomic_path(path)`; only for the one process that writes there."""
+    """Remove what killed processes left of `atomic_path(path)`; only for the one process that writes there.
+
+    path: the name `*` stands for all of the folder.
+    """
     for leftover in path.parent.glob(f".{path.name}.*.tmp"):
         leftover.unlink(missing_ok=True)
 

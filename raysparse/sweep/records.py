@@ -14,6 +14,7 @@ from ray.tune.experiment import Trial
 
 from raysparse import results as records
 from raysparse.errors import UsageError
+from raysparse.files import remove_leftovers
 from raysparse.results import Facts, Report
 from raysparse.sweep import control
 from raysparse.sweep.board import Ledger, Row
@@ -79,7 +80,8 @@ class Records(Callback):  # type: ignore[misc]
             raise KeyboardInterrupt
 
     def repair(self) -> None:
-        """Bring the records to where the ledger is: the driver may have been killed between the two."""
+        """Bring the records to where the ledger is: the driver may have been killed between the two, or in a record."""
+        remove_leftovers(self._results / "records" / "*")
         for row in self._ledger.board.rows.values():
             path = self._results / "records" / f"{row.trial_id}.parquet"
             if row.state == "PENDING" and not path.is_file():

@@ -32,7 +32,7 @@ from typing import Any
 
 from raysparse import config as settings
 from raysparse.errors import OtherFormat, UsageError
-from raysparse.files import atomic_path
+from raysparse.files import atomic_path, remove_leftovers
 from raysparse.resources import Resources
 from raysparse.results import Report
 from raysparse.sweep import leaving, pulse, trial_log
@@ -109,6 +109,8 @@ def _trained(
     trainer = setup.build(trial, device=device, rank=rank, world_size=world_size)
     checkpoints = results / "checkpoints" / trial.trial_id
     load_latest(trainer, checkpoints, removes=rank == 0)
+    for path in (folder / "reports.jsonl", folder / "samples" / "*") if rank == 0 else ():
+        remove_leftovers(path)
     if trainer.step:
         trial_log.note(f"goes on from step {trainer.step}")
     if rank == 0 and (reason := leaving.count_start(folder, trainer.step, hung)):

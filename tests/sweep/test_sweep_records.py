@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,15 @@ from raysparse.sweep.board import Ledger
 from raysparse.sweep.journal import event
 from raysparse.sweep.records import Records
 from raysparse.sweep.trainable import metrics_of
+
+
+def test_what_a_killed_driver_left_of_a_record_is_removed(tmp_path: Path) -> None:
+    trial = config.parse({"train": {"steps": 4}})
+    path = record(tmp_path, trial, {2: 3.0}, "RUNNING")
+    path.with_name(f".{path.name}.k2x_8f.tmp").touch()
+    with closing(Ledger(tmp_path)) as ledger:
+        Records(ledger, tmp_path, lambda row: None, lambda: False).repair()  # type: ignore[arg-type, return-value]
+    assert list(path.parent.iterdir()) == [path]
 
 
 def test_a_report_made_again_keeps_what_is_counted_between_two(tmp_path: Path) -> None:

@@ -162,7 +162,10 @@ def test_a_checkpoint_of_another_version_is_kept_and_said(told: dict[str, Any], 
 def test_a_report_that_was_lost_beside_its_checkpoint_is_made_again(told: dict[str, Any], tmp_path: Path) -> None:
     first = run(told, kill_at=4)
     (tmp_path / "trials" / told["trial_id"] / "reports.jsonl").unlink()
+    for name in (".reports.jsonl.k2x_8f.tmp", "samples/.4.png.k2x_8f.tmp"):  # of a process killed while it wrote
+        (tmp_path / "trials" / told["trial_id"] / name).touch()
     again = run(told)
+    assert not list((tmp_path / "trials").rglob("*.tmp"))
     assert [metrics["step"] for metrics in again] == [4, 6, 8]
     assert fids(again)[0] == fids(first)[1]
 
