@@ -77,6 +77,8 @@ def test_recognized_only(source: Path) -> None:
         ('{"drawing": [[[1, 2], [3], [0, 1]]]}', "inhomogeneous"),
         ('{"drawing": [[[1, 2], [3, 4], [0]]]}', "of one length"),
         ('{"drawing": [[[1, NaN], [3, 4], [0, 1]]]}', "finite"),
+        ('{"drawing": [[["1", "2"], [3, 4], [0, 1]]]}', "finite numbers"),
+        ('{"drawing": [[[1, 2], [true, 4], [0, 1]]]}', "finite numbers"),
         ('{"drawing": [[["a", 1], [3, 4], [0, 1]]]}', "could not convert"),
         ('{"drawing": [[[1, 1' + "0" * 400 + "], [3, 4], [0, 1]]]}", "too large"),
         ('{"drawing": 5}', "not iterable"),

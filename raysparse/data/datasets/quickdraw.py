@@ -139,7 +139,8 @@ def _stroke(stroke: Any) -> NDArray[np.float64]:
             f"a stroke has {len(stroke)} lists, not x, y and t; simplified files lack t, take the raw ones"
         )
     points = np.array(stroke[:2], np.float64).T
-    if points.ndim != 2 or len(points) != len(stroke[2]) or not are_coordinates(points):
+    numbers = set(map(type, (*stroke[0], *stroke[1]))) <= {int, float}  # NumPy takes "12" and true as well
+    if not numbers or points.ndim != 2 or len(points) != len(stroke[2]) or not are_coordinates(points):
         raise ValueError("a stroke's x, y and t must be lists of finite numbers of one length")
     return points
 
