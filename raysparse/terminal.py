@@ -93,12 +93,17 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def print_damaged(facts: dict[str, Any]) -> None:
-    """On stderr: how many pictures could not be read, and the first ten with the reason."""
+def print_left_out(facts: dict[str, Any]) -> None:
+    """On stderr: how many files are no pictures by their names; how many pictures could not be read, and the first ten
+    with the reason."""
+    from raysparse.data.decoding import SUFFIXES
+
+    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    if others := facts["other_files"]:
+        console.print(f"{others} other files were skipped: only {', '.join(sorted(SUFFIXES))} are read as pictures")
     damaged = facts["damaged"]
     if not damaged:
         return
-    console = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
     console.print(f"{len(damaged)} damaged pictures were left out; all of them are in {facts['folder']}/manifest.json")
     for one in damaged[:_DAMAGED_SHOWN]:
         console.print(f"  {one['id']}: {one['reason']}")

@@ -142,6 +142,19 @@ def test_sketches_have_no_first_stage(run: Run, tmp_path: Path) -> None:
     assert "holds sketches" in err
 
 
+def test_files_that_are_skipped_are_counted(run: Run, pictures: Path) -> None:
+    for folder in ("train", "val"):
+        (pictures / folder).mkdir()
+        for path in sorted(pictures.glob("*.png"))[:10]:
+            path.rename(pictures / folder / path.name)
+    for name in ("train/moving.gif", "train/raw.tiff", "val/README.txt"):
+        (pictures / name).write_bytes(b"any")
+    code, out, err = run("imagefolder", "--path", pictures, "--set", "size_px=16", "--json")
+    assert code == 0
+    assert json.loads(out)["other_files"] == 3
+    assert err == "3 other files were skipped: only .bmp, .jpeg, .jpg, .png, .webp are read as pictures\n"
+
+
 @pytest.mark.parametrize(("name", "file"), [("hershey", "points.npy"), ("imagefolder", "train.arrow")])
 def test_a_prepared_set_that_is_damaged_is_told_with_what_to_do(run: Run, pictures: Path, name: str, file: str) -> None:
     words = [name, *(["--path", pictures, *OPTIONS] if name == "imagefolder" else [])]

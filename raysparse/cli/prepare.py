@@ -50,7 +50,7 @@ def prepare(
     """
     from raysparse.data import prepared
     from raysparse.sweep import encode
-    from raysparse.terminal import print_damaged, progress
+    from raysparse.terminal import print_left_out, progress
 
     trial = _to_prepare(name, changes, path, root, first_stage)
     try:
@@ -62,7 +62,7 @@ def prepare(
     for split in prepared.SPLITS:  # what was there already may be damaged: say so now, not when a trial begins
         prepared.open_split(folder, split)
     facts = encode.facts(folder)
-    print_damaged(facts)
+    print_left_out(facts)
     typer.echo(json.dumps(facts) if as_json else folder)
 
 

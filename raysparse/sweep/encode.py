@@ -200,5 +200,6 @@ def facts(folder: Path) -> dict[str, Any]:
         "classes": len(manifest["classes"]),
         "encoder": manifest.get("encoder"),
         "latent_shape": manifest.get("latent_shape"),
+        "other_files": sum(n for name, n in manifest.get("facts", {}).items() if name.startswith("other_files")),
         "damaged": [{"id": name, "reason": reason} for name, reason in prepared.damaged(folder)],
     }
