@@ -143,7 +143,7 @@ class SparseConfig(Section):
 
 
 class DiffusionConfig(Section):
-    timesteps: int = Field(1000, ge=1)  # T
+    timesteps: int = Field(1000, ge=1, le=10**6)  # T
     beta_schedule: Literal["linear", "scaled_linear"] = (
         "linear"  # scaled_linear: linear in sqrt(beta), as Latent Diffusion
     )
@@ -209,7 +209,7 @@ class TrainConfig(Section):
 class IntermediateConfig(Section):
     """The cheaper protocol of the evaluations before the last step."""
 
-    generated: int = Field(1_000, ge=2)  # samples per FID
+    generated: int = Field(1_000, ge=2, le=10**7)  # samples per FID
     ddim_steps: int = Field(20, ge=1)
 
 
@@ -217,7 +217,7 @@ class EvaluateConfig(Section):
     every_steps: int = Field(2_040, ge=1)  # a Report and a checkpoint at each multiple, and at the last step
     extractor: str = "glyph_cnn"  # a file in raysparse/metrics/extractors/
     weights: str | None = None  # file of an extractor that needs one
-    generated: int = Field(10_000, ge=2)  # samples per FID
+    generated: int = Field(10_000, ge=2, le=10**7)  # samples per FID
     references: int | None = Field(None, ge=2)  # use only the first so many reference examples
     ddim_steps: int = Field(50, ge=1)
     eta: float = Field(0.0, ge=0, le=1)
@@ -231,9 +231,9 @@ class EvaluateConfig(Section):
     # sampling noise does (docs/measured.md)
     precision: Literal["fp32", "bf16"] | None = None
     validation_examples: int = Field(1_024, ge=1)  # at most so many: the first ones of the split
-    kid_subsets: int = Field(100, ge=1)
+    kid_subsets: int = Field(100, ge=1, le=10**6)
     kid_subset_size: int = Field(1000, ge=2)
-    grid: int = Field(16, ge=0)  # samples kept as a picture in each record
+    grid: int = Field(16, ge=0, le=10**4)  # samples kept as a picture in each record
     # By which trials are compared while they train (ASHA, curves): a FID of its own, measured at the last step too,
     # never compared with the trial's FID, which is measured there alone. None: each evaluation is a full one
     intermediate: IntermediateConfig | None = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 import torch
 from pydantic import Field, model_validator
@@ -20,15 +20,17 @@ from raysparse.models import _float32_layers
 from raysparse.section import Section
 
 Model = TypeVar("Model", bound=nn.Module)
+Widths = Annotated[tuple[int, ...], Field(min_length=1, max_length=16)]  # channels per level; see check_levels
+MOST_CHANNELS = 8192
 
 
 class UNetConfig(Section):
     """The settings of both U-Nets; each file has its own defaults. Names are diffusers'."""
 
-    sample_size: int = Field(ge=1)  # height and width of x
-    in_channels: int = Field(3, ge=1)  # of x, and of the prediction
-    block_out_channels: tuple[int, ...] = Field(min_length=1)  # per level, the finest first
-    layers_per_block: int = Field(2, ge=1)  # residual blocks per level on the way down; one more on the way up
+    sample_size: int = Field(ge=1, le=4096)  # height and width of x
+    in_channels: int = Field(3, ge=1, le=4096)  # of x, and of the prediction
+    block_out_channels: Widths  # per level, the finest first
+    layers_per_block: int = Field(2, ge=1, le=64)  # residual blocks per level on the way down; one more on the way up
     attention_levels: tuple[bool, ...]  # which levels have attention; the middle always has
     attention_head_dim: int | None = Field(None, ge=1)  # channels per head; None: one head of all channels
     norm_num_groups: int = Field(32, ge=1)  # every level's channels must be a multiple
@@ -60,6 +62,8 @@ def check_levels(widths: Sequence[int], attends: Sequence[bool], groups: int) ->
             f"attention_levels has {len(attends)} entries, block_out_channels {len(widths)}; give each level both"
         )
     for width in widths:
+        if width > MOST_CHANNELS:
+            raise ValueError(f"block_out_channels has {width}, above the limit of {MOST_CHANNELS}; lower it")
         if width < 1 or width % groups:
             raise ValueError(
                 f"block_out_channels has {width}, no positive multiple of norm_num_groups {groups}; lower "

@@ -34,12 +34,12 @@ class Config(Section):
     vq_embed_dim 4, num_vq_embeddings 16384.
     """
 
-    block_out_channels: tuple[int, ...] = Field((128, 256, 512), min_length=1)  # n levels: f = 2 ** (n - 1)
-    layers_per_block: int = Field(2, ge=1)  # residual blocks per level of the encoder; the decoder has one more
+    block_out_channels: _unet.Widths = (128, 256, 512)  # n levels: f = 2 ** (n - 1)
+    layers_per_block: int = Field(2, ge=1, le=64)  # residual blocks per level of the encoder; the decoder has one more
     attention_levels: tuple[bool, ...] = (False, False, False)  # beside the middle, which always has attention
-    latent_channels: int = Field(3, ge=1)  # the original's z_channels
-    vq_embed_dim: int = Field(3, ge=1)  # channels of a latent and of a codebook's vector; the original's embed_dim
-    num_vq_embeddings: int = Field(8192, ge=1)  # vectors of the codebook
+    latent_channels: int = Field(3, ge=1, le=4096)  # the original's z_channels
+    vq_embed_dim: int = Field(3, ge=1, le=4096)  # channels of a latent and of a code; the original's embed_dim
+    num_vq_embeddings: int = Field(8192, ge=1, le=10**6)  # vectors of the codebook
     norm_num_groups: int = Field(32, ge=1)
     # z = scaling_factor * encoder's output. The original has none for VQ; diffusers divides by .18215 before decoding
     # where a folder's config lacks it, which the published one does. So a folder's value is never read.

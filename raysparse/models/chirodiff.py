@@ -56,9 +56,9 @@ class Config(Section):
 
     hidden: int = Field(96, ge=1, le=4096)  # h, width of each direction
     layers: int = Field(3, ge=1, le=64)
-    timesteps: int = Field(1000, ge=1)  # T of the noise schedule; scales t in the time features
-    num_classes: int | None = Field(None, ge=1)  # of a class-conditional model; None: unconditional
-    label_features: int = Field(16, ge=1)  # width of a class's embedding, appended to every point's inputs
+    timesteps: int = Field(1000, ge=1, le=10**6)  # T of the noise schedule; scales t in the time features
+    num_classes: int | None = Field(None, ge=1, le=10**6)  # of a class-conditional model; None: unconditional
+    label_features: int = Field(16, ge=1, le=4096)  # width of a class's embedding, appended to every point's inputs
     inputs: Literal["plain", "abs", "del"] = "plain"  # see the head of this file
 
 

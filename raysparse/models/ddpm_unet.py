@@ -29,8 +29,8 @@ SMALL: dict[str, Any] = {  # a Config for tests of what every model must do
 class Config(_unet.UNetConfig):
     """The defaults are the published network's for CIFAR-10 (35,746,307 parameters)."""
 
-    sample_size: int = Field(32, ge=1)
-    block_out_channels: tuple[int, ...] = Field((128, 256, 256, 256), min_length=1)
+    sample_size: int = Field(32, ge=1, le=4096)
+    block_out_channels: _unet.Widths = (128, 256, 256, 256)
     attention_levels: tuple[bool, ...] = (False, True, False, False)  # at 16 x 16
 
     @field_validator("block_out_channels")

@@ -48,12 +48,12 @@ CIN_LDM_VQ_F8: dict[str, Any] = {  # 394,984,196 without the class embedding, 39
 class Config(_unet.UNetConfig):
     """The defaults are the paper's for CelebA-HQ, LSUN-Bedrooms and Imagenette (274,056,163 parameters)."""
 
-    sample_size: int = Field(64, ge=1)  # 256 px pictures under VQ-f4
-    block_out_channels: tuple[int, ...] = Field((224, 448, 672, 896), min_length=1)
+    sample_size: int = Field(64, ge=1, le=4096)  # 256 px pictures under VQ-f4
+    block_out_channels: _unet.Widths = (224, 448, 672, 896)
     attention_levels: tuple[bool, ...] = (False, True, True, True)  # the original's attention_resolutions 8, 4, 2
     attention_head_dim: int | None = Field(32, ge=1)
-    num_classes: int | None = Field(None, ge=1)  # real classes of a class-conditional model; None: unconditional
-    context_dim: int = Field(512, ge=1)  # width of a class's embedding; unused without classes
+    num_classes: int | None = Field(None, ge=1, le=10**6)  # real classes of a conditional model; None: unconditional
+    context_dim: int = Field(512, ge=1, le=8192)  # width of a class's embedding; unused without classes
 
 
 def build(config: Config, seed: int) -> LatentUNet:

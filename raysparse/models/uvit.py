@@ -48,14 +48,14 @@ IMAGENET256_LARGE: dict[str, Any] = {
 class Config(Section):
     """The defaults are U-ViT small/2 for CIFAR-10 (44,255,328 parameters)."""
 
-    sample_size: int = Field(32, ge=1)  # height and width of x
-    in_channels: int = Field(3, ge=1)  # of x, and of the prediction
+    sample_size: int = Field(32, ge=1, le=4096)  # height and width of x
+    in_channels: int = Field(3, ge=1, le=4096)  # of x, and of the prediction
     patch_size: int = Field(2, ge=1)  # a token is a square of so many values each way
-    embed_dim: int = Field(512, ge=4)  # width of a token, even
-    depth: int = Field(12, ge=2)  # blocks beside the middle one, half of them before it; even
+    embed_dim: int = Field(512, ge=4, le=8192)  # width of a token, even
+    depth: int = Field(12, ge=2, le=128)  # blocks beside the middle one, half of them before it; even
     num_heads: int = Field(8, ge=1)
-    mlp_ratio: int = Field(4, ge=1)  # the MLP's width in tokens' widths
-    num_classes: int | None = Field(None, ge=1)  # real classes of a class-conditional model; None: unconditional
+    mlp_ratio: int = Field(4, ge=1, le=64)  # the MLP's width in tokens' widths
+    num_classes: int | None = Field(None, ge=1, le=10**6)  # real classes of a conditional model; None: unconditional
 
     @model_validator(mode="after")
     def _sizes_fit(self) -> Self:

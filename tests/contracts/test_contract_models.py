@@ -11,7 +11,7 @@ import math
 import re
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -73,6 +73,15 @@ def test_config_is_frozen_and_refuses_unknown_keys(any_module: ModuleType) -> No
         setattr(config, name, module.SMALL[name])
     assert module.Config() is not None  # the paper's values are defaults
     assert module.Config.model_validate(config.model_dump(mode="json")) == config
+
+
+def test_a_model_that_no_memory_holds_is_refused(any_module: ModuleType) -> None:
+    for name, field in any_module.Config.model_fields.items():
+        whole = int in (get_args(field.annotation) or (field.annotation,))
+        huge = [10**30, 10**30] if name == "block_out_channels" else 10**30
+        if whole or name == "block_out_channels":
+            with pytest.raises(ValidationError, match=r"less than or equal to|above the limit|multiple"):
+                any_module.Config(**any_module.SMALL | {name: huge})
 
 
 def test_prediction_is_like_x_and_finite(module: ModuleType) -> None:

@@ -153,7 +153,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "options of model 'latent_unet'",
     ),
     "a huge model": (
-        lambda f: edit_config(f, model={"name": "latent_unet", "options": {"block_out_channels": [32 * 10**4] * 4}}),
+        lambda f: edit_config(f, model={"name": "latent_unet", "options": {"block_out_channels": [8192] * 4}}),
         "no weights of model",
     ),
     "no weights": (lambda f: (f / UNET).unlink(), "diffusion_pytorch_model.safetensors is damaged"),
