@@ -97,12 +97,22 @@ def probability_lower(a: Sequence[float], b: Sequence[float], confidence: float)
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float], confidence: float) -> Interval:
-    """Spearman's rho, ties at their mean rank; interval by Fisher's z with the standard error of Bonett & Wright 2000.
+    """Spearman's rho, ties at their mean rank; interval by Fisher's z with the variance (1.15 + z² / 4) / (n - 3).
+
+    The variance is that of the end, not of the estimate (as in `probability_lower`): the ends lie where the estimate is
+    so many of their own standard errors away. z² / 4 and 1.15 are fitted. Of 20,000 draws of normal pairs whose
+    correlation was 0 / .5 / .9 / .97 / .99, a nominal 95 % covered the truth in
+
+        5 pairs    98 / 99 / 100 / 100 / 100 %      20 pairs    96 / 96 / 97 / 97 / 96 %
+        8          95 / 95 /  97 /  99 /  99        40          97 / 96 / 98 / 98 / 97
+        12         96 / 96 /  97 /  97 /  97
+
+    and the standard error of Bonett & Wright 2000, which is of the estimate, in 95 to 99 % up to .9, but from 12 pairs
+    on in 93 % at .97 and 82 to 86 % at .99. With 1 for 1.15 it is 92 % at 5 pairs and 0. Of pairs with heavy tails (t
+    copula, 3 degrees of freedom) it is 92 to 99 % from 8 pairs on, Bonett & Wright's 86 to 95.
 
     z has no end at 1, and few pairs in the same order would be certainty: rho counts at most as half-way between that
-    order and the next, two neighbours swapped. Of 20,000 draws of normal pairs whose correlation was 0 / .5 / .9, a
-    nominal 95 % then covered the truth in 98 / 99 / 99 % at 5 pairs, 97 / 98 / 98 % at 6, 96 / 96 / 95 % at 8 and 12
-    (without it 75 % at 5 pairs and .9). Near 1 it is too narrow: at .99, 91 % at 6 pairs and 86 % at 12.
+    order and the next, two neighbours swapped.
 
     NaN below two pairs or where one side is constant; no ends below five pairs.
     """
@@ -114,9 +124,13 @@ def rank_correlation(a: Sequence[float], b: Sequence[float], confidence: float) 
     if n < 5:
         return Interval(rho, math.nan, math.nan)
     most = 1 - 6 / (n**3 - n)
-    inner = float(np.clip(rho, -most, most))
-    half = float(ndtri((1 + confidence) / 2)) * math.sqrt((1 + inner**2 / 2) / (n - 3))
-    low, high = (math.tanh(math.atanh(inner) + way) for way in (-half, half))
+    z = math.atanh(float(np.clip(rho, -most, most)))
+    scale = float(ndtri((1 + confidence) / 2)) ** 2 / (n - 3)
+    rest = 1 - scale / 4  # (end - z)² = scale (1.15 + end² / 4) is a quadratic equation with this before end²
+    if rest <= 0:  # five pairs beyond 99.5 %: no end is that far away
+        return Interval(rho, -1.0, 1.0)
+    half = math.sqrt(scale * (1.15 * rest + z**2 / 4))
+    low, high = (math.tanh((z + way) / rest) for way in (-half, half))
     return Interval(rho, min(low, rho), max(high, rho))
 
 

@@ -81,8 +81,8 @@ def table(section: Section, rows: pd.DataFrame) -> Table:
         Column("best at the end was", lambda row: f"number {row['best_kept']}"),
     )
     caption = (
-        f"Spearman's ρ between {section.early_name} at the rung and {section.fid_name} at full budget, Fisher's "
-        f"interval (Bonett and Wright), all together at {words.percent(CONFIDENCE)}. Only trials that were not stopped "
+        f"Spearman's ρ between {section.early_name} at the rung and {section.fid_name} at full budget, with an "
+        f"interval by Fisher's z, all together at {words.percent(CONFIDENCE)}. Only trials that were not stopped "
         "have both: they are the rung's own choice and lie closer together than all trials did, so that ρ over all "
         "would likely be higher. Last column: the place at this rung, among the same trials, of the one that was best "
         "in the end."
