@@ -17,7 +17,8 @@ def sentences(section: Section) -> list[str]:
     best, dense = section.best, section.dense
     if best is None:
         return [*_nothing(section, dense), *_unfinished(section)]
-    told = [_best(section, best), _saves(best), _seconds(best, dense), _cost(section, best, dense)]
+    told = [_best(section, best), _budgets(section, best), _saves(best), _seconds(best, dense)]
+    told.append(_cost(section, best, dense))
     if best["stage"] == "confirm":
         told += [_cheapest(section, best), _lost_seeds(section)]
     return [sentence for sentence in told if sentence] + _unfinished(section)
@@ -76,6 +77,18 @@ def _pick(section: Section, best: Row) -> str:
         "higher": "by this value alone we would stay with dense",
         stats.NO_DIFFERENCE: "we would pick it where what it saves is worth what the seeds leave open",
     }.get(best["verdict"], "we would run more seeds, of dense too, before picking it")
+
+
+def _budgets(section: Section, best: Row) -> str:
+    """Which steps this is of, where there are results of others too."""
+    others = sorted({int(steps) for steps in section.ranked["total_steps"]} - {int(best["total_steps"])})
+    if not others:
+        return ""
+    named = words.listed([f"{steps:,}" for steps in others])
+    return (
+        f"Compared here are results of {best['total_steps']:,} steps alone; the tables have those of {named} steps, "
+        "each against dense of its own."
+    )
 
 
 def _saves(best: Row) -> str:

@@ -15,7 +15,7 @@ import pandas as pd
 
 from analysis import stats, words
 from analysis.parts import Part
-from analysis.sections import DENSE, Section, same_budget
+from analysis.sections import DENSE, Section
 from analysis.tables import Column, Table
 
 
@@ -76,9 +76,7 @@ def data_table(group: Sequence[Section], number: int = 0) -> Table:
     group = sorted(group, key=lambda section: section.variant)
     found: dict[tuple[Any, ...], dict[str, Any]] = {}
     for place, section in enumerate(group):
-        best, rows = section.best, section.ranked
-        rows = rows if best is None else rows[same_budget(rows, best)]  # else a column would not compare
-        rows = rows.sort_values("fid_mean", kind="stable").drop_duplicates(["method", "sparsity"])
+        rows = section.comparable.sort_values("fid_mean", kind="stable").drop_duplicates(["method", "sparsity"])
         for row in rows.to_dict("records"):
             mine = found.setdefault(
                 (row["method"], row["sparsity"]), {"method": row["method"], "sparsity": row["sparsity"]}
@@ -98,8 +96,8 @@ def data_table(group: Sequence[Section], number: int = 0) -> Table:
         columns += [_data_column(frame, section, place, value) for value in ("fid", "kid")]
     caption = (
         "The best configuration of each method and S. Each amount of data is a task of its own, and where the "
-        "reference set changes with it a protocol too: compare down a column, which is of one budget, that of its "
-        "lowest sparse value. Bold: lower than dense in the column; underlined: the lowest sparse value."
+        "reference set changes with it a protocol too: compare down a column, which is of one budget, the longest of "
+        "its sparse ones. Bold: lower than dense in the column; underlined: the lowest sparse value."
     )
     name = "data" if number == 0 else f"data_{number}"
     title = f"Full and reduced data: {group[0].dataset}, {group[0].model}"

@@ -139,6 +139,18 @@ class Section:
         """What "best" is picked from: the confirmed results, or the search's where no sparse one is confirmed."""
         return self.confirmed if self.confirmed["method"].ne(DENSE).any() else self.searched
 
+    @cached_property
+    def comparable(self) -> pd.DataFrame:
+        """`ranked` at one budget: the longest that dense and something sparse have, else the longest of these.
+
+        Not that of the lowest FID: 40,000 steps would make a best one that dense of 400 is no match for.
+        """
+        rows = self.ranked
+        is_dense = rows["method"].eq(DENSE)
+        sparse, dense = (set(found.groupby(BUDGET).groups) for found in (rows[~is_dense], rows[is_dense]))
+        budget = max(sparse & dense or sparse or dense, default=None)
+        return rows if budget is None else rows[same_budget(rows, dict(zip(BUDGET, budget, strict=True)))]
+
     @property
     def dense(self) -> dict[str, Any] | None:
         """The dense configuration with the lowest FID, in the stage of `ranked` and of the budget of `best` where there
@@ -162,13 +174,14 @@ class Section:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """The sparse configuration with the lowest (mean) FID."""
-        return _lowest(self.ranked[self.ranked["method"].ne(DENSE)])
+        """The sparse configuration with the lowest (mean) FID of `comparable`."""
+        return _lowest(self.comparable[self.comparable["method"].ne(DENSE)])
 
     @property
     def cheapest_without_difference(self) -> dict[str, Any] | None:
-        """The confirmed sparse configuration with fewest inference FLOPs that is not shown to be worse than dense."""
-        rows = self.confirmed[self.confirmed["verdict"].isin([stats.NO_DIFFERENCE, "lower"])]
+        """The confirmed sparse configuration with fewest inference FLOPs that is not shown to be worse than dense, of
+        the budget of `best`."""
+        rows = self.comparable[self.comparable["verdict"].isin([stats.NO_DIFFERENCE, "lower"])]
         return None if rows.empty else dict(rows.sort_values(["flops_inference_true", "fid_mean"]).iloc[0])
 
     @property

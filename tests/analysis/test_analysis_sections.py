@@ -238,3 +238,24 @@ def test_summary_is_plain_json(sweep: Folder) -> None:
     assert summary["best"]["fid_mean"] == 11.5
     assert summary["dense"]["verdict"] not in GOT_INTERVAL
     assert summary["trials"] == {"completed": 18, "stopped": 3, "failed": 1}
+
+
+def test_best_and_cheapest_are_of_one_budget(folder: Folder) -> None:
+    # Of 400 steps static .9 is level with its dense and the cheapest, and rigl .75 has the lowest value of all, of
+    # steps that dense did not have: neither is to be told beside rigl .5 of 4,000.
+    for seed in (1, 2, 3):
+        for method, sparsity, steps, fid in (
+            ("dense", 0.0, 400, 30.0), ("static", 0.9, 400, 30.1), ("dense", 0.0, 4000, 10.0),
+            ("rigl", 0.5, 4000, 10.2), ("static", 0.25, 4000, 35.0), ("rigl", 0.75, 8000, 5.0),
+        ):  # fmt: skip
+            trial = facts(method, sparsity, seed, total_steps=steps, trial_id=f"{method}-{sparsity}-{steps}-{seed}")
+            folder.add(trial, [(steps, fid + seed)])
+    section = only(folder)
+    for found in (section.best, section.cheapest_without_difference):
+        assert found is not None
+        assert (found["method"], found["total_steps"]) == ("rigl", 4000)
+    assert section.dense is not None
+    assert section.dense["total_steps"] == 4000
+    said = text(section)
+    assert "Compared here are results of 4,000 steps alone; the tables have those of 400 and 8,000 steps" in said
+    assert "cheapest" not in said
