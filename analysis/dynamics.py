@@ -44,6 +44,8 @@ def parts(section: Section) -> list[Part]:
     if points.empty:
         return []
     who = "Dense and the best configuration of each method"
+    if section.ranked["total_steps"].nunique() > 1 and section.best:
+        who += f" at {section.best['total_steps']:,} steps"
     band = "mean over seeds, band one standard deviation" if points["seeds"].gt(1).any() else "one seed each, no claim"
     found = [
         Part(axis.name, f"{section.early_name} during training, over {axis.title}", figure(section, points, axis),
@@ -53,7 +55,8 @@ def parts(section: Section) -> list[Part]:
     found.append(Part("dynamics_table", "Training dynamics in numbers", tables=(table(section, points),), folded=True))
     sparsity = common_sparsity(section)
     if sparsity is not None:
-        same = section.ranked[section.ranked["sparsity"].eq(sparsity) | section.ranked["method"].eq(DENSE)]
+        rows = section.comparable
+        same = rows[rows["sparsity"].eq(sparsity) | rows["method"].eq(DENSE)]
         same = same.sort_values("fid_mean", kind="stable").drop_duplicates("method")
         if set(same["configuration"]) != set(best["configuration"]):
             title = f"{section.early_name} during training at S = {words.plain_number(sparsity)}"
@@ -63,16 +66,17 @@ def parts(section: Section) -> list[Part]:
 
 
 def best_of_each(section: Section) -> pd.DataFrame:
-    """The configuration with the lowest mean of each method, as `ranked` has them, and dense of whatever stage."""
-    rows = section.ranked
-    if section.dense is not None and not rows["method"].eq(DENSE).any():
-        rows = pd.concat([frame for frame in (rows, pd.DataFrame([section.dense])) if len(frame)], ignore_index=True)
+    """The configuration with the lowest mean of each method, as `comparable` has them, and dense of whatever stage."""
+    rows, best = section.comparable, section.best
+    dense = section.dense if best is None else section.dense_of(best)
+    if dense is not None and not rows["method"].eq(DENSE).any():
+        rows = pd.concat([frame for frame in (rows, pd.DataFrame([dense])) if len(frame)], ignore_index=True)
     return rows.sort_values("fid_mean", kind="stable").drop_duplicates("method")
 
 
 def common_sparsity(section: Section) -> float | None:
     """The S at which most sparse methods have a result, two at least; of several the one nearest the papers' .25."""
-    rows = section.ranked[section.ranked["method"].ne(DENSE)]
+    rows = section.comparable[section.comparable["method"].ne(DENSE)]
     counts = rows.groupby("sparsity")["method"].nunique()
     counts = counts[counts.ge(2) & counts.eq(counts.max())]
     return None if counts.empty else float(min(counts.index, key=lambda s: (abs(s - PAPERS_SPARSITY), s)))

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from analysis import marks, style, words
 from analysis.markup import plain
-from analysis.sections import DENSE, Section
+from analysis.sections import BUDGET, DENSE, Section
 
 MANY_POINTS = 1500  # beyond this, curves are drawn without a mark per report
 MOST_POINTS = 6_000  # beyond this, curves are thinned: a page of 100,000 points takes a browser seconds
@@ -26,7 +26,7 @@ def fid_against_sparsity(section: Section, value: str = "fid", prune_ratio: floa
         return None
     name = section.fid_name if value == "fid" else section.kid_name
     figure = style.figure("sparsity S (share of maskable weights at zero)", plain(name))
-    marks.dense_line(figure, section, value)
+    marks.dense_lines(figure, section, _sparse_or_all(confirmed, searched), value)
     methods = [name for name in section.methods() if name != DENSE]
     for place, method in enumerate(methods):
         shift = 0.008 * (place - (len(methods) - 1) / 2)  # so that error bars of methods stand side by side
@@ -34,7 +34,7 @@ def fid_against_sparsity(section: Section, value: str = "fid", prune_ratio: floa
         many = confirmed[confirmed["method"].eq(method)]
         marks.points(figure, section, one, one["sparsity"] + shift, named=many.empty, hollow=True, value=value)
         colour = style.looks(section.methods())[method][0]
-        for _, budget in many.groupby("total_steps"):  # no line from a trial of 500 steps to one of 40,000
+        for _, budget in many.groupby(BUDGET):  # no line from a trial of 500 steps to one of 40,000
             best = budget.sort_values(f"{value}_mean").drop_duplicates("sparsity").sort_values("sparsity")
             if len(best) > 1:
                 line = {"color": colour, "width": 2}
@@ -46,6 +46,12 @@ def fid_against_sparsity(section: Section, value: str = "fid", prune_ratio: floa
     # Room around the marks, but no ticks where no sparsity can be.
     figure.update_xaxes(range=[-0.03, 1.0], tickvals=[0, 0.1, 0.25, 0.5, 0.75, 0.9])
     return marks.spanning(figure, pd.concat([confirmed[f"{value}_mean"], searched[f"{value}_mean"]]))
+
+
+def _sparse_or_all(*frames: pd.DataFrame) -> pd.DataFrame:
+    rows = pd.concat([frame for frame in frames if len(frame)])
+    sparse = rows[rows["method"].ne(DENSE)]
+    return sparse if len(sparse) else rows
 
 
 def _with_ratio(rows: pd.DataFrame, prune_ratio: float | None, value: str) -> pd.DataFrame:

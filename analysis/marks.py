@@ -13,15 +13,19 @@ import plotly.graph_objects as go
 
 from analysis import style, words
 from analysis.markup import plain
-from analysis.sections import DENSE, Section
+from analysis.sections import BUDGET, DENSE, Section
 
 HOLLOW = "Filled: confirmed, mean ± standard deviation over seeds. Hollow: one seed, no claim."
 LOG_SPAN = 20.0  # an axis of values that span more than this factor is logarithmic
 
 # What the labels read. The other forty columns of a thousand rows, the configuration's text among them, would take
 # a large report more than a second to turn into dicts.
-POINT = (*words.CONFIGURATION, "stage", "seeds", "fid_mean", "fid_std", "params_ratio", "flops_inference_ratio")
+POINT = (
+    *words.CONFIGURATION, "stage", "total_steps", "seeds", "fid_mean", "fid_std", "params_ratio",
+    "flops_inference_ratio",
+)  # fmt: skip
 TRIAL = (*words.CONFIGURATION, "stage", "seed", "trial_id")
+DASHES = ("dot", "dashdot", "longdash")  # of dense at the second-longest budget and the shorter ones
 
 Row = dict[str, Any]
 
@@ -71,24 +75,35 @@ def points(
     )  # fmt: skip
 
 
-def dense_line(figure: go.Figure, section: Section, value: str = "fid", ends: tuple[float, float] = (-1, 2)) -> None:
-    """Dense's mean over the whole width, with a band of one standard deviation where it was confirmed."""
-    dense = section.dense
-    if dense is None or words.missing(dense[f"{value}_mean"]):
-        return
+def dense_lines(
+    figure: go.Figure, section: Section, rows: pd.DataFrame, value: str = "fid", ends: tuple[float, float] = (-1, 2)
+) -> None:
+    """Dense's mean over the whole width at each budget of `rows`, the longest first, with a band of one standard
+    deviation where it was confirmed. None at a budget that dense did not have: nothing there may be held against it."""
+    budgets = sorted(rows.groupby(BUDGET), key=lambda item: item[0], reverse=True)
+    for place, (_, found) in enumerate(budgets):
+        dense = section.dense_of(found.iloc[0])
+        if dense is None or words.missing(dense[f"{value}_mean"]):
+            continue
+        steps = f", {int(dense['total_steps']):,} steps" if len(budgets) > 1 else ""
+        steps += f" of {int(dense['batch_size'])}" if rows["batch_size"].nunique() > 1 else ""
+        confirmed = not words.missing(dense[f"{value}_std"])
+        dash = DASHES[(place - 1) % len(DASHES)] if place else "solid" if confirmed else "dash"
+        _dense_line(figure, f"dense{steps}", dense, value, ends, dash)
+
+
+def _dense_line(figure: go.Figure, name: str, dense: Row, value: str, ends: tuple[float, float], dash: str) -> None:
     colour, mean, std = style.KNOWN[DENSE][0], dense[f"{value}_mean"], dense[f"{value}_std"]
-    confirmed = not words.missing(std)
     left, right = ends
-    if confirmed:
+    if not words.missing(std):
         band = {"x": [left, right, right, left], "y": [mean - std, mean - std, mean + std, mean + std]}
         fill = {"fill": "toself", "fillcolor": style.translucent(colour, 0.18), "line": {"width": 0}}
-        figure.add_scatter(mode="lines", hoverinfo="skip", showlegend=False, legendgroup=DENSE, **band, **fill)
+        figure.add_scatter(mode="lines", hoverinfo="skip", showlegend=False, legendgroup=name, **band, **fill)
     seeds = words.seeds(int(dense["seeds"]))
     figure.add_scatter(
         x=[left, (left * right) ** 0.5 if left > 0 else 0, right], y=[mean] * 3, mode="lines",
-        name=f"dense ({seeds})", legendgroup=DENSE,
-        line={"color": colour, "width": 2, "dash": "solid" if confirmed else "dash"},
-        hovertemplate=f"dense: {words.spread(mean, std)}, {seeds}<extra></extra>",
+        name=f"{name} ({seeds})", legendgroup=name, line={"color": colour, "width": 2, "dash": dash},
+        hovertemplate=f"{name}: {words.spread(mean, std)}, {seeds}<extra></extra>",
     )  # fmt: skip
 
 
@@ -104,9 +119,9 @@ def band(figure: go.Figure, x: Any, low: Any, high: Any, colour: str, group: str
 
 def point_label(row: Row, section: Section) -> str:
     """What a configuration's mark says when pointed at."""
-    seeds = words.seeds(int(row["seeds"]))
+    trained = f"{int(row['total_steps']):,} steps, {words.seeds(int(row['seeds']))}"
     return (
-        f"<b>{plain(words.configuration(row))}</b><br>{plain(row['stage'])}, {seeds}<br>"
+        f"<b>{plain(words.configuration(row))}</b><br>{plain(row['stage'])}, {trained}<br>"
         f"{plain(section.fid_name)} {words.spread(row['fid_mean'], row['fid_std'])}<br>"
         f"of dense: params {words.percent(row['params_ratio'])}, "
         f"inference FLOPs {words.percent(row['flops_inference_ratio'])}"

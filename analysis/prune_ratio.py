@@ -23,7 +23,7 @@ def parts(section: Section) -> list[Part]:
         return []
     caption = (
         f"{marks.HOLLOW} Marks differ in S and ΔTe too where these vary; lines join the best at each p of a method and "
-        "S. The level line is dense."
+        "S. The level line is dense, of each budget its own."
     )
     found = [Part("prune_ratio", f"{section.fid_name} against the prune ratio p", figure(section), caption)]
     contrast = table(section)
@@ -37,7 +37,7 @@ def figure(section: Section) -> go.Figure | None:
         return None
     drawn = style.figure("prune ratio p (share of active weights replaced per update)", plain(section.fid_name))
     low, high = float(rows["prune_ratio"].min()), float(rows["prune_ratio"].max())
-    marks.dense_line(drawn, section, ends=(low / 1.3, high * 1.3))
+    marks.dense_lines(drawn, section, rows, ends=(low / 1.3, high * 1.3))
     confirmed = rows["stage"].eq("confirm")
     lines = rows[confirmed].groupby(["method", "sparsity", *BUDGET])  # no line from one budget to another
     for (method, sparsity, *_), group in sorted(lines, key=lambda item: -len(item[1]))[:MOST_LINES]:

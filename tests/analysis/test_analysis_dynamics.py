@@ -53,3 +53,9 @@ def test_nothing_while_nothing_is_finished(folder: Folder) -> None:
     folder.add(facts(), [(200, 10.0)], "RUNNING")
     (section,) = split(read(folder.path))
     assert dynamics.parts(section) == []
+
+
+def test_the_curves_are_of_one_budget(two_budgets: Section) -> None:
+    rows = dynamics.best_of_each(two_budgets)  # dense 12 at 400 steps is lower than 62 at 4,000, and no match for rigl
+    assert rows[["method", "total_steps"]].to_numpy().tolist() == [["rigl", 4000], ["dense", 4000]]
+    assert "Dense and the best configuration of each method at 4,000 steps" in dynamics.parts(two_budgets)[0].caption

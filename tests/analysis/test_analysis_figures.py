@@ -62,6 +62,24 @@ def test_the_dense_line_and_its_band(sweep: Folder) -> None:
     assert (min(band.y), max(band.y)) == (10.0, 12.0)
 
 
+def test_dense_has_a_line_at_each_budget_that_something_sparse_has(two_budgets: Section, sweep: Folder) -> None:
+    figure = figures.fid_against_sparsity(two_budgets)
+    assert set(trace(figure, "dense, 4,000 steps (3 seeds)").y) == {62.0}
+    assert set(trace(figure, "dense, 400 steps (3 seeds)").y) == {12.0}
+    sweep.add(facts("dense", 0.0, 1, total_steps=800, trial_id="longer"), [(800, 1.0)])
+    assert set(trace(figures.fid_against_sparsity(only(sweep)), "dense (3 seeds)").y) == {11.0}
+    assert "rigl, S = 0.5, p = 0.5, ΔTe = 100</b><br>confirm, 4,000 steps, 3 seeds" in trace(figure, "rigl").text[0]
+
+
+def test_nothing_is_drawn_beside_dense_of_another_budget(folder: Folder) -> None:
+    for seed in (1, 2):
+        folder.add(facts("dense", 0.0, seed, total_steps=800), [(800, 9.0)])
+        folder.add(facts("rigl", 0.5, seed), [(400, 19.0)])
+    figure = figures.fid_against_sparsity(only(folder))
+    assert figure is not None
+    assert [item.name for item in figure.data if item.name] == ["rigl"]
+
+
 def test_one_dense_seed_has_a_dashed_line_and_no_band(folder: Folder) -> None:
     folder.add(facts("dense"), [(400, 11.0)])
     folder.add(facts("rigl", 0.5), [(400, 12.0)])
