@@ -36,8 +36,10 @@ def parts(section: Section) -> list[Part]:
     title = "Which settings mattered"
     if section.trials["stage"].eq("search").sum() == 0 or not names:
         return []
+    steps, several = results(section)["total_steps"], _done(section)["total_steps"].nunique() > 1
+    budget = f"{steps.iloc[0]:,} steps, of the budgets here the one with most" if several else "full budget"
     if len(rows) < FEWEST:
-        told = f"Not shown: {len(rows)} search trials have a result at full budget, {FEWEST} are needed."
+        told = f"Not shown: {len(rows)} search trials have a result at {budget}, {FEWEST} are needed."
         return [Part("importance", title, sentences=(told,))]
     if rows["value"].nunique() == 1:
         return [Part("importance", title, sentences=("Not shown: all results are equal.",))]
@@ -48,7 +50,7 @@ def parts(section: Section) -> list[Part]:
         found.append(Part("importance", title, sentences=("Not shown: Optuna is not installed here.",)))
     else:
         told = (
-            f"Over {len(rows)} search trials at full budget; trials that were stopped are not among them, so that what "
+            f"Over {len(rows)} search trials at {budget}; trials that were stopped are not among them, so that what "
             "showed itself bad early counts for less than it should. Whether a method has a setting at all counts as a "
             "value of it, and what only a trial or two had is judged by these. An importance is no direction and no "
             "effect size."
@@ -58,16 +60,30 @@ def parts(section: Section) -> list[Part]:
     older = section.trials["defaults"].isna().any()
     found.append(
         Part("parallel", "All settings of the search at once", parallel(section, rows),
-             "A line per search trial at full budget, the best fifth dark blue and drawn last, the worst red. p and "
+             f"A line per search trial at {budget}, the best fifth dark blue and drawn last, the worst red. p and "
              "ΔTe are logarithmic; at “none” the method has no such setting, or no use for it"
              f"{', or the record is of an earlier version and leaves out a default' if older else ''}.")
     )  # fmt: skip
     return found
 
 
+def results(section: Section) -> pd.DataFrame:
+    """The search trials with a result, of the steps that most of them have (of equals the longest).
+
+    Else what mattered would be the steps, by way of whatever differs between two sweeps. Batch sizes are a setting.
+    """
+    done = _done(section)
+    counts = done["total_steps"].value_counts()
+    return done[done["total_steps"].eq(counts[counts.eq(counts.max())].index.max())]
+
+
+def _done(section: Section) -> pd.DataFrame:
+    return section.trials[section.trials["stage"].eq("search") & section.trials["result_fid"].notna()]
+
+
 def settings(section: Section) -> pd.DataFrame:
-    """A row per search trial with a result: trial_id, value (FID), and each setting that varies (None: has none)."""
-    trials = section.trials[section.trials["stage"].eq("search") & section.trials["result_fid"].notna()]
+    """A row per trial of `results`: trial_id, value (FID), and each setting that varies (None: has none)."""
+    trials = results(section)
     rows = pd.DataFrame({"trial_id": trials["trial_id"], "value": trials["result_fid"], "method": trials["method"]})
     sparse = trials["method"].ne(DENSE)
     for column, name in COLUMNS.items():

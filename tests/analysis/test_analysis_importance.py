@@ -53,6 +53,18 @@ def test_settings_are_those_that_vary(search: Section) -> None:
     assert rows["optimizer.lr"].dtype == np.float64
 
 
+def test_importances_are_of_one_budget(folder: Folder) -> None:
+    # The longer ones have S = .9 alone and are all lower: over both budgets S would be what matters.
+    for number in range(22):
+        steps, sparsity = (4000, 0.9) if number < 10 else (400, 0.25 + 0.05 * (number % 6))
+        trial = facts("static", sparsity, stage="search", trial_id=f"t{number}", total_steps=steps, lr=0.01 * number)
+        folder.add(trial, [(steps, 1.0 + number if number < 10 else 90.0 - number)])
+    section = only(folder)
+    assert len(importance.settings(section)) == 12
+    part = importance.parts(section)[0]
+    assert part.sentences[0].startswith("Over 12 search trials at 400 steps, of the budgets here the one with most;")
+
+
 def test_a_list_is_one_value() -> None:
     text = "model.options.block_out_channels=[32, 64], optimizer.lr=0.001, sparse.pattern=block"
     assert importance._others(text) == {
