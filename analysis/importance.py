@@ -20,7 +20,7 @@ import plotly.graph_objects as go
 from analysis import marks, style, words
 from analysis.markup import plain
 from analysis.parts import Part
-from analysis.sections import DENSE, Section
+from analysis.sections import DENSE, Section, usual_steps
 from analysis.tables import Column, Table
 
 FEWEST = 8  # results; below, the best tenth is one trial and the answer an accident of which
@@ -68,13 +68,9 @@ def parts(section: Section) -> list[Part]:
 
 
 def results(section: Section) -> pd.DataFrame:
-    """The search trials with a result, of the steps that most of them have (of equals the longest).
-
-    Else what mattered would be the steps, by way of whatever differs between two sweeps. Batch sizes are a setting.
-    """
-    done = _done(section)
-    counts = done["total_steps"].value_counts()
-    return done[done["total_steps"].eq(counts[counts.eq(counts.max())].index.max())]
+    """The search trials with a result, of one budget: else what mattered would be the steps, by way of whatever differs
+    between two sweeps. Batch sizes are a setting."""
+    return usual_steps(_done(section))
 
 
 def _done(section: Section) -> pd.DataFrame:

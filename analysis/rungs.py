@@ -6,7 +6,7 @@ import pandas as pd
 
 from analysis import figures, marks, robust, stats, tables, words
 from analysis.parts import Part
-from analysis.sections import CONFIDENCE, Section
+from analysis.sections import CONFIDENCE, Section, usual_steps
 from analysis.tables import Column, Table
 
 MOST_RUNGS = 6
@@ -44,13 +44,15 @@ def saved(section: Section) -> str:
 
 
 def correlations(section: Section) -> pd.DataFrame:
-    """A row per rung: Spearman's rho between the early FID there and FID at full budget, over search trials with both.
+    """A row per rung: Spearman's rho between the early FID there and FID at full budget, over search trials with both,
+    of one budget: a longer training is lower in the end, whatever the order of each budget.
 
     Rungs: the steps at which trials were stopped, else (nothing was) the steps that all trials reported. Intervals
     hold together (Bonferroni).
     """
     trials = section.trials[section.trials["stage"].ne("confirm")]
-    finished = trials[trials["result_fid"].notna()].set_index("trial_id")
+    finished = usual_steps(trials[trials["result_fid"].notna()]).set_index("trial_id")
+    trials = trials[trials["total_steps"].isin(finished["total_steps"])]
     reports = section.reports[
         section.reports["trial_id"].isin(trials["trial_id"]) & section.reports["early_fid"].notna()
     ]
@@ -63,9 +65,10 @@ def correlations(section: Section) -> pd.DataFrame:
         found = robust.rank_correlation(both["fid_at_rung"], both["result_fid"], confidence)
         if len(both) >= 3:
             rows.append({
-                "step": rung, "trials_there": len(at), "trials": len(both), "rho": found.estimate,
-                "rho_low": found.low, "rho_high": found.high, "best_kept": _best_kept(both),
-                "model": section.model, "dataset": section.dataset, "protocol": section.protocol_text,
+                "step": rung, "total_steps": both["total_steps"].iloc[0], "trials_there": len(at),
+                "trials": len(both), "rho": found.estimate, "rho_low": found.low, "rho_high": found.high,
+                "best_kept": _best_kept(both), "model": section.model, "dataset": section.dataset,
+                "protocol": section.protocol_text,
                 "intermediate_protocol": None if section.early_protocol is None else section.early_text,
             })  # fmt: skip
     return pd.DataFrame(rows)
@@ -80,8 +83,10 @@ def table(section: Section, rows: pd.DataFrame) -> Table:
         Column("rank correlation ρ", _rho),
         Column("best at the end was", lambda row: f"number {row['best_kept']}"),
     )
+    several = section.trials[section.trials["stage"].ne("confirm")]["total_steps"].nunique() > 1
+    budget = f"{rows['total_steps'].iloc[0]:,} steps, what most trials have" if several else "full budget"
     caption = (
-        f"Spearman's ρ between {section.early_name} at the rung and {section.fid_name} at full budget, with an "
+        f"Spearman's ρ between {section.early_name} at the rung and {section.fid_name} at {budget}, with an "
         f"interval by Fisher's z, all together at {words.percent(CONFIDENCE)}. Only trials that were not stopped "
         "have both: they are the rung's own choice and lie closer together than all trials did, so that ρ over all "
         "would likely be higher. Last column: the place at this rung, among the same trials, of the one that was best "

@@ -217,6 +217,12 @@ def same_budget(rows: pd.DataFrame, row: Mapping[str, Any]) -> pd.Series:
     return rows[BUDGET].eq(list(budget_of(row))).all(axis=1)
 
 
+def usual_steps(trials: pd.DataFrame) -> pd.DataFrame:
+    """The trials of the steps that most of them have, of equals the longest."""
+    counts = trials["total_steps"].value_counts()
+    return trials[trials["total_steps"].eq(counts[counts.eq(counts.max())].index.max())]
+
+
 def _fields(protocol: str) -> dict[str, Any]:
     try:
         fields = json.loads(protocol)

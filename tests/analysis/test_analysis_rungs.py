@@ -69,3 +69,14 @@ def test_too_few_trials_say_so_or_nothing(folder: Folder) -> None:
     section = search(folder, [10.0, 11.0, 12.0])
     assert rungs.parts(section)[-1].sentences[0].startswith("Only 3 trials have a value")
     assert rungs.correlations(search(Folder(folder.path / "other"), [10.0])).empty
+
+
+def test_a_correlation_is_of_one_budget(folder: Folder) -> None:
+    # The longer ones are lower at the rung and in the end, as two clouds apart they would make a correlation.
+    for number in range(4):
+        trial = facts("rigl", 0.5, stage="search", trial_id=f"l{number}", lr=1e-4 * (number + 1), total_steps=800)
+        folder.add(trial, [(100, 20.0 + number), (800, 1.0 + number)])
+    section = search(folder, [10.0, 12.0, 11.0, 13.0, 9.0, 14.0])
+    rows = rungs.correlations(section)
+    assert rows[["step", "total_steps", "trials_there", "trials"]].to_numpy().tolist() == [[100, 400, 8, 6]]
+    assert "at 400 steps, what most trials have" in rungs.table(section, rows).caption
