@@ -30,9 +30,10 @@ class Convention:
     name: str  # "true" or "paper"
     flops_per_mac: float
     batch_in_training: bool  # False: a training step costs one example, whatever the batch
+    update_apart: bool = True  # a topology update is a step between ΔTe others, as RigL counts; False: the last of them
 
 
-TRUE = Convention("true", 2, True)
+TRUE = Convention("true", 2, True, update_apart=False)  # the optimizer steps with an update's dense gradient too
 LATENT_DIFFUSION = Convention("paper", 2, False)  # Table 1: 3 F x epochs x ceil(N / batch)
 CHIRODIFF = Convention("paper", 4, False)  # Table 2: 4 FLOPs per weight and point, 3 F x iterations
 PAPER = {"latent_diffusion": LATENT_DIFFUSION, "chirodiff": CHIRODIFF}
@@ -115,27 +116,26 @@ def train(
     """flops_train ("Train"): 3 F per optimizer step (forward, gradient of the inputs, gradient of the weights).
 
     batch_size: examples per optimizer step over all workers. dense_gradient_interval: ΔTe of a method that grows by
-    the dense gradient (RigL), None for others; then RigL's amortised share of dense training applies (its appendix H).
-    dense_gradients: how many steps of each interval need it (RigL: 1).
+    the dense gradient (RigL), None for others; then RigL's amortised share of dense training applies (its appendix H),
+    with the period of the convention. dense_gradients: how many steps of each interval need it (RigL: 1).
     """
     dense = 3 * forward_flops(macs, None, convention)
     sparse = 3 * forward_flops(macs, densities, convention)
     share = sparse / dense
     if dense_gradient_interval is not None:
-        share = rigl_share(share, dense_gradient_interval, dense_gradients)
+        share = rigl_share(share, dense_gradient_interval + convention.update_apart, dense_gradients)
     return dense * share * steps * (batch_size if convention.batch_in_training else 1)
 
 
-def rigl_share(ratio: float, update_interval: float, dense_gradients: int = 1) -> float:
-    """(3 r ΔT + 2 r + 1) / (3 (ΔT + 1)): RigL's training FLOPs over dense, where ratio r is sparse F over dense F.
+def rigl_share(ratio: float, period: float, dense_gradients: int = 1) -> float:
+    """(3 r (P - W) + W (2 r + 1)) / (3 P): training FLOPs over dense, where ratio r is sparse F over dense F.
 
-    dense_gradients: steps in ΔT + 1 whose weight gradient is dense, W: (3 r (ΔT + 1 - W) + W (2 r + 1)) / (3 (ΔT + 1)).
+    W, dense_gradients, of each P steps, period, have a dense weight gradient. RigL's own: P = ΔT + 1 and W = 1.
     """
-    if update_interval < 1:
-        raise ValueError(f"the update interval is at least 1 step, got {update_interval}")
-    count = min(dense_gradients, update_interval + 1)
-    sparse_steps = update_interval + 1 - count
-    return (3 * ratio * sparse_steps + count * (2 * ratio + 1)) / (3 * (update_interval + 1))
+    if period < 1:
+        raise ValueError(f"the period of dense gradients is at least 1 step, got {period}")
+    count = min(dense_gradients, period)
+    return (3 * ratio * (period - count) + count * (2 * ratio + 1)) / (3 * period)
 
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)

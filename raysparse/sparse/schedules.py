@@ -100,6 +100,8 @@ class UpdateSchedule:
 
     def updates(self, steps: int) -> int:
         """How many updates the first `steps` steps have if the FID never stalls."""
+        if self.interval_schedule == "constant":
+            return (steps if self.end is None else min(steps, self.end - 1)) // self.interval
         clock, count = Clock(self), 0
         while (due := clock.next_step()) <= steps and (self.end is None or due < self.end):
             clock.updated(due)

@@ -67,7 +67,8 @@ class Costs:
     ) -> float:
         """The first `steps` optimizer steps, with the dense gradients that topology updates take.
 
-        updates: how many there were, where ΔTe follows a schedule; None: as planned, if the FID never stalls.
+        updates: how many there were; None: as planned, if the FID never stalls. The papers' conventions go by a ΔTe
+        that is constant.
         """
         batch_size, growing = self.config.train.batch_size, min(steps, self.update_end_step)
         densities = self._over(range(self.config.diffusion.timesteps))
@@ -89,7 +90,7 @@ class Costs:
             taught = self.config.sparse.setting("loss") != "noise"
             teaching = cost(steps, None, None, 0) / 3 if taught else 0.0  # the teacher's forward pass
             return teaching + sum(cost(count, of, 1, 2) for count, of in self._staged(steps))
-        interval = self._interval(growing, updates)
+        interval = self._interval(growing, updates, convention)
         return cost(growing, densities, interval, self.dense_gradients) + cost(steps - growing, densities, None, 0)
 
     def spent(self, steps: int, updates: int | None = None) -> tuple[float, float]:
@@ -108,10 +109,12 @@ class Costs:
             if count > 0:
                 yield count, densities
 
-    def _interval(self, steps: int, updates: int | None) -> float | None:
-        """ΔTe where growth takes the dense gradient: of a schedule the mean over `steps`; None where it does not."""
-        if self.schedule is None or self.schedule.interval_schedule == "constant":
-            return None if self.schedule is None else self.schedule.interval
+    def _interval(self, steps: int, updates: int | None, convention: flops.Convention) -> float | None:
+        """ΔTe where growth takes the dense gradient: the mean over `steps`; None where it does not."""
+        if self.schedule is None:
+            return None
+        if convention.update_apart and self.schedule.interval_schedule == "constant":
+            return self.schedule.interval
         count = self.schedule.updates(steps) if updates is None else updates
         return max(1.0, steps / count) if count else None
 

@@ -116,10 +116,11 @@ def test_conventions_by_hand():
 
 def test_rigls_amortised_training_by_hand():
     assert flops.rigl_share(1.0, 100) == 1.0
-    assert flops.rigl_share(0.1, 9) == pytest.approx((2.7 + 0.2 + 1) / 30)
-    macs = {"a": 100.0}
-    got = flops.train(macs, {"a": 0.1}, steps=5, batch_size=2, dense_gradient_interval=9)
-    assert got == pytest.approx(600 * 5 * 2 * 0.13)
+    assert flops.rigl_share(0.1, 10) == pytest.approx((2.7 + 0.2 + 1) / 30)
+    macs, run = {"a": 100.0}, {"steps": 5, "batch_size": 2, "dense_gradient_interval": 9}
+    paper = flops.train(macs, {"a": 0.1}, **run, convention=flops.LATENT_DIFFUSION)
+    assert paper == pytest.approx(600 * 5 * 0.13)  # RigL's appendix H: one dense gradient in ΔT + 1 steps
+    assert flops.train(macs, {"a": 0.1}, **run) == pytest.approx(600 * 5 * 2 * (8 * 0.3 + 0.2 + 1) / 27)  # in ΔT
     with pytest.raises(ValueError, match="at least 1 step"):
         flops.rigl_share(0.1, 0)
 

@@ -58,9 +58,25 @@ def test_dense_gradients_cost_until_updates_end(tiny, rigl):
     )
     spent = [cost.spent(12)[1] for cost in (magran, half, whole)]
     assert spent == sorted(set(spent))
-    assert half.spent(6) == whole.spent(6)
+    assert half.spent(5) == whole.spent(5)
+    assert half.spent(6)[1] < whole.spent(6)[1]  # no update at the end
     assert [whole.spent(step)[1] for step in (0, 12)] == [0, whole.train(flops.TRUE, 12)]
-    assert spent[2] / magran.train(flops.TRUE, 12, dense=True) == pytest.approx(flops.rigl_share(0.5, 3), abs=2e-3)
+    # ΔTe = 3, of 12 steps: updates at 3, 6 and 9.
+    assert spent[2] / magran.train(flops.TRUE, 12, dense=True) == pytest.approx(flops.rigl_share(0.5, 4), abs=2e-3)
+
+
+@pytest.mark.parametrize("interval", [1, 2, 5])
+def test_the_dense_gradients_of_the_true_figure_are_those_of_the_loop(tiny, rigl, interval):
+    trial = tiny(rigl, {"sparse.update_interval": interval})
+    trainer = setup.build(trial)
+    list(trainer.run())
+    count = trainer.engine.updates
+    assert count == 11 // interval
+    cost = setup.estimate(trial)
+    r = cost.inference(flops.TRUE) / cost.inference(flops.TRUE, dense=True)
+    dense = cost.train(flops.TRUE, 12, dense=True)
+    assert cost.train(flops.TRUE, 12) == pytest.approx(dense * (r * (12 - count) + count * (2 * r + 1) / 3) / 12)
+    assert cost.spent(12, count) == cost.spent(12)
 
 
 def test_facts_carry_protocol_versions_and_the_trial(tiny, rigl):
