@@ -146,6 +146,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, config, message):
         (lambda weights, masks, name: masks.update({name: masks[name][:1]}), "the mask of 'unet.conv_in.weight' is"),
         (lambda weights, masks, name: masks.update({name: masks[name].float()}), "is float32"),
         (lambda weights, masks, name: masks.update({name: ~masks[name]}), "'unet.conv_in.weight' is not 0 outside"),
+        (lambda weights, masks, name: weights[name].view(-1)[3].fill_(torch.nan), "NaN or infinity in 'unet.conv_in"),
+        (lambda weights, masks, name: weights[name].view(-1)[0].fill_(-torch.inf), "NaN or infinity in 'unet.conv_in"),
         (lambda weights, masks, name: weights.pop(name), "missing 'unet.conv_in.weight'"),
         (lambda weights, masks, name: weights.update(more=weights[name]), "unknown 'more'"),
         (lambda weights, masks, name: weights.update({name: weights[name].half()}), r"is float16 \[16, 3, 3, 3\]"),
