@@ -62,7 +62,7 @@ class SparseEngine:
         settings: of the method's `Settings` (sparse/settings.py), such as sparsity, allocation, pattern, prune_ratio
             and update_interval.
     UsageError: a setting out of range or that the method does not have, nothing to mask, a pattern that no layer can
-        take, or an optimizer that holds none of the model's weights.
+        take, or an optimizer that holds none of the model's weights or needs a closure (LBFGS).
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -88,7 +89,14 @@ class Undo:
 def optimized_weights(
     model: nn.Module, optimizer: optim.Optimizer, keep_dense: Iterable[str]
 ) -> dict[str, nn.Parameter]:
-    """What is masked of a model, by name. UsageError where that is nothing, or not what the optimizer moves."""
+    """What is masked of a model, by name. UsageError where that is nothing, or not what the optimizer moves, and for an
+    optimizer whose steps the engine cannot follow."""
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UsageError(
+            f"{type(optimizer).__name__} takes gradients of its own within a step, which are never masked, and keeps "
+            "directions over all weights at once: train with an optimizer whose step() needs no closure."
+        )
     weights = maskable(model, keep_dense)
     if not weights:
         raise UsageError(

@@ -11,6 +11,7 @@ import torch
 from sparse_training import backward, batch, net, state_of, train
 from torch import nn
 
+from raysparse.errors import UsageError
 from raysparse.sparse import SparseEngine
 
 
@@ -93,6 +94,14 @@ def test_muon_fills_zeros_and_the_engine_empties_them(make):
         weight = model.get_parameter(name)
         assert (weight[~mask] == 0).all()
         assert all((moment[~mask] == 0).all() for moment in state_of(optimizer, weight))
+
+
+def test_an_optimizer_that_takes_gradients_of_its_own_is_refused():
+    model = net()
+    optimizer = torch.optim.LBFGS(model.parameters())
+    with pytest.raises(UsageError, match="LBFGS takes gradients of its own within a step, which are never masked"):
+        SparseEngine(model, optimizer, sparsity=0.5)
+    SparseEngine(model, optimizer, method="dense")
 
 
 def test_tensors_are_changed_in_place():
