@@ -86,6 +86,7 @@ class Board:
         self.repeats: list[Repeat] = []
         self.refused: list[int] = []  # the Optuna trials whose points are no trials
         self.chosen: list[Event] = []
+        self.chosen_before: set[str] = set()  # trial ids, of a changed sweep until it has finished: those chosen before
         self.second_chances = 0  # that were taken
         # Optuna trial -> its FIDs when ASHA had stopped it, where a second chance is another Optuna trial since
         self.pruned: dict[int, dict[int, float | None]] = {}
@@ -157,10 +158,12 @@ class Board:
             case "stage":
                 self.stage = item.stage
             case "finished":
-                self.finished = True
+                self.finished, self.chosen_before = True, set()
             case "accepted":
                 # A changed sweep may have more to do, in its search too: then the event names no stage.
                 self.finished, self.stage = False, item.stage
+                if item.stage is None:
+                    self.chosen_before = {str(each.trial_id) for each in self.chosen}
             case _:
                 pass
 

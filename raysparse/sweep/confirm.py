@@ -16,18 +16,24 @@ from raysparse.sweep.search import planned
 
 
 def plan(sweep: Sweep, ledger: Ledger) -> None:
-    """Choose the winners, once and for all, and plan their trials. Goes on where a killed driver left off.
+    """Choose the winners, once, and plan their trials. Goes on where a killed driver left off.
 
-    A trial that a retry or a longer search completes later is not confirmed, even where it is better, unless there is
-    room: `raysparse resume DIR --set confirm.best_per_method=2 --accept-changes` makes some, for every method
-    (`confirm.front` does where there are several objectives).
+    Of a sweep that was changed, such as by more trials, a better one is confirmed beside those of before. One that a
+    retry completes waits for such a change: else a retry would cost confirmations that nobody asked for. A front is
+    filled up to `confirm.front` and no further: each new member would shift all between its ends.
     """
     assert sweep.confirm
     board = ledger.board
     # A kill while choosing leaves some winners unchosen: the search is over, so the rest comes out the same.
     several = sweep.search is not None and len(sweep.search.objectives) > 1
     chosen = {str(item.trial_id) for item in board.chosen}
-    for row, reason in (choose_front if several else choose)(board.of_stage("search"), sweep.confirm, chosen):
+    searched = board.of_stage("search")
+    winners = (
+        choose_front(searched, sweep.confirm, chosen)
+        if several
+        else choose(searched, sweep.confirm, chosen, board.chosen_before)
+    )
+    for row, reason in winners:
         ledger.add(event("chosen", stage="confirm", trial_id=row.trial_id, point=row.point, reason=reason))
     points: list[Point] = [item.point for item in board.chosen if item.point]
     if not any(point["method"] == "dense" for point in points):
@@ -39,16 +45,21 @@ def plan(sweep: Sweep, ledger: Ledger) -> None:
                 ledger.add(planned(trial, point, "confirm"))
 
 
-def choose(rows: list[Row], confirm: Confirm, chosen: Collection[str] = ()) -> Iterator[tuple[Row, str]]:
+def choose(
+    rows: list[Row], confirm: Confirm, chosen: Collection[str] = (), before: Collection[str] = ()
+) -> Iterator[tuple[Row, str]]:
     """The best completed rows of each method by FID, and why; a method of which no trial ended sound has none.
 
-    chosen: trials that were chosen before; they count, and come no second time.
+    chosen: trials that were chosen already; they come no second time, and count unless it was before the sweep was
+    changed (`before`).
     """
+    counted = set(chosen) - set(before)
     for method in dict.fromkeys(row.method for row in rows):
         of_method = [row for row in rows if row.method == method]
-        left = max(confirm.best_per_method - sum(row.trial_id in chosen for row in of_method), 0)
+        left = max(confirm.best_per_method - sum(row.trial_id in counted for row in of_method), 0)
         done = sorted((row for row in of_method if row.state == "COMPLETED"), key=_by_fid)
-        ranked = [(place, row) for place, row in enumerate(done, start=1) if row.trial_id not in chosen]
+        best = enumerate(done[: confirm.best_per_method], start=1)
+        ranked = [(place, row) for place, row in best if row.trial_id not in chosen]
         for place, row in ranked[:left]:
             yield row, f"place {place} of {len(done)} completed trials of {method}, FID {row.fid:.4g}"
         if done:
@@ -69,7 +80,7 @@ def choose(rows: list[Row], confirm: Confirm, chosen: Collection[str] = ()) -> I
 def choose_front(rows: list[Row], confirm: Confirm, chosen: Collection[str] = ()) -> Iterator[tuple[Row, str]]:
     """At most `confirm.front` completed rows of the Pareto front: both ends, and the others evenly spread between.
 
-    chosen: as in `choose`.
+    chosen: trials that were chosen already; they count, and come no second time.
     """
     front = objectives.front_of(rows)
     count = min(confirm.front, len(front))

@@ -91,6 +91,39 @@ def test_a_better_one_that_is_tried_again_is_confirmed_where_there_is_room(
     ledger.close()
 
 
+def test_what_more_trials_find_is_confirmed_where_it_is_better(tmp_path: Path, sweep_of: Callable[..., Sweep]) -> None:
+    sweep = sweep_of(confirm={"seeds": [1, 2]})
+    ends: list[tuple[dict[str, Any], str, int, float | None]] = [
+        ({"method": "dense"}, "completed", 8, 3.0),
+        (rigl(0.5), "completed", 8, 4.0),
+        (static(0.5), "completed", 8, 4.0),
+        (static(0.25), "failed", 2, None),
+    ]
+    ledger = searched(tmp_path, sweep, ends)
+    confirm.plan(sweep, ledger)
+    ledger.add(event("accepted", reason="search.trials 4 then, 6 now"))
+    assert [item.point for item in ledger.board.chosen] == [{"method": "dense"}, rigl(0.5), static(0.5)]
+    confirm.plan(sweep, ledger)
+    assert len(ledger.board.chosen) == 3  # nothing new yet
+    for point, fid in ((rigl(0.9), 2.0), (rigl(0.75), 3.0), (static(0.9), 5.0)):
+        trial = space.trial(sweep, point)
+        ledger.add(planned(trial, point, "search"))
+        ledger.add(event("completed", stage="search", trial_id=trial.trial_id, step=8, fid=fid))
+    ledger.close()
+    ledger = Ledger(tmp_path)  # killed; the journal says that the sweep was changed
+    confirm.plan(sweep, ledger)
+    assert [item.point for item in ledger.board.chosen][3:] == [rigl(0.9)]
+    assert str(ledger.board.chosen[3].reason) == "place 1 of 3 completed trials of rigl, FID 2"
+    assert len(ledger.board.of_stage("confirm")) == 8
+    ledger.add(event("finished"))
+    # What a retry finds, and what is accepted of other versions alone, is no change of the sweep.
+    ledger.add(event("completed", stage="search", trial_id=space.trial(sweep, static(0.25)).trial_id, step=8, fid=1.0))
+    ledger.add(event("accepted", stage="confirm", reason="torch 2.14 then, 2.15 now"))
+    confirm.plan(sweep, ledger)
+    assert len(ledger.board.chosen) == 4
+    ledger.close()
+
+
 def test_failed_trials_are_not_confirmed_and_the_dense_baseline_always_is(
     tmp_path: Path, sweep_of: Callable[..., Sweep]
 ) -> None:
