@@ -9,7 +9,6 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analysis import figures, marks, style, words
-from analysis.dynamics import best_of_each
 from analysis.load import column
 from analysis.markup import plain
 from analysis.parts import Part
@@ -41,7 +40,8 @@ def parts(section: Section) -> list[Part]:
 def densities(section: Section) -> pd.DataFrame:
     """A row per layer and method: the density in the last report of one trial of the method's best configuration."""
     found = []
-    for row in marks.records_of(best_of_each(section)):
+    best = section.ranked.sort_values("fid_mean", kind="stable").drop_duplicates("method")
+    for row in marks.records_of(best):
         if row["method"] == DENSE:
             continue
         trials = section.trials[section.trials["configuration"].eq(row["configuration"])]

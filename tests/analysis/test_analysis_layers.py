@@ -25,6 +25,10 @@ def test_densities_of_each_methods_best(grid: Section) -> None:
     assert list(figure.layout.yaxis.ticktext) == ["gru.weight", "out.weight"]
 
 
+def test_densities_are_of_methods_of_any_budget(two_budgets: Section) -> None:
+    assert layers.densities(two_budgets)["method"].tolist() == ["rigl", "static"]  # no FID is held against another here
+
+
 def test_the_topology_of_dynamic_methods_only(grid: Section) -> None:
     figure = layers.topology(grid)
     assert figure is not None
