@@ -87,7 +87,7 @@ def _other(frame: pd.DataFrame) -> tuple[Column, ...]:
     """The column of further settings, where any vary."""
     if not frame["other_settings"].astype(bool).any():
         return ()
-    return (Column("other settings", lambda row: words.text(row["other_settings"]), numeric=False),)
+    return (Column("other settings", lambda row: words.others(row["other_settings"]), numeric=False),)
 
 
 def steps_column(frame: pd.DataFrame) -> tuple[Column, ...]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
 
 NONE = "–"
+_NUMBER = re.compile(r"(?<=[=\[ ])-?\d+\.\d{4,}(?:e[+-]?\d+)?(?=[,\]]|$)")  # of other settings, such as a drawn one
 
 
 def missing(value: Any) -> bool:
@@ -101,7 +103,12 @@ def configuration(row: Mapping[str, Any]) -> str:
         parts.append(f"p = {plain_number(row['prune_ratio'])}")
     if not missing(row["update_interval_steps"]):
         parts.append(f"ΔTe = {int(row['update_interval_steps'])}")
-    return ", ".join(parts + ([str(row["other_settings"])] if row["other_settings"] else []))
+    return ", ".join(parts + ([others(row["other_settings"])] if row["other_settings"] else []))
+
+
+def others(text: Any) -> str:
+    """Other settings, their numbers as `plain_number` has them: one drawn as .0031016900253760284 is 0.003102."""
+    return NONE if missing(text) or text == "" else _NUMBER.sub(lambda found: plain_number(float(found[0])), str(text))
 
 
 def shortened(text: str) -> str:

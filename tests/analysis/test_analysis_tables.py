@@ -182,6 +182,18 @@ def test_small_words() -> None:
     assert words.listed([*"abcdefgh"], most=3) == "a, b and 6 more"
 
 
+def test_drawn_numbers_are_cut_where_they_are_read_and_whole_in_the_csv(folder: Folder) -> None:
+    for number, lr in enumerate((0.0031016900253760284, 3.1016900253760284e-05)):
+        folder.add(facts("static", 0.5, stage="search", trial_id=f"t{number}", lr=lr), [(400, 9.0 + number)])
+    table = tables.main(only(folder))
+    shown = [row["other settings"] for row in cells(table.markdown())]
+    assert shown == ["optimizer.lr=0.003102", "optimizer.lr=3.102e-05"]
+    assert "0.0031016900253760284" in table.csv()
+    assert words.others("block=[8, 16], drop=0.123456, teacher=/runs/1.23456/a, steps=12345") == (
+        "block=[8, 16], drop=0.1235, teacher=/runs/1.23456/a, steps=12345"
+    )
+
+
 def test_tags_escape_text_and_attributes_but_not_markup() -> None:
     inner = markup.tag("b", "<i>")
     assert markup.tag("p", inner, "&", class_="x", data_y='"<', id=None) == (
