@@ -98,7 +98,9 @@ def profile(section: Section) -> go.Figure | None:
     for method, runs in ratios.items():
         share, low, high = robust.performance_profile(runs, levels.tolist(), CONFIDENCE)
         colour = looks[method][0]
-        marks.band(drawn, levels, low, high, colour, plain(method))
+        # As the curve: level up to the next value, then up. Slopes between two would let it leave its band.
+        steps = np.repeat(levels, 2)[1:]
+        marks.band(drawn, steps, np.repeat(low, 2)[:-1], np.repeat(high, 2)[:-1], colour, plain(method))
         count = sum(len(run) for run in runs)
         drawn.add_scatter(
             x=levels, y=share, mode="lines", name=f"{plain(method)} ({count} runs)", legendgroup=plain(method),

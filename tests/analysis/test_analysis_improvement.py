@@ -36,6 +36,20 @@ def test_the_profile_counts_runs(finished: Section) -> None:
     assert rigl.y[-1] == 1
 
 
+def test_the_profile_stays_in_its_band(finished: Section) -> None:
+    figure = improvement.profile(finished)
+    assert figure is not None
+    bands = {trace.legendgroup: trace for trace in figure.data if trace.fill}
+    for curve in (trace for trace in figure.data if trace.name):
+        band = bands[curve.legendgroup]
+        half = len(band.x) // 2
+        x, low, high = band.x[:half], band.y[:half], band.y[half:][::-1]
+        assert (x[1:-1:2] == curve.x[1:]).all()  # where the curve is level or goes up, so do the ends
+        for place, share in enumerate(curve.y[:-1]):
+            assert (low[2 * place : 2 * place + 2] <= share).all()
+            assert (high[2 * place : 2 * place + 2] >= share).all()
+
+
 def test_the_mean_per_method(finished: Section) -> None:
     frame = improvement.method_table(finished).frame.set_index("method")
     assert frame.loc["rigl", ["configurations", "runs"]].tolist() == [2, 6]
