@@ -41,7 +41,7 @@ def _steps(section: Section) -> str:
         return ""
     return (
         "FID against sampling steps: no model was evaluated at another number of DDIM steps. "
-        "`raysparse evaluate RESULTS --ddim-steps 50 --ddim-steps 200` does that without training anew."
+        "“raysparse evaluate RESULTS --ddim-steps 50 --ddim-steps 200” does that without training anew."
     )
 
 

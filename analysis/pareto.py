@@ -141,7 +141,8 @@ def _mark(row: Row, cost: Cost) -> str:
 
 
 def _caption(section: Section, cost: Cost) -> str:
-    text = f"{marks.HOLLOW} No configuration beats one on the dotted front in both; beaten ones are grey. "
+    text = f"{marks.HOLLOW} No configuration beats one on the dotted front in both; beaten ones are grey "
+    text += "(dense always is). "
     if candidates(section, cost)["seeds"].gt(1).any():
         text += f"Band: {words.percent(CONFIDENCE)} of {DRAWS:,} bootstraps over seeds, too narrow with few seeds. "
     if not _stopped_trials(section).empty:

@@ -27,6 +27,7 @@ def test_each_missing_thing_is_named_with_its_reason(folder: Folder) -> None:
         "for each p",
     ):
         assert text in said
+    assert "`" not in said  # the page is no Markdown
 
 
 def test_one_seed_each_is_said(folder: Folder) -> None:
