@@ -12,8 +12,8 @@ MOST_RATIOS = 3  # figures of one p each: a search draws p from a range, and the
 def over_sparsity(section: Section) -> list[Part]:
     """FID over S and KID over S, the best of all p at each S."""
     fid, kid = section.fid_name, section.kid_name
-    line = "The line joins the best confirmed configuration of a method at each S; the band is dense, of each budget "
-    line += "its own."
+    line = "The line joins the best confirmed configuration of a method at each S; the band is dense of the "
+    line += "same budget."
     return [
         Part("sparsity", f"{fid} against sparsity", figures.fid_against_sparsity(section), f"{marks.HOLLOW} {line}"),
         Part("kid", f"{kid} against sparsity", figures.fid_against_sparsity(section, "kid"), f"{marks.HOLLOW} {line}"),

@@ -23,7 +23,7 @@ def parts(section: Section) -> list[Part]:
         return []
     caption = (
         f"{marks.HOLLOW} Marks differ in S and ΔTe too where these vary; lines join the best at each p of a method and "
-        "S. The level line is dense, of each budget its own."
+        "S. The level line is dense of the same budget."
     )
     found = [Part("prune_ratio", f"{section.fid_name} against the prune ratio p", figure(section), caption)]
     contrast = table(section)
