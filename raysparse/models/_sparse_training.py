@@ -25,13 +25,21 @@ from raysparse.models.chirodiff import BY_POINT
 
 _SOURCE = Path(__file__).parent / "native" / "chirodiff_train.cpp"
 # Where it beats the packed GRU: (weights of a direction of a layer, active or not; density), each at most. Times faster
-# with 3 layers of h = 16 to 320, on an Intel Xeon with 64 sketches: 9 thousand weights, density 1, 2.3; 37 thousand, 1,
-# 1.1; 83 thousand, .75 to .8, 1.1 to 1.01 (.9: .83); 147 thousand, .65, 1.05 (.75: .91); 332 thousand, .45 to .55, 1.11
-# to 1.0 (.65: .83); 590 thousand, .4, 1.26 (.5: .94); 922 thousand, .4, 1.08 (.5: .92). On an AMD EPYC with 64 sketches
-# (held to AVX2; with 32): 99 thousand, 1, 1.31 (1.16; 1.14); 200 thousand, .8 to .9, 1.18 to 1.01 (.85: 1.16; 1.05);
-# 349 thousand, .6 to .7, 1.08 to 1.02 (.65: 1.2; 1.11), .8, .89; 599 thousand, .5 to .6, 1.21 to 1.04 (.55: 1.13;
-# 1.06); 922 thousand, .5, 1.08 (.45: 1.06; 1.09). Larger: a guess.
-_INTEL = ((40_000, 1.0), (90_000, 0.78), (150_000, 0.67), (350_000, 0.52), (600_000, 0.45), (math.inf, 0.4))
+# with 3 layers of h = 16 to 320, on an Intel Xeon with 64 sketches: 9 thousand weights, density 1, 2.3 (1.6 with 8); 37
+# thousand, 1, 1.1; 83 thousand, .75 to .8, 1.1 to 1.01 (.9: .83); 147 thousand, .65, 1.05 (.75: .91); 332 thousand, .45
+# to .55, 1.11 to 1.0 (.65: .83); 590 thousand, .4, 1.26 (.5: .94); 922 thousand, .4, 1.08 (.5: .92). On an AMD EPYC
+# with 64 sketches (held to AVX2; with 32): 99 thousand, 1, 1.31 (1.16; 1.14); 200 thousand, .8 to .9, 1.18 to 1.01
+# (.85: 1.16; 1.05); 349 thousand, .6 to .7, 1.08 to 1.02 (.65: 1.2; 1.11), .8, .89; 599 thousand, .5 to .6, 1.21 to
+# 1.04 (.55: 1.13; 1.06); 922 thousand, .5, 1.08 (.45: 1.06; 1.09). Larger: a guess.
+_INTEL = (
+    (10_000, 4.0),
+    (40_000, 1.0),
+    (90_000, 0.78),
+    (150_000, 0.67),
+    (350_000, 0.52),
+    (600_000, 0.45),
+    (math.inf, 0.4),
+)
 _AMD = ((30_000, 1.25), (100_000, 1.0), (200_000, 0.85), (350_000, 0.65), (600_000, 0.55), (math.inf, 0.4))
 _PAYS = {"intel": _INTEL, "amd": _AMD, "narrow": _AMD}[_cpu.KIND]
 # With fewer sketches lanes are empty, so the density must be lower by as much. On the EPYC 16 sketches are .91 to 1.07
