@@ -152,6 +152,7 @@ class DiffusionConfig(Section):
 
 
 MOST_THREADS = 1024  # PyTorch takes any number and crashes where the system gives no more
+MOST_TOGETHER = 10**6  # examples in a batch: far above what anybody trains with, and what memory holds
 Recorded = Annotated[int, Field(le=LARGEST)]  # or writing a trial's record fails
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
@@ -168,7 +169,8 @@ class OptimizerConfig(Section):
 
 class TrainConfig(Section):
     steps: Recorded = Field(40_800, ge=1)  # optimizer steps; KanjiVG: 600 epochs of 68 (what Table 2's FLOPs imply)
-    batch_size: Recorded = Field(128, ge=1)  # examples per optimizer step, over all workers and accumulation steps
+    # Examples per optimizer step, over all workers and accumulation steps
+    batch_size: int = Field(128, ge=1, le=MOST_TOGETHER)
     accumulate: int = Field(1, ge=1)  # backward passes per optimizer step
     ema_decay: float = Field(0.9999, ge=0, lt=1)  # warmed up as min(decay, (1 + n) / (10 + n))
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast; weights stay fp32
@@ -224,7 +226,8 @@ class EvaluateConfig(Section):
     # leading: ChiroDiff; original: Latent Diffusion's own, where 150 asked for are 167 done (PAPER: Latent Diffusion)
     timestep_spacing: Literal["leading", "trailing", "original"] = "leading"
     guidance: float | None = Field(None, ge=0)  # classifier-free guidance scale; None: the conditional model alone
-    batch_size: int = Field(256, ge=1)  # samples drawn and extracted at a time; a GPU denoises several such at once
+    # Samples drawn and extracted at a time; a GPU denoises several such at once
+    batch_size: int = Field(256, ge=1, le=MOST_TOGETHER)
     # What evaluates: PyTorch, or kernels that skip zero weights (equal to rounding); auto: those where they can run
     runtime: Literal["dense", "sparse", "auto"] = "dense"
     # In what sampling and the validation loss are computed; None: train.precision. bf16 changes a FID by less than the
