@@ -93,8 +93,10 @@ def prepare(
                 module.SPEC, checked, found, root=place, encoder=encoder, run=run, progress=progress
             )
         folder: Path = module.prepare(checked, source=raw, root=place, progress=progress)
-    except (OSError, MemoryError) as error:
+    except OSError as error:
         raise UsageError(f"cannot prepare {name!r} in {place}: {error}; check permissions and free space") from error
+    except MemoryError as error:
+        raise UsageError(f"cannot prepare {name!r}: not enough memory ({str(error) or 'none left'})") from error
     return folder
 
 

@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     import torch
 
 Representation = Literal["abs", "del"]
-Spacing = Annotated[float, Field(gt=0, le=1)]  # in units of the farthest point's distance from the first
+# In units of the farthest point's distance from the first; .001 makes thousands of points of a sketch
+Spacing = Annotated[float, Field(ge=1e-3, le=1)]
 
 
 @dataclasses.dataclass(frozen=True)

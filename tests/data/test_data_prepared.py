@@ -10,6 +10,7 @@ import signal
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -177,6 +178,8 @@ def test_options_are_checked_with_the_nearest_key(tmp_path: Path) -> None:
         prepared.prepare("hershey", {"spacnig": 0.1}, root=tmp_path)
     with pytest.raises(UsageError, match="spacing"):
         prepared.prepare("hershey", {"spacing": -1}, root=tmp_path)
+    with pytest.raises(UsageError, match=r"spacing: got 1e-09: .* greater than or equal to 0\.001"):
+        prepared.prepare("hershey", {"spacing": 1e-9}, root=tmp_path)
     with pytest.raises(UsageError, match=r"unknown dataset 'hershy'"):
         prepared.prepare("hershy", root=tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -186,6 +189,13 @@ def test_a_root_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"cannot prepare 'hershey' in .*file"):
         prepared.prepare("hershey", root=tmp_path / "file")
+
+
+def test_a_set_that_no_memory_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = mock.Mock(side_effect=MemoryError("Unable to allocate 39.7 TiB"))
+    monkeypatch.setattr("raysparse.data.datasets.hershey.prepare", told)
+    with pytest.raises(UsageError, match=r"'hershey': not enough memory \(Unable to allocate 39\.7 TiB\)$"):
+        prepared.prepare("hershey", root=tmp_path)
 
 
 def test_default_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
