@@ -152,6 +152,7 @@ class DiffusionConfig(Section):
 
 
 MOST_THREADS = 1024  # PyTorch takes any number and crashes where the system gives no more
+MOST_SAMPLES = 10**7  # drawn at once
 MOST_TOGETHER = 10**6  # examples in a batch: far above what anybody trains with, and what memory holds
 Recorded = Annotated[int, Field(le=LARGEST)]  # or writing a trial's record fails
 Beta = Annotated[float, Field(ge=0, lt=1)]
@@ -211,7 +212,7 @@ class TrainConfig(Section):
 class IntermediateConfig(Section):
     """The cheaper protocol of the evaluations before the last step."""
 
-    generated: int = Field(1_000, ge=2, le=10**7)  # samples per FID
+    generated: int = Field(1_000, ge=2, le=MOST_SAMPLES)  # samples per FID
     ddim_steps: int = Field(20, ge=1)
 
 
@@ -219,7 +220,7 @@ class EvaluateConfig(Section):
     every_steps: int = Field(2_040, ge=1)  # a Report and a checkpoint at each multiple, and at the last step
     extractor: str = "glyph_cnn"  # a file in raysparse/metrics/extractors/
     weights: str | None = None  # file of an extractor that needs one
-    generated: int = Field(10_000, ge=2, le=10**7)  # samples per FID
+    generated: int = Field(10_000, ge=2, le=MOST_SAMPLES)  # samples per FID
     references: int | None = Field(None, ge=2)  # use only the first so many reference examples
     ddim_steps: int = Field(50, ge=1)
     eta: float = Field(0.0, ge=0, le=1)

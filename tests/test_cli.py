@@ -117,6 +117,7 @@ def test_a_report_that_cannot_be_written_leaves_a_finished_sweep(
         (["cost", "--model", "uvit", "--set", "sparse.sparsity=[0.5]"], "sparsity: got [0.5]"),
         (["cost", "--model", "uvit", "--set", "sparse.patern=nm"], "did you mean 'pattern'"),
         (["cost", "--model", "chirodiff", "--method", "timesteps", "--set", "sparse.ranges=0-9:0.5"], "end at 9, but"),
+        (["sample", "absent", "--output", "absent", "--count", "100000000000"], "10000000 "),
         (["resume", "absent"], "absent"),
         (["nonsense"], "nonsense"),
     ],

@@ -17,7 +17,7 @@ from raysparse.cli.app import (
     command_line,
     parse_changes,
 )
-from raysparse.config import MOST_THREADS
+from raysparse.config import MOST_SAMPLES, MOST_THREADS
 
 Runtime = Annotated[
     str | None,
@@ -39,7 +39,7 @@ Threads = Annotated[
 def sample(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a trial's folder of them, or an imported folder.")],
     output: Annotated[Path, typer.Option(help="Folder of the pictures; new or empty.")],
-    count: Annotated[int, typer.Option(min=1, help="How many.")] = 16,
+    count: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="How many.")] = 16,
     label: Annotated[list[int] | None, typer.Option(help="A class of a conditional model; repeatable.")] = None,
     ddim_steps: Annotated[int | None, typer.Option(min=1, help="DDIM steps; default the trial's.")] = None,
     eta: Annotated[float | None, typer.Option(help="0 is deterministic, 1 as noisy as DDPM.")] = None,
