@@ -226,6 +226,28 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(run, tmp_path:
         assert "cannot write to" in err
 
 
+def test_a_sweeps_output_is_checked_before_its_data_are_prepared(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from raysparse.sweep import folder
+
+    prepare = mock.Mock(side_effect=AssertionError("the data were prepared"))
+    monkeypatch.setattr("raysparse.sweep.preparing.prepare", prepare)
+    (tmp_path / "file").write_text("")
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "thesis.tex").write_text("")
+    sweep = ["sweep", str(SPACES / "quickstart.yaml"), "--output"]
+    for place, message in (("file/below", "cannot write to"), ("file", "is a file"), ("thesis", "is not empty")):
+        code, out, err = run(*sweep, str(tmp_path / place))
+        assert (code, out) == (2, "")
+        assert message in err
+    with folder.locked(tmp_path / "busy"):
+        code, _, err = run(*sweep, str(tmp_path / "busy"))
+    assert code == 2
+    assert "another process drives the sweep" in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "thesis"]
+
+
 def test_a_sweep_file_lends_train_its_base_and_what_the_method_has_of_the_shared_settings(tmp_path: Path) -> None:
     dense = cli.load_trial(SPACES / "quickstart.yaml", None, None)
     assert dense.sparse.method == "dense"

@@ -62,11 +62,12 @@ def sweep(
         planned = plan.plan(loaded, cpus=cpus)
         typer.echo(json.dumps(planned)) if as_json else print_plan(loaded, planned)
         return
-    from raysparse.sweep import preparing, tuner
+    from raysparse.sweep import folder, preparing, tuner
     from raysparse.terminal import progress
 
     results = output or Path("results") / loaded.name
     limits = _limits(max_trials, max_hours, max_gpu_hours, max_disk)
+    folder.check_new(results.absolute(), preparing.with_whole_paths(loaded))
     with progress(f"preparing {space.parsed_base(loaded).data.name}") as advance:
         preparing.prepare(loaded, progress=advance, num_cpus=cpus, address=address)
     start = partial(tuner.run, loaded, results, command=command_line(), limits=limits, num_cpus=cpus, address=address)

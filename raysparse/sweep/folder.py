@@ -64,6 +64,13 @@ def refuse_if_taken(results: Path, sweep: Sweep) -> None:
         raise UsageError(f"{results} is not empty and holds no sweep; give a new folder")
 
 
+def check_new(results: Path, sweep: Sweep) -> None:
+    """UsageError where this sweep could not begin: now, and not when its data were prepared for hours."""
+    refuse_if_taken(results, sweep)
+    with locked(results):
+        pass
+
+
 def create(results: Path, sweep: Sweep, command: str) -> None:
     """Make the folder this sweep's; called with the lock held."""
     from raysparse.train.versions import versions

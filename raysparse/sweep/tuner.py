@@ -65,7 +65,7 @@ def run(
     UsageError where the folder is taken, a trial cannot start, or resources are missing: then nothing was trained.
     """
     results, sweep = results.absolute(), preparing.with_whole_paths(sweep)
-    folder.refuse_if_taken(results, sweep)
+    folder.check_new(results, sweep)
     preparing.prepare(sweep, **ray)
     with folder.locked(results):
         folder.refuse_if_taken(results, sweep)
