@@ -34,10 +34,10 @@ class WorkerDied(RuntimeError):
     """
 
 
-def unknown(what: str, got: str, known: Iterable[str]) -> str:
-    """`unknown key 'sparcity' (did you mean 'sparsity'?); known: ...`"""
+def unknown(what: str, got: object, known: Iterable[str]) -> str:
+    """`unknown key 'sparcity' (did you mean 'sparsity'?); known: ...`; YAML has keys that are no text, such as 1."""
     names = sorted(known)
-    close = difflib.get_close_matches(got, names, n=1)
+    close = difflib.get_close_matches(str(got), names, n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
     return f"unknown {what} {got!r}{hint}; known: {', '.join(names)}"
 

@@ -175,8 +175,10 @@ def load_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
         raise UsageError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(data, dict) or not all(isinstance(key, str) for key in data):
+    if not isinstance(data, dict):
         raise UsageError(f"{path} must be a mapping such as `name: ...`, got {type(data).__name__}")
+    if numbers := [key for key in data if not isinstance(key, str)]:
+        raise UsageError(f"{path} must be a mapping of names such as `name: ...`, got the key {numbers[0]!r}")
     return data
 
 

@@ -34,6 +34,7 @@ def test_a_method_gets_the_papers_values_where_the_file_says_nothing() -> None:
     ("data", "words"),
     [
         ({"sparse": {"method": "rigl", "sparcity": 0.5}}, ["sparse", "sparcity", "did you mean 'sparsity'"]),
+        ({"sparse": {"method": "rigl", 1: 2}}, ["sparse", "unknown key 1"]),
         ({"trian": {}}, ["unknown key 'trian'", "did you mean 'train'"]),
         ({"train": {"stpes": 3}}, ["train", "did you mean 'steps'"]),
         ({"sparse": {"method": "dense", "sparsity": 0.5}}, ["'dense' has no 'sparsity'", "0.5"]),

@@ -116,6 +116,7 @@ def test_the_digest_is_of_what_is_computed() -> None:
         ({"base": {"train": {"stepz": 1}}}, ["did you mean 'steps'"]),
         ({"base": BASE | {"sparse": {"method": "rigl"}}}, ["base.sparse", "unknown key 'method'"]),
         ({"base": BASE | {"sparse": 3}}, ["base.sparse must be a mapping"]),
+        ({"base": BASE | {"sparse": {1: 2}}}, ["base.sparse: unknown key 1; known: allocation"]),
         ({"asha": {"grace_steps": 100}}, ["not below train.steps 100"]),
         ({"asha": {"grace_steps": 15}}, ["not a multiple of evaluate.every_steps 10"]),
         ({"asha": {"rungs": [10, 100]}}, ["asha.rungs 100 is not below train.steps 100"]),
@@ -210,7 +211,7 @@ def test_a_bad_search_is_refused(changes: dict[str, Any], words: list[str]) -> N
         ("a: [1\n", "not valid YAML"),
         ("a: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
         ("", "must be a mapping"),
-        ("1: 2\n", "must be a mapping"),
+        ("1: 2\n", "must be a mapping of names such as `name: ...`, got the key 1"),
     ],
 )
 def test_yaml_that_is_no_sweep_names_the_file(tmp_path: Path, text: str, words: str) -> None:
