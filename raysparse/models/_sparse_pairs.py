@@ -49,8 +49,10 @@ def whole_blocks(mask: Tensor) -> Tensor:
 
 
 def of_features(x: Tensor) -> Tensor:
-    """[..., I] of floats -> [..., I / 2] of pairs, in float32's bits."""
-    return x.bfloat16().contiguous().view(torch.float32)
+    """[..., I] of floats -> the same in bfloat16, contiguous: where it begins a pair does. No view in float32: one is
+    refused of the tokens of an image of one pixel, whose strides are odd."""
+    x = x.bfloat16().contiguous()
+    return x.clone() if x.data_ptr() % 4 else x
 
 
 class _Images(ctypes.Structure):

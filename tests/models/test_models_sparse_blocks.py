@@ -87,6 +87,19 @@ def test_a_layer_in_sampling(shape: tuple[int, ...], density: float, columns: in
 
 
 @pytest.mark.usefixtures("_always")
+def test_tokens_whose_strides_or_place_are_odd() -> None:
+    layer, x = by_blocks((48, 64), 0.5, 0), inputs_of((48, 64), 20, 0).view(40, 64)
+    of_one_pixel = x.view(40, 64, 1, 1).flatten(2).mT
+    assert of_one_pixel.stride() == (64, 1, 1)
+    behind_one = torch.cat([x.new_zeros(1), x.flatten()])[1:].view(40, 64)
+    with HALF, torch.no_grad():
+        fast = laid_out(layer)
+        want = fast(x)
+        assert torch.equal(fast(of_one_pixel), want.view(40, 1, 48))
+        assert torch.equal(fast(behind_one), want)
+
+
+@pytest.mark.usefixtures("_always")
 @pytest.mark.parametrize("shape", SHAPES)
 def test_threads_change_nothing(shape: tuple[int, ...]) -> None:
     layer, x, before = by_blocks(shape, 0.5, 0), inputs_of(shape, 300, 0), torch.get_num_threads()

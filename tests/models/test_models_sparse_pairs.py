@@ -95,7 +95,10 @@ def test_numbers_that_are_multiplied_with_each_other_lie_at_one_place() -> None:
     got = torch.einsum("opk,bpkn->bon", values.double(), two.double())
     assert torch.allclose(got.view_as(want), want)
     tokens = torch.randn(5, 4, generator=draw)
-    assert torch.equal(pairs.of_features(tokens).view(torch.bfloat16), tokens.bfloat16())
+    assert torch.equal(pairs.of_features(tokens), tokens.bfloat16())
+    between = torch.randn(21, generator=draw).bfloat16()[1:]
+    assert torch.equal(pairs.of_features(between), between)
+    assert pairs.of_features(between).data_ptr() % 4 == 0, "it begins between two pairs"
 
 
 @pytest.mark.usefixtures("compiler")
