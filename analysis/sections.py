@@ -153,13 +153,12 @@ class Section:
 
     @property
     def dense(self) -> dict[str, Any] | None:
-        """The dense configuration with the lowest FID, in the stage of `ranked` and of the budget of `best` where there
-        is one: what `best` is held against."""
-        best = self.best
+        """What `best` is held against: `dense_of` it, else the dense configuration with the lowest FID of another
+        budget, in the stage of `ranked` where there is one."""
+        if (best := self.best) and (found := self.dense_of(best)):
+            return found
         for stage in (self.ranked, self.confirmed, self.searched):
-            rows = stage[stage["method"].eq(DENSE)]
-            own = rows if best is None else rows[same_budget(rows, best)]
-            if found := _lowest(own) or _lowest(rows):
+            if found := _lowest(stage[stage["method"].eq(DENSE)]):
                 return found
         return None
 

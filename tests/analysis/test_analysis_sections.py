@@ -153,6 +153,16 @@ def test_the_best_is_held_against_dense_of_its_budget(folder: Folder) -> None:
     assert "10.00 lower (better) than dense (dense has 22.00" in text(section)
 
 
+def test_dense_of_the_search_at_that_budget_comes_before_a_confirmed_one_of_another(folder: Folder) -> None:
+    folder.add(facts("dense", 0.0, stage="search"), [(400, 20.0)])
+    for seed in (1, 2, 3):
+        folder.add(facts("dense", 0.0, seed, total_steps=4000, trial_id=f"long-{seed}"), [(4000, 5.0 + seed)])
+        folder.add(facts("rigl", 0.5, seed), [(400, 10.0 + seed)])
+    section = only(folder)
+    assert section.dense is not None
+    assert (section.dense["stage"], section.dense["total_steps"]) == ("search", 400)
+
+
 def test_the_time_ratio_is_per_step_and_needs_equal_workers(folder: Folder) -> None:
     folder.add(facts("dense", total_steps=800), [(800, 5.0)], train_s=80.0)
     folder.add(facts("rigl", 0.5), [(400, 9.0)], train_s=20.0)
