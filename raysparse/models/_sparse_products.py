@@ -337,7 +337,7 @@ class SparseProduct(nn.Module):
 
     Made under autocast to bfloat16 it computes in that where the CPU can; sums stay float32. A weight that is 0 takes
     no part: an input that is not finite is not multiplied with it (in bfloat16 only where a pair's weights are both 0).
-    Runs on torch.get_num_threads() threads; what comes out does not depend on how many.
+    Runs on torch.get_num_threads() threads, how many changes nothing; few columns are the layer's own.
     """
 
     def __init__(self, layer: nn.Module, memory: Memory) -> None:
