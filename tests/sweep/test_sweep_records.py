@@ -12,10 +12,14 @@ from recorded_trials import record
 
 from raysparse import config, results
 from raysparse.results import Facts, Report
-from raysparse.sweep.board import Ledger
+from raysparse.sweep.board import Ledger, Row
 from raysparse.sweep.journal import event
 from raysparse.sweep.records import Records
 from raysparse.sweep.trainable import metrics_of
+
+
+def no_facts(row: Row) -> Facts:
+    raise AssertionError("no record is written anew")
 
 
 def test_what_a_killed_driver_left_of_a_record_is_removed(tmp_path: Path) -> None:
@@ -23,7 +27,7 @@ def test_what_a_killed_driver_left_of_a_record_is_removed(tmp_path: Path) -> Non
     path = record(tmp_path, trial, {2: 3.0}, "RUNNING")
     path.with_name(f".{path.name}.k2x_8f.tmp").touch()
     with closing(Ledger(tmp_path)) as ledger:
-        Records(ledger, tmp_path, lambda row: None, lambda: False).repair()  # type: ignore[arg-type, return-value]
+        Records(ledger, tmp_path, no_facts, lambda: False).repair()
     assert list(path.parent.iterdir()) == [path]
 
 
