@@ -3,11 +3,11 @@
 // A tile is a register of sixteen rows of 64 bytes; one instruction multiplies two of them and adds to a third. It has
 // no compiler flag here, for a library may run where there is no AMX: see raysparse_blocks.
 //
-// On an Intel Xeon U-ViT's linear layers with blocks of 16 x 16 are 1.0, 1.1 to 1.7, 1.5 to 2.3 and 1.9 to 3.7 times as
-// fast at density .7, .5, .25, .1 as PyTorch's dense ones in bfloat16, which use AMX too; by pairs of vdpbf16ps .2 to .7
-// times. Tokens as rows of a tile need no transposing: with them as columns, as convolutions have their pixels, 1,536
-// outputs of 512 inputs took 2.0 times as long at density .1 and 1.4 at .5. Two blocks beside each other in one tile
-// would make density .7 and .5 1.05 times faster.
+// On an Intel Xeon U-ViT's linear layers with blocks of 16 x 16 are .85 to 1.2, 1.1 to 1.8, 1.4 to 2.5 and 1.9 to 3.7
+// times as fast at density .7, .5, .25, .1 as PyTorch's dense ones in bfloat16, which use AMX too; by pairs of vdpbf16ps
+// .2 to 1.2 times. Tokens as rows of a tile need no transposing: with them as columns, as convolutions have their
+// pixels, 1,536 outputs of 512 inputs took 2.0 times as long at density .1 and 1.4 at .5. Two blocks beside each other
+// in one tile would make density .7 and .5 1.05 times faster.
 #pragma once
 #include "layout.h"
 
@@ -71,7 +71,9 @@ void tokens_by_tiles(const Layer& layer, const uint32_t* x, uint16_t* y, int64_t
       }
     }
     TILE_STORE(0, sums[0], TIGHT);
-    if constexpr (T == 4) { TILE_STORE(1, sums[1], TIGHT); TILE_STORE(2, sums[2], TIGHT); TILE_STORE(3, sums[3], TIGHT); }
+    if constexpr (T == 4) {
+      TILE_STORE(1, sums[1], TIGHT); TILE_STORE(2, sums[2], TIGHT); TILE_STORE(3, sums[3], TIGHT);
+    }
     vec bias;
     memcpy(&bias, layer.bias + o, sizeof bias);
     for (int64_t t = 0; t < count; ++t) {
