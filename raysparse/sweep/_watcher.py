@@ -9,10 +9,11 @@ A rank votes that it hangs when it has not got on for a while, and what a while 
 - else (compiling, a long part of an evaluation, waiting for storage or other ranks, a disk that does not answer): for
   half an hour, as long as torch waits in a collective; never while a lone rank waits for the sweep's driver.
 
-Only when all ranks vote is the trial hung: one that works or waits by right is what the others wait for. The first
-watcher that sees all votes writes it down, and all act on that: a stopped process goes on for a moment to write its
-stacks, and what waited for it would no longer look hung. Seconds in which this process itself did not run (a suspended
-machine, a starved one) are not counted.
+Only when all ranks vote is the trial hung: one that works or waits by right is what the others wait for. But a process
+that has been stopped (SIGSTOP) for `limit` seconds hangs alone, whatever it did: what it waits for can't wake it, and
+the others may wait for it by right. The first watcher that sees it writes it down, and all act on that: a stopped
+process goes on for a moment to write its stacks, and what waited for it would no longer look hung. Seconds in which
+this process itself did not run (a suspended machine or job, a starved one) are not counted.
 """
 
 from __future__ import annotations
@@ -50,6 +51,7 @@ class Watch:
         """The rank got on just now."""
         self.quiet_s = self.cpu_s = 0.0
         self.samples = self.running = self.blocked = 0  # looks since then; at which it ran, or waited for a disk
+        self.stopped_s = 0.0  # at one go, until now
         self.traced = False
 
     def heard(self, line: str) -> None:
@@ -58,7 +60,8 @@ class Watch:
         # What lies between a last step and its evaluation's first samples is neither.
         if not (self.doing == "step" and doing != "step"):
             self.longest[self.doing] = max(self.longest.get(self.doing, 0.0), self.quiet_s)
-        self.steps += self.doing == doing == "step"
+        if self.doing == doing == "step":  # which may be some steps later, see pulse.BEAT_S
+            self.steps += int(words) - int(self.step)
         if doing not in ("wait", "idle"):
             self.step = words
         self.doing, self.words = doing, words
@@ -75,6 +78,7 @@ class Watch:
         self.running += "R" in states
         self.blocked += "D" in states
         self.traced = "t" in states
+        self.stopped_s = self.stopped_s + seconds if "T" in states else 0.0
 
     @property
     def asleep(self) -> bool:
@@ -88,7 +92,13 @@ class Watch:
         return 2 * self.blocked >= self.samples > 0
 
     @property
+    def stays_stopped(self) -> bool:
+        return self.stopped_s >= self.limit_s
+
+    @property
     def hangs(self) -> bool:
+        if self.stays_stopped:
+            return True
         if self.quiet_s < self.limit_s or self.traced:  # by a debugger
             return False
         if self.doing == "idle":
@@ -137,7 +147,7 @@ def main(words: list[str]) -> None:
             elif not watch.vote.exists():
                 votes.mkdir(exist_ok=True)
                 watch.vote.touch()
-            elif all((votes / f"still-{each}").exists() for each in range(ranks)):
+            elif watch.stays_stopped or all((votes / f"still-{each}").exists() for each in range(ranks)):
                 verdict.touch()
         if verdict.exists():
             end(watch, votes, rank, ranks, log=Path(words[6]), number=int(words[7]))

@@ -82,13 +82,15 @@ def main(results: str, trial_id: str, rank: int, ranks: int, how: str) -> None:
         distributed.init(rank, ranks, f"file://{results}/meeting", "cpu")
     if how == "slow":
         slow(2 * LIMIT_S)
-    elif how != "sound":
+    elif how in HOW:
         hang(HOW[how])
 
     def say(metrics: dict[str, Any]) -> None:
         print(json.dumps([metrics["step"], metrics.get("failed")]), file=sys.__stdout__, flush=True)
         if how == "slow" and metrics["step"] == 4:
             time.sleep(2 * LIMIT_S)  # the driver has other things to do
+        if how == "stopped in a report" and metrics["step"] == AT_STEP - 1:
+            os.kill(os.getpid(), signal.SIGSTOP)
 
     out = sys.__stdout__ = os.fdopen(os.dup(1), "w")  # the trial's log takes the other one
     told = {"trial_id": trial_id, "results": results, "hung_after_s": LIMIT_S}

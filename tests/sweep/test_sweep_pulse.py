@@ -96,16 +96,24 @@ def test_no_thread_of_the_rank_needs_to_run(trial: Path, start: Start, how: str,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("how", "state"), [("sleep", "asleep"), ("stopped", "stopped")])
-def test_of_two_ranks_both_stacks_are_told(trial: Path, start: Start, how: str, state: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "state", "step"),
+    [
+        ("sleep", "asleep", 3),
+        ("stopped", "stopped", 3),
+        ("stopped in a report", "stopped", 2),  # where one may wait half an hour for what others do
+    ],
+)
+def test_of_two_ranks_both_stacks_are_told(trial: Path, start: Start, how: str, state: str, step: int) -> None:
     ranks = [start(0, 2, "sound"), start(1, 2, how)]
     for process in ranks:
         process.communicate(timeout=90)
     assert [process.returncode for process in ranks] == [-9, -9]
     reason = str(pulse.hung(trial))
-    assert "rank 0 asleep at step 3 for " in reason  # in backward's reduction, which has no Python frame of its own
-    assert f"rank 1 {state} at step 3 for " in reason
-    assert how == "stopped" or "in <lambda> at hanging.py:" in reason
+    # At step 3 in backward's reduction, which has no Python frame of its own.
+    assert f"rank 0 asleep at step {step} for " in reason
+    assert f"rank 1 {state} at step {step} for " in reason
+    assert how != "sleep" or "in <lambda> at hanging.py:" in reason
     for name in ("log.txt", "log-1.txt"):
         assert "in train_rank\n" in (trial / name).read_text()
 
@@ -138,6 +146,9 @@ LIMIT, LONG = 40.0, _watcher.LONG_S
         (["begin 0", "step 1"], "D", 0.0, LONG),  # a network mount that is away
         (["begin 0", "step 1"], "t", 0.0, None),  # a debugger's
         (["idle for the sweep's driver"], "S", 0.0, None),
+        (["idle for the sweep's driver"], "T", 0.0, LIMIT),
+        (["wait for the checkpoint of step 4"], "T", 0.0, LIMIT),
+        (["begin 0", "step 1", "step 20"], "S", 0.9, LIMIT),  # a rank tells of one step in many
     ],
 )
 def test_how_long_a_rank_may_stand_still(
