@@ -6,6 +6,7 @@ and with 0.01 CPU two workers no longer fit on two cores.
 
 from __future__ import annotations
 
+import logging
 import time
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,11 @@ def train_loop(config: dict[str, Any]) -> None:
     import torch
     from ray import train as ray_train
     from ray.train.torch import get_device
+    from ray.train.v2._internal.execution import context as reporting
 
+    # It would say all metrics of each report, a sample of the masks too: 4 KB and more in a line of the trial's log,
+    # which is cut at trial_log.LIMIT_BYTES and has a summary of its own.
+    logging.getLogger(reporting.__file__).setLevel(logging.WARNING)
     context = ray_train.get_context()
     device = get_device() if config["gpus_per_worker"] else torch.device("cpu")
     train_rank(
