@@ -26,13 +26,12 @@ from raysparse.data import shards, table
 from raysparse.data.image import Encoder, ImageOptions
 from raysparse.data.image_folder import hashes
 from raysparse.data.listing import Entries, Listing
+from raysparse.data.manifest import SPLITS
 from raysparse.data.partial import building, publish
 from raysparse.data.shards import Run, Shard, Task
 from raysparse.data.sketch import Spec
 from raysparse.data.table import Table
 from raysparse.errors import UsageError
-
-SPLITS = ("train", "validation", "reference")
 
 Progress = Callable[[int, int], None]  # (done, total), in pictures
 

@@ -25,13 +25,19 @@ def open_split(folder: Path, manifest: Mapping[str, Any], split: str) -> Picture
     """One split. Nothing but labels is read. UsageError where a file is missing or not whole."""
     place = manifest["splits"][split]
     opened = _opened(folder, manifest, place["table"])
-    options = manifest["options"]
+    options, classes = manifest["options"], len(manifest["classes"])
+    labels = opened.numbers("label")[: place["rows"]] if options["conditional"] else None
+    if labels is not None and labels.max() >= classes:
+        raise UsageError(
+            f"{folder / 'manifest.json'} is damaged ({classes} classes, but the labels go to {labels.max()}); "
+            f"{_again(folder)}"
+        )
     common: dict[str, Any] = {
         "table": opened,
         "count": place["rows"],
         "size_px": manifest["size_px"],
-        "labels": opened.numbers("label")[: place["rows"]] if options["conditional"] else None,
-        "num_classes": len(manifest["classes"]) if options["conditional"] else 0,
+        "labels": labels,
+        "num_classes": classes if options["conditional"] else 0,
         "flips": options["flips"] and split == "train",
         "content_hash": place["sha256"],
         "images_hash": place["images_sha256"],

@@ -28,7 +28,10 @@ from pydantic import BaseModel, ValidationError
 
 from raysparse import files, plugins
 from raysparse.data import image_build, image_folder
+from raysparse.data import manifest as manifests
 from raysparse.data.image import Encoder, ImageOptions
+from raysparse.data.manifest import SPLITS as SPLITS
+from raysparse.data.manifest import is_image
 from raysparse.data.shards import Run as Run
 from raysparse.data.shards import in_order as in_order
 from raysparse.data.sketch import Examples, Spec
@@ -36,7 +39,6 @@ from raysparse.errors import UsageError, unknown, usage_error_from
 
 RECIPE = 1  # raise it whenever the same source and options would give other arrays
 ARRAYS = ("points", "offsets", "labels")
-SPLITS = ("train", "validation", "reference")
 _STALE_S = 60  # a build folder this old that nobody holds is left from a killed process
 
 Progress = Callable[[int, int], None]  # (done, total), in sketches, pictures or bytes
@@ -117,12 +119,8 @@ def open_split(folder: Path, split: str) -> Any:
     manifest = read_manifest(folder)
     if split not in manifest["splits"]:
         raise UsageError(f"{folder}: {unknown('split', split, manifest['splits'])}")
-    opener = image_folder.open_split if _is_image(manifest) else _open_sketches
+    opener = image_folder.open_split if is_image(manifest) else _open_sketches
     return opener(folder, manifest, split)
-
-
-def _is_image(manifest: Mapping[str, Any]) -> bool:
-    return manifest.get("kind") == "image"
 
 
 def damaged(folder: Path) -> list[tuple[str, str]]:
@@ -137,36 +135,44 @@ def check_encoder(folder: Path, identity: str | None) -> None:
 
 def _open_sketches(folder: Path, manifest: dict[str, Any], split: str) -> Examples:
     arrays = {name: _map_array(folder, name, facts) for name, facts in manifest["arrays"].items()}
-    place = manifest["splits"][split]
+    place, classes, held = manifest["splits"][split], len(manifest["classes"]), len(arrays["offsets"]) - 1
     labels = arrays.get("labels")
+    if place["stop"] > held:
+        raise _damaged(folder, f"splits.{split}.stop is {place['stop']}, the arrays hold {held} examples")
+    if labels is not None and labels.max() >= classes:
+        raise _damaged(folder, f"{classes} classes, but the labels go to {labels.max()}")
     return Examples(
         points=arrays["points"],
         offsets=arrays["offsets"][place["start"] : place["stop"] + 1],
         labels=None if labels is None else np.array(labels[place["start"] : place["stop"]]),
-        num_classes=len(manifest["classes"]),
+        num_classes=classes,
         representation=manifest["options"]["representation"],
         content_hash=place["sha256"],
     )
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a prepared folder. UsageError where there is none or it is no manifest."""
+    """The manifest of a prepared folder. UsageError where there is none, or it says what cannot be."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        kept = {"files" if _is_image(manifest) else "arrays", "splits", "options", "classes"} <= set(manifest)
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        wrong = manifests.complaint(manifest)
     except FileNotFoundError as error:
         raise UsageError(f"{folder} is not a prepared data set (no manifest.json); run `raysparse prepare`") from error
-    except (ValueError, TypeError, AttributeError, OSError) as error:
-        raise UsageError(f"{folder / 'manifest.json'} is damaged ({error}); {_again(folder)}") from error
-    if not kept:
-        raise UsageError(f"{folder / 'manifest.json'} is not a data set's manifest; {_again(folder)}")
-    return dict(manifest)
+    except (ValueError, OSError, RecursionError) as error:
+        raise _damaged(folder, error) from error
+    if wrong:
+        raise _damaged(folder, wrong)
+    return manifest
+
+
+def _damaged(folder: Path, why: object) -> UsageError:
+    return UsageError(f"{folder / 'manifest.json'} is damaged ({why}); {_again(folder)}")
 
 
 def verify(folder: Path) -> None:
     """Read every byte of a prepared data set. UsageError naming the array that is not what was written."""
     manifest = read_manifest(folder)
-    if _is_image(manifest):
+    if is_image(manifest):
         return image_folder.verify(folder, manifest)
     for name, facts in manifest["arrays"].items():
         _map_array(folder, name, facts)

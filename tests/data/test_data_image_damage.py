@@ -120,7 +120,7 @@ def test_damage_is_named_with_what_to_do(source: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"train.arrow is damaged \(10 rows instead of 90\)"):
         prepared.open_split(folder, "train")
     (folder / "manifest.json").write_text('{"kind": "image"}')
-    with pytest.raises(UsageError, match="not a data set's manifest"):
+    with pytest.raises(UsageError, match=r"manifest.json is damaged \(classes: is missing\)"):
         prepared.open_split(folder, "train")
 
 

@@ -108,7 +108,7 @@ def test_damage_is_named_with_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"manifest.json is damaged"):
         prepared.open_split(folder, "train")
     (folder / "manifest.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"not a data set's manifest"):
+    with pytest.raises(UsageError, match=r"manifest.json is damaged \(classes: is missing\); delete"):
         prepared.open_split(folder, "train")
     with pytest.raises(UsageError, match="not a prepared data set"):
         prepared.open_split(tmp_path, "train")
