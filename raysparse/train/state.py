@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -30,7 +31,7 @@ from torch import Tensor
 from raysparse.errors import OtherFormat, UsageError
 from raysparse.files import TEMPORARY, remove_folder, sync
 from raysparse.train import fits
-from raysparse.train.folders import checkpoints
+from raysparse.train.folders import CHECKPOINT, checkpoints
 
 if TYPE_CHECKING:
     from raysparse.train.loop import Trainer
@@ -273,9 +274,13 @@ def _tensors(folder: Path, part: str, hashes: dict[str, str]) -> dict[str, Tenso
 
 
 def _damaged(path: Path, why: str) -> UsageError:
-    return UsageError(
-        f"checkpoint file {path} is damaged ({why}); remove the folder {path.parent} to go on from the one before it"
-    )
+    folder = path.parent
+    if CHECKPOINT.fullmatch(folder.name):
+        return UsageError(
+            f"checkpoint file {path} is damaged ({why}); remove the folder {folder} to go on from the one before it"
+        )
+    again = f"raysparse import EXPORTED --to {shlex.quote(str(folder))}"
+    return UsageError(f"{path} is damaged ({why}); remove the folder {folder} and make it again, such as by: {again}")
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any], path: str = "") -> str:

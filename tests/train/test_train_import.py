@@ -74,6 +74,19 @@ def test_an_imported_model_cannot_be_trained_on(tmp_path):
         state.load(SimpleNamespace(config=config), folder)
 
 
+def test_a_damaged_imported_folder_is_to_be_imported_again(tmp_path):
+    folder = export.import_(
+        export.export(save(tmp_path / "c", trial(sparse=RIGL)), tmp_path / "out"), tmp_path / "back"
+    )
+    again = rf"remove the folder {folder} and make it again, such as by: raysparse import EXPORTED --to {folder}$"
+    (folder / "ema.safetensors").unlink()
+    with pytest.raises(UsageError, match=rf"ema\.safetensors is damaged .*{again}"):
+        restored.load(folder)
+    (folder / state.MANIFEST).write_text("{")
+    with pytest.raises(UsageError, match=rf"manifest\.json is damaged .*{again}"):
+        restored.load(folder)
+
+
 # What may be wrong with a folder
 
 
