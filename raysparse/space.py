@@ -23,6 +23,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -156,8 +157,9 @@ class Sweep(Section):
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-class _UniqueKeys(yaml.SafeLoader):
-    """The safe loader, with a key that stands twice refused instead of the first one forgotten."""
+class _Loader(yaml.SafeLoader):
+    """The safe loader, with a key that stands twice refused instead of the first one forgotten, and with 1e-3 a number
+    as in YAML 1.2 and JSON: in YAML 1.1 it is text, which a setting takes for its number but no other number equals."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -167,10 +169,20 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
+
+
+def read_yaml(text: str) -> Any:
+    """What a YAML text says. yaml.YAMLError, RecursionError, or ValueError (of a date that there is not)."""
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+
+
 def load_yaml(path: Path) -> dict[str, Any]:
     """A YAML file with a mapping at the top. UsageError naming the file and the line."""
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # noqa: S506 - a SafeLoader
+        data = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UsageError(f"cannot read {path}: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
@@ -318,7 +330,7 @@ def _check_axes(sweep: Sweep, method: str, axes: Mapping[str, Axis]) -> None:
 def check_point(sweep: Sweep, point: Point) -> None:
     """ValueError where a point is not one of the sweep's space."""
     method = point.get("method")
-    if method not in sweep.axes:
+    if not isinstance(method, str) or method not in sweep.axes:
         raise ValueError(f"seed point {point}: method must be one of {', '.join(sweep.axes)}, got {method!r}")
     for name, value in point.items():
         if name == "method":
@@ -326,7 +338,10 @@ def check_point(sweep: Sweep, point: Point) -> None:
         if name not in sweep.axes[method]:
             raise ValueError(f"seed point {point}: " + unknown("axis", name, sweep.axes[method]) + f" (of {method})")
         axis = sweep.axes[method][name]
-        inside = value in axis if isinstance(axis, tuple) else axis.low <= value <= axis.high
+        if isinstance(axis, tuple):
+            inside = value in axis
+        else:
+            inside = isinstance(value, int | float) and axis.low <= value <= axis.high
         if not inside:
             raise ValueError(f"seed point {point}: {name} = {value!r} lies outside its axis {axis}")
     trial(sweep, point)

@@ -138,6 +138,7 @@ def test_a_mistake_is_told_without_a_traceback(run, words: list[str], message: s
         ({"sparse": {"method": "rigl", "sparsity": 0.8}}, ["--sparsity", "0.5"], [DENSE, ("rigl", 0.5, "erk")]),
         ({"sparse": {"method": "rigl", "sparsity": 0.8}}, ["--method", "set"], [DENSE]),
         ({"base": {"sparse": {"allocation": "er"}}, "grid": GRID}, [], [DENSE, ("static", 0.5, "er")]),
+        ({"grid": {"static": {"sparsity": ["0.5", None]}}}, [], [DENSE, ("static", 0.5, "erk")]),
         ({"base": {}, "grid": GRID}, ["--allocation", "uniform"], [DENSE, ("static", 0.5, "uniform")]),
     ],
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from raysparse import space
+from raysparse import cli, space
 from raysparse.errors import UsageError
 
 BASE: dict[str, Any] = {"train": {"steps": 100}, "evaluate": {"every_steps": 10}}
@@ -176,6 +176,9 @@ def test_a_search_takes_ranges_and_seed_points() -> None:
     [
         ({"seed_points": [{"method": "rigl", "sparsity": 0.7}]}, ["outside its axis", "0.7"]),
         ({"seed_points": [{"method": "rigl", "prune_ratio": 0.9}]}, ["outside its axis", "0.9"]),
+        ({"seed_points": [{"method": "rigl", "prune_ratio": "0.1"}]}, ["outside its axis", "'0.1'"]),
+        ({"seed_points": [{"method": "rigl", "prune_ratio": None}]}, ["outside its axis", "None"]),
+        ({"seed_points": [{"method": ["rigl"]}]}, ["method must be one of dense, rigl, got ['rigl']"]),
         ({"seed_points": [{"sparsity": 0.5}]}, ["method must be one of dense, rigl"]),
         ({"seed_points": [{"method": "dense", "sparsity": 0.5}]}, ["unknown axis 'sparsity'"]),
         ({"axes": {"rigl": {"sparsity": {"low": 0.9, "high": 0.1}}}}, ["low must be below high"]),
@@ -222,6 +225,24 @@ def test_yaml_that_is_no_sweep_names_the_file(tmp_path: Path, text: str, words: 
     assert words in str(caught.value)
     with pytest.raises(UsageError, match="cannot read"):
         space.load(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.e-3", ".1e-2", "+1.0e-3", "0.001"])
+def test_a_number_is_one_however_it_is_written(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "lr.yaml"
+    point = f"{{method: set, optimizer.lr: {text}, optimizer.weight_decay: {text}}}"
+    axes = f"{{optimizer.lr: [{text}, 1e1], optimizer.weight_decay: {{low: 1e-4, high: 1e-2}}}}"
+    path.write_text(f"search: {{trials: 4, axes: {{set: {axes}}}, seed_points: [{point}]}}\n")
+    found = space.load(path)
+    assert found.axes["set"]["optimizer.lr"] == (0.001, 10)
+    assert found.search
+    assert found.search.seed_points == ({"method": "set", "optimizer.lr": 0.001, "optimizer.weight_decay": 0.001},)
+    assert cli.parse_changes([f"optimizer.lr={text}"]) == {"optimizer.lr": 0.001}
+
+
+@pytest.mark.parametrize("text", ["e3", "1e", "1e-", "a1e3", "1e3b", "1-e3", "1.1.1e3"])
+def test_text_with_numbers_stays_text(text: str) -> None:
+    assert space.read_yaml(text) == text
 
 
 def test_overrides_reach_into_the_file_before_it_is_checked(tmp_path: Path) -> None:

@@ -77,8 +77,8 @@ def parse_changes(changes: list[str] | None) -> dict[str, Any]:
         if not equals or not name:
             raise UsageError(f"--set takes KEY=VALUE such as train.steps=100, got {change!r}")
         try:
-            parsed[name] = yaml.safe_load(text)
-        except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: of a date that there is not
+            parsed[name] = space.read_yaml(text)
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
             raise UsageError(f"--set {name}: {text!r} is not a YAML value") from error
     return parsed
 

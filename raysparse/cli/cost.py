@@ -99,5 +99,6 @@ def _axis_sparsities(path: Path | None) -> list[float]:
     values: set[float] = set()
     for axes in space.load(path).axes.values():
         axis = axes.get("sparsity", ())
-        values |= {axis.low, axis.high} if isinstance(axis, Range) else set(axis)
+        named = (axis.low, axis.high) if isinstance(axis, Range) else axis
+        values |= {float(value) for value in named if value is not None}
     return sorted(values)
