@@ -76,11 +76,16 @@ Axis = Annotated[Range | tuple[Any, ...], BeforeValidator(_axis)]
 
 
 def _known_methods(given: Any) -> Any:
-    """A method that there is not is told before its axes are: `axes:` in a grid, as a search has it, is no range."""
-    for method in given if isinstance(given, Mapping) else ():
+    """A method that there is not is told before its axes are: `axes:` in a grid, as a search has it, is no range.
+
+    `dense:` with nothing behind it, which YAML reads as null, is `dense: {}`.
+    """
+    if not isinstance(given, Mapping):
+        return given
+    for method in given:
         if isinstance(method, str):
             config.method_settings(method)
-    return given
+    return {method: {} if axes is None else axes for method, axes in given.items()}
 
 
 # method -> axis -> values

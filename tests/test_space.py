@@ -255,6 +255,15 @@ def test_overrides_reach_into_the_file_before_it_is_checked(tmp_path: Path) -> N
         space.load(path, {"base.train.stepz": 70})
 
 
+def test_a_method_with_nothing_behind_it_has_no_axes(tmp_path: Path) -> None:
+    path = tmp_path / "s.yaml"
+    for walk in ("grid: {dense: , set: }", "search: {trials: 2, axes: {dense: , set: }}"):
+        path.write_text(walk)
+        plain = path.with_name("plain.yaml")
+        plain.write_text(walk.replace(": ,", ": {},").replace("set: }", "set: {}}"))
+        assert space.load(path, {"name": "s"}).digest == space.load(plain, {"name": "s"}).digest
+
+
 def test_a_grid_without_the_dense_baseline_gets_it() -> None:
     points = space.grid_points(sweep(grid={"static": {"sparsity": [0.5]}}))
     assert points == [{"method": "dense"}, {"method": "static", "sparsity": 0.5}]
