@@ -103,6 +103,13 @@ def test_the_digest_is_of_what_is_computed() -> None:
         ({"grid": {"static": {"sparcity": [0.5]}}}, ["unknown axis 'sparcity'", "did you mean 'sparsity'"]),
         ({"grid": {"static": {"sparsity": [0.5, 1.2]}}}, ["[0, 1)", "1.2"]),
         ({"grid": {"static": {"sparsity": []}}}, ["static.sparsity has no values"]),
+        ({"grid": {"static": {"sparsity": [0.5, 0.9, 0.5]}}}, ["static.sparsity: values must differ", "second 0.5"]),
+        ({"grid": {"dense": {"optimizer.weight_decay": [1, 1.0]}}}, ["values must differ, got [1, 1.0]"]),
+        ({"grid": {"dense": {"optimizer.betas": [[0.9, 0.99], [0.9, 0.99]]}}}, ["values must differ"]),
+        (
+            {"grid": None, "search": {"trials": 1, "axes": {"static": {"sparsity": [0.5, 0.5]}}}},
+            ["static.sparsity: values must differ, got [0.5, 0.5]; leave out the second 0.5"],
+        ),
         ({"grid": {"static": {"sparsity": {"low": 0.1, "high": 0.9}}}}, ["a grid takes a list", "search"]),
         ({"grid": {"dense": {"seed": [1, 2]}}}, ["seed"]),
         ({"grid": {"dense": {"train.steps": [1, 2]}}}, ["train.steps is not an axis"]),
