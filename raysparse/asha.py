@@ -7,6 +7,7 @@ from typing import Self
 
 from pydantic import Field, field_validator, model_validator
 
+from raysparse.config import LARGEST_SWEEP
 from raysparse.section import Section
 
 
@@ -22,7 +23,7 @@ class Asha(Section):
     # best 1 in reduction_factor of those who came there, rounded down.
     explore_first: bool = False
     # So many stopped trials go on, one rung at least, once the search has no new ones; more until one is completed.
-    second_chances: int = Field(0, ge=0)
+    second_chances: int = Field(0, ge=0, le=LARGEST_SWEEP)
 
     @field_validator("rungs")
     @classmethod

@@ -154,6 +154,7 @@ class DiffusionConfig(Section):
 MOST_THREADS = 1024  # PyTorch takes any number and crashes where the system gives no more
 MOST_SAMPLES = 10**7  # drawn at once
 MOST_TOGETHER = 10**6  # examples in a batch: far above what anybody trains with, and what memory holds
+LARGEST_SWEEP = 10**5  # trials: ten times what `raysparse plan` simulates
 Recorded = Annotated[int, Field(le=LARGEST)]  # or writing a trial's record fails
 Beta = Annotated[float, Field(ge=0, lt=1)]
 

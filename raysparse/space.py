@@ -23,10 +23,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
@@ -34,7 +35,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from raysparse import config
 from raysparse.asha import Asha
 from raysparse.axis import Axes, Axis, Range, check_axis, choices, ends
-from raysparse.config import TrialConfig, as_before
+from raysparse.config import LARGEST_SWEEP, Recorded, TrialConfig, as_before
 from raysparse.errors import UsageError, unknown, usage_error_from
 from raysparse.files import size_bytes
 from raysparse.resources import Resources
@@ -58,10 +59,10 @@ _FILE_AXES = {"teacher": "sparse.teacher"} | {path: path for path in FILES}  # a
 
 
 class Search(Section):
-    trials: int = Field(ge=1)
+    trials: int = Field(ge=1, le=LARGEST_SWEEP)
     axes: Axes
     sampler: str = Field("tpe", pattern="^(tpe|random)$")
-    seed: int = Field(0, ge=0)  # of the sampler
+    seed: Recorded = Field(0, ge=0)  # of the sampler
     seed_points: tuple[Point, ...] = ()  # run first, e.g. the paper's settings
     objectives: tuple[str, ...] = ("fid",)  # several: a search for their Pareto front; ASHA still stops by FID
 
@@ -79,9 +80,10 @@ class Search(Section):
 class Confirm(Section):
     """After the search: the best of each method and the dense baseline again, at full budget, on fresh seeds."""
 
-    seeds: tuple[int, ...] = Field(min_length=1)
-    best_per_method: int = Field(1, ge=1)
-    front: int = Field(6, ge=1)  # with several objectives instead: so many of the Pareto front, spread along it
+    seeds: tuple[Annotated[Recorded, Field(ge=0)], ...] = Field(min_length=1, max_length=1000)
+    best_per_method: int = Field(1, ge=1, le=LARGEST_SWEEP)
+    # With several objectives instead: so many of the Pareto front, spread along it
+    front: int = Field(6, ge=1, le=LARGEST_SWEEP)
 
     @field_validator("seeds")
     @classmethod
@@ -141,6 +143,7 @@ class Sweep(Section):
         for point in self.search.seed_points if self.search else ():
             check_point(self, point)
         if self.grid is not None:
+            _check_size(self.grid)
             grid_points(self)  # every combination is a legal trial
         return self
 
@@ -306,6 +309,13 @@ def _trial(sweep: Sweep, data: Mapping[str, Any], where: str) -> TrialConfig:
     except UsageError as error:
         raise ValueError(f"{where}: {error}") from None
     return trial
+
+
+def _check_size(grid: Axes) -> None:
+    lists = [[axis for axis in axes.values() if isinstance(axis, tuple)] for axes in grid.values()]
+    count = sum(math.prod(map(len, values)) for values in lists)
+    if count > LARGEST_SWEEP:
+        raise ValueError(f"the grid has {count:,} combinations, at most {LARGEST_SWEEP:,}; use `search:` to try some")
 
 
 def _check_axes(sweep: Sweep, method: str, axes: Mapping[str, Axis]) -> None:

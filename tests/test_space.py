@@ -16,6 +16,7 @@ GRID = {
     "static": {"sparsity": [0.5, 0.9]},
     "rigl": {"sparsity": [0.5], "prune_ratio": [0.05, 0.5], "update_interval": [5]},
 }
+FOUR = ("sparsity", "prune_ratio", "update_end_fraction", "optimizer.weight_decay")
 
 
 def sweep(**changes: Any) -> space.Sweep:
@@ -146,6 +147,16 @@ def test_the_digest_is_of_what_is_computed() -> None:
         ({"confirm": {"seeds": [1, 1]}}, ["seeds must differ"]),
         ({"confirm": {"seeds": [0, 1]}}, ["the search's own seed 0"]),
         ({"confirm": {"seeds": []}}, ["seeds"]),
+        ({"confirm": {"seeds": [-1]}}, ["confirm.seeds.0: got -1", "greater than or equal to 0"]),
+        ({"confirm": {"seeds": [2**63]}}, ["confirm.seeds.0: got 9223372036854775808"]),
+        ({"confirm": {"seeds": list(range(1, 1002))}}, ["confirm.seeds", "at most 1000"]),
+        ({"confirm": {"seeds": [1], "best_per_method": 100_001}}, ["confirm.best_per_method", "to 100000"]),
+        ({"confirm": {"seeds": [1], "front": 100_001}}, ["confirm.front", "equal to 100000"]),
+        ({"asha": {"grace_steps": 10, "second_chances": 100_001}}, ["asha.second_chances", "equal to 100000"]),
+        (
+            {"grid": {"rigl": {name: [i / 100 for i in range(1, 100)] for name in FOUR}}},
+            ["the grid has 96,059,601 combinations, at most 100,000; use `search:`"],
+        ),
         ({"resources": {"workers": 3}}, ["batch_size 128", "3 workers"]),
         ({"resources": {"gpus_per_worker": 1.5}}, ["gpus_per_worker above 1 must be a whole number", "1.5"]),
         ({"resources": {"gpus_per_worker": 1e-5}}, ["at least 0.0001", "1e-05"]),
@@ -202,6 +213,8 @@ def test_a_search_takes_ranges_and_seed_points() -> None:
         ),
         ({"sampler": "gp"}, ["sampler", "gp"]),
         ({"trials": 0}, ["trials", "0"]),
+        ({"trials": 100_001}, ["search.trials: got 100001", "equal to 100000"]),
+        ({"seed": 2**63}, ["search.seed", "got 9223372036854775808"]),
         ({"samples": 3}, ["unknown key 'samples'", "search"]),
     ],
 )
