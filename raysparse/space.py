@@ -268,6 +268,20 @@ def own_points(sweep: Sweep, method: str) -> Iterator[Point]:
         yield {"method": method, **dict(zip(own, row, strict=True))}
 
 
+def tried_points(sweep: Sweep) -> Iterator[Point]:
+    """What is tried before a sweep starts, for later it would be a failed trial: every point of a grid; of a search
+    dense, the seed points, the methods' own points, and each choice or end of a dotted axis by itself."""
+    if sweep.search is None:
+        yield from grid_points(sweep)
+        return
+    yield from ({"method": "dense"}, *sweep.search.seed_points)
+    for method, axes in sweep.axes.items():
+        for own in own_points(sweep, method):
+            yield own
+        dotted = {name: axis for name, axis in axes.items() if "." in name}
+        yield from ({**own, name: value} for name, axis in dotted.items() for value in ends(method, name, axis))
+
+
 def trial_count(sweep: Sweep) -> int:
     """Trials of the search stage."""
     return sweep.search.trials if sweep.search else len(grid_points(sweep))
@@ -308,6 +322,8 @@ def _trial(sweep: Sweep, data: Mapping[str, Any], where: str) -> TrialConfig:
         trial.train.share(sweep.resources.workers)
     except UsageError as error:
         raise ValueError(f"{where}: {error}") from None
+    if trial.train.cuda_graph and (workers := sweep.resources.workers) > 1:
+        raise ValueError(f"{where}: train.cuda_graph is for one worker, but resources.workers is {workers}")
     return trial
 
 

@@ -121,6 +121,10 @@ def test_the_digest_is_of_what_is_computed() -> None:
             {"grid": {"dense": {"train.batch_size": [64, 63]}}, "resources": {"workers": 2}},
             ["train.batch_size 63 cannot be shared by 2 workers x 1", "multiple of 2"],
         ),
+        (
+            {"base": BASE | {"train": {"steps": 100, "cuda_graph": True}}, "resources": {"workers": 2}},
+            ["train.cuda_graph is for one worker, but resources.workers is 2"],
+        ),
         ({"base": {"train": {"stepz": 1}}}, ["did you mean 'steps'"]),
         ({"base": BASE | {"sparse": {"method": "rigl"}}}, ["base.sparse", "unknown key 'method'"]),
         ({"base": BASE | {"sparse": 3}}, ["base.sparse must be a mapping"]),

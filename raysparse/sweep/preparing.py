@@ -34,21 +34,16 @@ def with_whole_paths(sweep: Sweep) -> Sweep:
 
 
 def prepare(sweep: Sweep, *, progress: Progress | None = None, **ray: Any) -> None:
-    """Each planned trial's settings checked, and what they name and the data once, before anything starts. UsageError.
+    """The settings of space.tried_points checked, and what they name and the data once, before anything starts.
 
+    UsageError: a trial that would fail.
     ray: as `run`; pictures are encoded on it, which starts and ends where there are any to encode.
     """
     from raysparse.sweep import encode
     from raysparse.train import plan, setup
 
-    plan.check_methods(sweep)
     plan.check_planned(sweep)
-    if sweep.search:
-        own = [point for method in sweep.axes for point in space.own_points(sweep, method)]
-        points = [{"method": "dense"}, *sweep.search.seed_points, *own]
-    else:
-        points = space.grid_points(sweep)
-    trials = [space.trial(sweep, point) for point in points]
+    trials = [space.trial(sweep, point) for point in space.tried_points(sweep)]
     # Of trials that differ in sparsity or optimizer alone one is enough for the rest.
     sections = {"data", "model", "first_stage", "diffusion", "train", "evaluate"}
     different = {(trial.model_dump_json(include=sections), trial.sparse.setting("teacher")): trial for trial in trials}

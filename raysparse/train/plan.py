@@ -48,7 +48,6 @@ def plan(sweep: Sweep, *, cpus: int | None = None, seconds: Seconds | None = Non
     """
     base = space.parsed_base(sweep)
     checks.check_settings(base)
-    check_methods(sweep)
     check_planned(sweep)
     points = list(sweep.search.seed_points) or [{"method": "dense"}] if sweep.search else space.grid_points(sweep)
     trials = [space.trial(sweep, point) for point in points]
@@ -77,15 +76,9 @@ def plan(sweep: Sweep, *, cpus: int | None = None, seconds: Seconds | None = Non
     }
 
 
-def check_methods(sweep: Sweep) -> None:
-    """UsageError where the base asks for kernels that one of the methods never has: all its trials would fail."""
-    for method in sweep.axes:
-        runtime.check_method(space.trial(sweep, next(space.own_points(sweep, method))))
-
-
 def check_planned(sweep: Sweep) -> None:
-    """UsageError naming the first point of a grid, or seed point of a search, whose trial its settings would end."""
-    for point in sweep.search.seed_points if sweep.search else space.grid_points(sweep):
+    """UsageError naming the first point, of those tried before a sweep starts, whose trial its settings would end."""
+    for point in space.tried_points(sweep):
         try:
             checks.check_settings(space.trial(sweep, point))
         except UsageError as error:

@@ -54,6 +54,27 @@ def test_a_teacher_that_is_not_there_is_refused_before_anything_starts(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("walk", "words"),
+    [
+        ({"grid": {"rigl": {"train.label_dropout": [0, 0.1]}}}, "'train.label_dropout': 0.1}: .*no null class"),
+        ({"search": {"rigl": {"model.options.hiden": [8, 16]}}}, "'model.options.hiden': 8}: .*did you mean 'hidden'"),
+        ({"search": {"rigl": {"model.options.layers": {"low": 0, "high": 2}}}}, "'model.options.layers': 0}: .*got 0"),
+        ({"search": {"rigl": {"train.label_dropout": [0, 0.1]}}}, "'train.label_dropout': 0.1}: .*no null class"),
+        ({"search": {"static": {"pattern": ["element", "block"]}}}, "'pattern': 'block'}: .*fits no layer"),
+        ({"search": {"rigl": {"data.train_examples": [32, 10**6]}}}, "data.train_examples is 1000000, but the data"),
+    ],
+)
+def test_a_choice_that_no_trial_can_have_is_refused_before_anything_starts(
+    walk: dict[str, Any], words: str, tmp_path: Path, sweep_of: Callable[..., Sweep]
+) -> None:
+    (kind, axes), *_ = walk.items()
+    walks = {"search": {"trials": 3, "axes": axes}} if kind == "search" else {"search": None, "grid": axes}
+    with pytest.raises(UsageError, match=words):
+        tuner.run(sweep_of(asha=None, **walks), tmp_path / "out", command="")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_teacher_left_out_by_an_export_is_told_as_such(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep_of: Callable[..., Sweep]
 ) -> None:
