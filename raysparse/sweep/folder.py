@@ -18,6 +18,7 @@ ray.log           what Ray has to say
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import platform
@@ -103,6 +104,7 @@ def locked(results: Path) -> Iterator[None]:
 
     UsageError where the folder cannot be made or written.
     """
+    new = list(itertools.takewhile(lambda folder: not folder.exists(), (results, *results.parents)))
     check_writable(results)
     with (results / "lock").open("a+", errors="replace") as stream:
         try:
@@ -118,8 +120,9 @@ def locked(results: Path) -> Iterator[None]:
         finally:
             if not (results / "sweep.json").exists():  # refused before it began: leave nothing behind
                 (results / "lock").unlink(missing_ok=True)
-                with suppress(OSError):
-                    results.rmdir()
+                with suppress(OSError):  # up to one that is no longer empty
+                    for folder in new:
+                        folder.rmdir()
 
 
 def read(results: Path) -> dict[str, Any]:

@@ -100,9 +100,14 @@ def test_a_refused_start_leaves_nothing_behind(tmp_path: Path) -> None:
         with folder.locked(results):
             raise UsageError("too many workers")
 
+    for results in ("new", "deep/er/new"):
+        with pytest.raises(UsageError, match="too many"):
+            refuse(tmp_path / results)
+        assert not list(tmp_path.iterdir())
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match="too many"):
-        refuse(tmp_path / "new")
-    assert not (tmp_path / "new").exists()
+        refuse(tmp_path / "empty" / "new")
+    assert not list((tmp_path / "empty").iterdir())  # somebody made that one
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "file").touch()
     with pytest.raises(UsageError, match="too many"):
