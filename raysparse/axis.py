@@ -113,8 +113,6 @@ def check_axis(method: str, name: str, axis: Axis) -> None:
         )
     if isinstance(axis, tuple) and not axis:
         raise ValueError(f"{method}.{name} has no values")
-    if isinstance(axis, tuple) and (twice := [value for place, value in enumerate(axis) if value in axis[:place]]):
-        raise ValueError(f"{method}.{name}: values must differ, got {list(axis)}; leave out the second {twice[0]!r}")
     if isinstance(axis, Range) and is_integer(method, name, axis) and not axis.whole:
         raise ValueError(f"{method}.{name} takes whole numbers: low, high and step must be such, got {axis}")
 

@@ -199,7 +199,15 @@ def load_yaml(path: Path) -> dict[str, Any]:
 
 def load(path: Path, overrides: Mapping[str, Any] | None = None) -> Sweep:
     """Read and check a sweep file; `overrides` are dotted paths into the file, e.g. {"base.train.steps": 100}."""
-    return changed({"name": path.stem} | load_yaml(path), overrides or {}, str(path))
+    sweep = changed({"name": path.stem} | load_yaml(path), overrides or {}, str(path))
+    # Not in `parse`: a sweep that began with such values in an older version can still be read and resumed.
+    for method, axes in sweep.axes.items():
+        for name, axis in axes.items():
+            values = axis if isinstance(axis, tuple) else ()
+            if twice := [value for place, value in enumerate(values) if value in values[:place]]:
+                what = f"got {list(values)}; leave out the second {twice[0]!r}"
+                raise UsageError(f"{path}: {method}.{name}: values must differ, {what}")
+    return sweep
 
 
 def changed(data: Mapping[str, Any], overrides: Mapping[str, Any], where: str) -> Sweep:
@@ -268,9 +276,9 @@ def own_points(sweep: Sweep, method: str) -> Iterator[Point]:
         yield {"method": method, **dict(zip(own, row, strict=True))}
 
 
-def tried_points(sweep: Sweep) -> Iterator[Point]:
+def tried_points(sweep: Sweep, *, choices: bool = True) -> Iterator[Point]:
     """What is tried before a sweep starts, for later it would be a failed trial: every point of a grid; of a search
-    dense, the seed points, the methods' own points, and each choice or end of a dotted axis by itself."""
+    dense, the seed points, the methods' own points, and with `choices` each one or end of a dotted axis by itself."""
     if sweep.search is None:
         yield from grid_points(sweep)
         return
@@ -278,7 +286,7 @@ def tried_points(sweep: Sweep) -> Iterator[Point]:
     for method, axes in sweep.axes.items():
         for own in own_points(sweep, method):
             yield own
-        dotted = {name: axis for name, axis in axes.items() if "." in name}
+        dotted = {name: axis for name, axis in axes.items() if "." in name and choices}
         yield from ({**own, name: value} for name, axis in dotted.items() for value in ends(method, name, axis))
 
 

@@ -33,17 +33,18 @@ def with_whole_paths(sweep: Sweep) -> Sweep:
     return space.with_places(rooted, lambda _, place: str(Path(place).expanduser().absolute()))
 
 
-def prepare(sweep: Sweep, *, progress: Progress | None = None, **ray: Any) -> None:
+def prepare(sweep: Sweep, *, choices: bool = True, progress: Progress | None = None, **ray: Any) -> None:
     """The settings of space.tried_points checked, and what they name and the data once, before anything starts.
 
-    UsageError: a trial that would fail.
+    UsageError: a trial that would fail. choices: False for a sweep that has begun, which goes on beside trials that
+    failed by one.
     ray: as `run`; pictures are encoded on it, which starts and ends where there are any to encode.
     """
     from raysparse.sweep import encode
     from raysparse.train import plan, setup
 
-    plan.check_planned(sweep)
-    trials = [space.trial(sweep, point) for point in space.tried_points(sweep)]
+    plan.check_planned(sweep, choices=choices)
+    trials = [space.trial(sweep, point) for point in space.tried_points(sweep, choices=choices)]
     # Of trials that differ in sparsity or optimizer alone one is enough for the rest.
     sections = {"data", "model", "first_stage", "diffusion", "train", "evaluate"}
     different = {(trial.model_dump_json(include=sections), trial.sparse.setting("teacher")): trial for trial in trials}

@@ -102,7 +102,7 @@ def resume(
             same = wanted is None or wanted == sweep
             sweep = wanted or sweep
             changes.check(results, sweep)
-        preparing.prepare(sweep, **ray)
+        preparing.prepare(sweep, choices=wanted is not None, **ray)
         if found:
             changes.accept(results, sweep)
             with closing(Ledger(results, on_event)) as ledger:

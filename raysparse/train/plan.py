@@ -76,9 +76,9 @@ def plan(sweep: Sweep, *, cpus: int | None = None, seconds: Seconds | None = Non
     }
 
 
-def check_planned(sweep: Sweep) -> None:
-    """UsageError naming the first point, of those tried before a sweep starts, whose trial its settings would end."""
-    for point in space.tried_points(sweep):
+def check_planned(sweep: Sweep, *, choices: bool = True) -> None:
+    """UsageError naming the first point, of space.tried_points, whose trial its settings would end."""
+    for point in space.tried_points(sweep, choices=choices):
         try:
             checks.check_settings(space.trial(sweep, point))
         except UsageError as error:

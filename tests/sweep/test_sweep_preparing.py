@@ -75,6 +75,16 @@ def test_a_choice_that_no_trial_can_have_is_refused_before_anything_starts(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_search_that_has_begun_goes_on_beside_trials_that_its_choices_ended(
+    monkeypatch: pytest.MonkeyPatch, sweep_of: Callable[..., Sweep]
+) -> None:
+    monkeypatch.setattr("raysparse.train.setup.prepare_data", lambda trial: None)
+    begun = sweep_of(asha=None, search={"trials": 3, "axes": {"rigl": {"model.options.layers": [0, 2]}}})
+    with pytest.raises(UsageError, match="got 0"):
+        preparing.prepare(begun)
+    preparing.prepare(begun, choices=False)
+
+
 def test_a_teacher_left_out_by_an_export_is_told_as_such(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sweep_of: Callable[..., Sweep]
 ) -> None:
