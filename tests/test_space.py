@@ -234,7 +234,7 @@ def test_a_bad_search_is_refused(changes: dict[str, Any], words: list[str]) -> N
         ("1: 2\n", "must be a mapping of names such as `name: ...`, got the key 1"),
         (
             "grid: {static: {sparsity: [0.5, 0.9, 0.5]}}",
-            "values must differ, got [0.5, 0.9, 0.5]; leave out the second 0.5",
+            "got [0.5, 0.9, 0.5]; leave out the second 0.5",
         ),
         ("grid: {dense: {optimizer.weight_decay: [1, 1.0]}}", "values must differ, got [1, 1.0]"),
         ("grid: {dense: {optimizer.betas: [[0.9, 0.99], [0.9, 0.99]]}}", "values must differ"),
