@@ -18,11 +18,17 @@ SIZES |= {f"{name[0]}iB": 2 ** (10 * power) for power, name in enumerate(("KB", 
 
 
 def cache_folder(variable: str, name: str) -> Path:
-    """The folder that the environment's `variable` names, or raysparse/`name` in the user's cache folder."""
+    """The folder that the environment's `variable` names, or raysparse/`name` in the user's cache folder.
+
+    UsageError: it names none, and the user has no home, as in a container.
+    """
     chosen = os.environ.get(variable)
-    if chosen:  # a user of a container may have no home
+    if chosen:
         return Path(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raysparse" / name
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "raysparse" / name
+    except RuntimeError as error:
+        raise UsageError(f"this user has no home folder: set {variable} to a folder of yours") from error
 
 
 @contextmanager

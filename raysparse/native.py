@@ -45,7 +45,8 @@ def load(source: Path) -> ctypes.CDLL:
 
     Processes that need it at the same time each compile it, and the last one's file stays: all are the same.
     A kernel that runs on several threads gets PyTorch's (models/native/threads.h).
-    UsageError: no compiler, one that fails, or a cache folder that others may write to, each with what to do.
+    UsageError: no compiler, one that fails, or a cache folder that is nowhere or that others may write to, each with
+    what to do.
     """
     library = _loaded(source, _compiler(), (*_FLAGS, *_instructions()), default_root())
     if hasattr(library, "raysparse_use_pool"):

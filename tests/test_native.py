@@ -19,6 +19,7 @@ from raysparse import native
 from raysparse.data import prepared
 from raysparse.errors import UsageError
 from raysparse.files import sha256
+from raysparse.models import _compiled_gru
 
 SOURCE = '#include "two.h"\nextern "C" int answer() { return 20 * TWO + 2; }\n'
 
@@ -102,15 +103,38 @@ def test_a_library_that_others_may_have_written_is_made_anew(source: Path, how: 
     assert not path.is_symlink()
 
 
-@pytest.mark.parametrize("of", [native.default_root, prepared.default_root])
-def test_a_folder_that_is_named_needs_no_home(of: Callable[[], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_home() -> Path:
+@pytest.fixture
+def no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a user whom the system does not know, in a container."""
+
+    def home() -> Path:
         raise RuntimeError("Could not determine home directory.")
 
-    monkeypatch.setattr(Path, "home", no_home)
-    for name in ("RAYSPARSE_NATIVE", "RAYSPARSE_DATA"):
-        monkeypatch.setenv(name, "/there")
+    monkeypatch.setattr(Path, "home", home)
+    for name in ("RAYSPARSE_NATIVE", "RAYSPARSE_DATA", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+
+
+@pytest.mark.usefixtures("no_home")
+@pytest.mark.parametrize(
+    ("of", "variable"), [(native.default_root, "RAYSPARSE_NATIVE"), (prepared.default_root, "RAYSPARSE_DATA")]
+)
+def test_a_folder_that_is_named_needs_no_home(
+    of: Callable[[], Path], variable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UsageError, match=f"no home folder: set {variable} to a folder of yours"):
+        of()
+    monkeypatch.setenv(variable, "/there")
     assert of() == Path("/there")
+
+
+@pytest.mark.usefixtures("no_home")
+def test_without_a_home_the_gru_is_pytorchs() -> None:
+    _compiled_gru._library.cache_clear()
+    try:
+        assert not _compiled_gru.serves(torch.ones(1))
+    finally:
+        _compiled_gru._library.cache_clear()
 
 
 @pytest.mark.usefixtures("compiler")
