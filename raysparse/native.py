@@ -150,6 +150,8 @@ def _is_whole_and_ours(path: Path) -> bool:
 def _compile(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], root: Path, name: str) -> Path:
     """The library of a source, whole in the folder `root`. UsageError: it cannot be compiled or written."""
     try:
+        with tempfile.TemporaryFile(dir=root):  # else the compiler works for nothing, at each evaluation again
+            pass
         with tempfile.TemporaryDirectory(prefix="raysparse-") as place:  # not beside: a killed process leaves it there
             made = Path(place) / "made.so"
             done = subprocess.run(

@@ -178,6 +178,19 @@ def test_a_full_disk_is_no_fault_of_the_compiler(
         native.load(source)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there may be no folder that root cannot write to")
+def test_for_a_folder_that_takes_no_files_nothing_is_compiled(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It took 8 s, and again at each evaluation of a trial."""
+    compiler, called = source.parent / "compiler", source.parent / "called"
+    compiler.write_text(f"#!/bin/sh\n[ $1 = --version ] || touch {called}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("RAYSPARSE_NATIVE", "/proc/self")
+    with pytest.raises(UsageError, match=r"cannot write /proc/self.*set RAYSPARSE_NATIVE"):
+        native.load(source)
+    assert not called.exists()
+
+
 def test_a_process_that_is_killed_while_it_compiles_leaves_nothing_in_the_cache(source: Path) -> None:
     compiler, cache = source.parent / "compiler", source.parent / "native"
     compiler.write_text("#!/bin/sh\nkill -9 $PPID\n")
