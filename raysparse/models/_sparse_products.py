@@ -188,9 +188,9 @@ class Kernel:
             self._mask = torch.empty(0)
 
     def values(self, weight: Tensor) -> Tensor:
-        """The active weights in the kernel's order, float32 [used]."""
+        """The active weights in the kernel's order, float32 [used]. weight: whatever it was cast to since."""
         found = torch.empty(self.used)
-        self._call("values", self._mask, weight.detach().contiguous(), found, torch.get_num_threads())
+        self._call("values", self._mask, weight.detach().float().contiguous(), found, torch.get_num_threads())
         return found
 
     def last_values(self, weight: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ class Kernel:
         return found
 
     def _run(self, name: str, values: Tensor, bias: Tensor | None, *arguments: object) -> None:
-        bias = values.new_zeros(self._outputs) if bias is None else bias.detach()
+        bias = values.new_zeros(self._outputs) if bias is None else bias.detach().float()
         packed, threads = self._packed(values, bias, self._in_pairs), ctypes.c_int32(torch.get_num_threads())
         getattr(self._library, f"raysparse_{name}")(
             ctypes.byref(packed), *arguments, self._scratch(self._width), threads

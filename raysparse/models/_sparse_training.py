@@ -115,7 +115,7 @@ class SparseStep(nn.Module):
         """As `ChiroDiff.forward`, with its errors. ValueError: an x that wants a gradient."""
         if x.requires_grad:
             raise ValueError("the sparse step has no gradient of x; use the model itself")
-        model = self._model[0]
+        model = layout.check(self._model[0])  # it may have been cast or moved since
         lengths = layout.checked_points(lengths, x)
         order = lengths.argsort(descending=True, stable=True)
         with torch.autocast("cpu", enabled=False):

@@ -213,3 +213,14 @@ def test_other_types_are_refused() -> None:
     mask = torch.ones(4, 4, dtype=torch.bool)
     with pytest.raises(UsageError, match="the model is bfloat16 on cpu"):
         SparseStep(OneLayer(mask).bfloat16(), {"layer.weight": mask})
+
+
+def test_a_model_that_is_cast_afterwards_has_the_same_gradients() -> None:
+    """The kernel would read its weights as other numbers."""
+    mask = torch.rand(20, 30, generator=torch.Generator().manual_seed(0)) < 0.3
+    model, x, dy = OneLayer(mask), drawn(40, 30), drawn(40, 20)
+    step = SparseStep(model, {"layer.weight": mask})
+    want = gradients(step, model, x, dy)
+    got = gradients(step, model.double(), x, dy)
+    assert [tensor.dtype for tensor in got[2:]] == [torch.float64] * 2
+    assert all(torch.equal(one.float(), other) for one, other in zip(got, want, strict=True))

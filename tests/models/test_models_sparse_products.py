@@ -275,6 +275,14 @@ def test_other_types_and_devices_are_refused() -> None:
         with_sparse_products(nn.Linear(4, 4).to("meta"))
 
 
+def test_a_network_that_is_cast_afterwards_computes_the_same() -> None:
+    """The kernel would read its biases beyond their end, or as other numbers."""
+    fast, x = with_sparse_products(nn.Sequential(thinned(nn.Linear(32, 32), 0.2))), torch.randn(40, 32)
+    want = fast(x)
+    assert torch.equal(fast.double()(x), want)
+    assert torch.allclose(fast.bfloat16()(x), want, rtol=0, atol=0.05)
+
+
 @pytest.mark.parametrize("name", ["uvit", "ddpm_unet", "latent_unet"])
 @pytest.mark.parametrize("options", [{}, {"sample_size": 16}])
 def test_the_models_of_pictures(name: str, options: dict[str, Any]) -> None:

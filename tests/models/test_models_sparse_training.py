@@ -142,8 +142,11 @@ def test_what_it_has_no_gradient_of_is_refused() -> None:
     given = batch_of([3, 2])
     with pytest.raises(ValueError, match="no gradient of x"):
         sparse_step(model, masks)(**given | {"x": given["x"].requires_grad_()})
+    step = sparse_step(model, masks)
     with pytest.raises(UsageError, match="float64 on cpu"):
         sparse_step(model.double(), masks)
+    with pytest.raises(UsageError, match="float64 on cpu"):  # cast after it was made
+        step(**batch_of([3, 2]))
 
 
 def test_nothing_finite_is_made_of_what_is_not() -> None:
