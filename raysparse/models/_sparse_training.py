@@ -77,7 +77,7 @@ class SparseStep(nn.Module):
 
     masks: of its weights by name, as a SparseEngine has them; a weight without one counts as active everywhere. Weights
     outside their masks are taken for 0. `follow` after a change of the masks. A backward pass must come before the next
-    forward pass. Runs on torch.get_num_threads() threads; what comes out does not depend on how many.
+    forward pass or `follow`. Runs on torch.get_num_threads() threads; what comes out does not depend on how many.
 
     UsageError: no plain ChiroDiff of float32 on the CPU, or no compiler (see `native.load`).
     """
@@ -90,7 +90,7 @@ class SparseStep(nn.Module):
         self._library.raysparse_kept.restype = self._library.raysparse_scratch.restype = ctypes.c_int64
         self._width = int(self._library.raysparse_width())
         self._kept, self._scratch = Memory(), Memory()
-        self._turn = 0  # forward passes so far
+        self._turn = 0  # forward passes and layouts so far: a backward pass needs the last one's pointers
         self._masks: dict[str, Tensor] = {}
         self._scales = layout.gate_scales().repeat(checked.config.hidden)  # of one direction's gates
         self._lay_out(masks)
@@ -133,6 +133,7 @@ class SparseStep(nn.Module):
         hidden, count, points = model.config.hidden, model.config.layers, BY_POINT
         places = points + 10 * hidden * count  # inputs, then states [layers, 2, h], then gates [layers, 2, h, 4]
         self._masks = dict(masks)
+        self._turn += 1
         self._plans: list[layout.Plan] = []
         self._by_column: list[layout.ByColumn] = []
         self._sides = (_Side * (2 * count))()
@@ -212,7 +213,9 @@ class _Step(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
         step, (hidden, outputs) = ctx.step, (ctx.step._net.head.hidden, ctx.step._net.head.outputs)
         if step._turn != ctx.turn:
-            raise RuntimeError("another forward pass came between: the sparse step keeps what one backward pass needs")
+            raise RuntimeError(
+                "another forward pass, or other masks, came between: the sparse step keeps what one backward pass needs"
+            )
         sketches, points = ctx.sketches.sketches, ctx.sketches.points
         chunks = -(-sketches // step._width)
         d_y, d_start = grad_outputs[0].float().contiguous(), torch.empty(sketches, 8 * hidden)

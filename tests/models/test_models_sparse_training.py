@@ -133,8 +133,12 @@ def test_an_old_backward_pass_is_refused() -> None:
     step, given = sparse_step(model, masks), batch_of([3, 2])
     first = step(**given).sum()
     step(**given).sum().backward()
-    with pytest.raises(RuntimeError, match="another forward pass came between"):
+    with pytest.raises(RuntimeError, match="another forward pass, or other masks, came between"):
         first.backward()
+    later = step(**given).sum()
+    step.follow(masked_model(0.1, 8, 1, seed=1)[1])  # its backward pass ended the process
+    with pytest.raises(RuntimeError, match="another forward pass, or other masks, came between"):
+        later.backward()
 
 
 def test_what_it_has_no_gradient_of_is_refused() -> None:
