@@ -132,7 +132,7 @@ class SparseStep(nn.Module):
         model, row = self._model[0], 4 * self._width
         hidden, count, points = model.config.hidden, model.config.layers, BY_POINT
         places = points + 10 * hidden * count  # inputs, then states [layers, 2, h], then gates [layers, 2, h, 4]
-        self._masks = dict(masks)
+        self._masks = {}  # until all is there: what stops this half way is made up for by the next `follow`
         self._turn += 1
         self._plans: list[layout.Plan] = []
         self._by_column: list[layout.ByColumn] = []
@@ -143,7 +143,7 @@ class SparseStep(nn.Module):
             layer, side = divmod(number, 2)
             to = (points + number * hidden) * row
             before = to - int(self._sources[layer]) + (places if side else -places) * row
-            used = self._of_side(layer, layout.SIDES[side])
+            used = self._of_side(masks, layer, layout.SIDES[side])
             plan = layout.plan(*used, before, row)
             by_column = layout.by_column(plan, used[0].shape[1], hidden, row)
             self._plans.append(plan)
@@ -162,12 +162,13 @@ class SparseStep(nn.Module):
             places,
             max(len(plan.active) for plan in self._plans),
         )
+        self._masks = dict(masks)
 
-    def _of_side(self, layer: int, end: str) -> tuple[Tensor, Tensor]:
+    def _of_side(self, by_name: Mapping[str, Tensor], layer: int, end: str) -> tuple[Tensor, Tensor]:
         """Masks of the weights of the input, as far as it differs by point, and of the state."""
         gru, masks = self._model[0].gru, []
         for name in (f"weight_ih_l{layer}{end}", f"weight_hh_l{layer}{end}"):
-            mask = self._masks.get(f"gru.{name}")
+            mask = by_name.get(f"gru.{name}")
             masks.append(torch.ones_like(getattr(gru, name), dtype=torch.bool) if mask is None else mask)
         return masks[0][:, : int(self._widths[layer])], masks[1]
 

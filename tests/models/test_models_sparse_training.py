@@ -14,6 +14,7 @@ from torch import Tensor
 from raysparse import rng
 from raysparse.diffusion.losses import eps_mse
 from raysparse.errors import UsageError
+from raysparse.models import _sparse_layout as layout
 from raysparse.models import _sparse_training, chirodiff
 from raysparse.models.chirodiff import ChiroDiff, Config, sparse_step
 
@@ -112,6 +113,28 @@ def test_new_masks_are_followed() -> None:
     want_loss, want = gradients(sparse_step(other, new), other, given)
     assert torch.equal(loss, want_loss)
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_masks_whose_layout_was_interrupted_are_laid_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, masks = masked_model(0.9, 8, 2)
+    step, whole = sparse_step(model, masks), layout.by_column
+    model, masks = masked_model(0.5, 8, 2, seed=1)
+    step._model[0].load_state_dict(model.state_dict())
+    left = [1, 1, 1]  # of four
+
+    def interrupted(*given: Any) -> layout.ByColumn:
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return whole(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layout, "by_column", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            step.follow(masks)
+    step.follow(masks)
+    given = batch_of([5, 3])
+    assert torch.allclose(step(**given), model(**given), rtol=0, atol=1e-5)
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:
