@@ -129,7 +129,7 @@ def doctor(
 ) -> None:
     """Check this machine, or every node of a cluster, and say for each finding what to do; exit code 1 if one fails.
 
-    Versions, GPUs, token and its file, bind addresses, storage written and read on every node, disks, clocks.
+    Versions, GPUs, compiler, token and its file, bind addresses, storage written and read on every node, disks, clocks.
     """
     from raysparse.sweep import doctor as ward
     from raysparse.sweep.verdicts import worst

@@ -9,6 +9,7 @@ import importlib
 import importlib.metadata
 import os
 import platform
+import shlex
 import shutil
 import socket
 import stat
@@ -36,6 +37,7 @@ def facts(storage: str | None, ports: dict[str, int], dashboard: str | None) -> 
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "gpus": _gpus(),
+        "compiler": _compiler(),
         "token": _token(),
         "listening": _listening(ports),
         "without_token": _status_without_token(dashboard) if dashboard else None,
@@ -106,6 +108,15 @@ def _gpus() -> list[dict[str, Any]]:
         return []
     rows = [[part.strip() for part in line.split(",")] for line in text.splitlines() if line.strip()]
     return [{"name": name, "driver": driver, "memory_mib": memory} for name, driver, memory in rows]
+
+
+def _compiler() -> str | None:
+    """Where the C++ compiler is that raysparse/native.py makes kernels with; None: there is none."""
+    try:
+        named = [words[0] for words in [shlex.split(os.environ.get("CXX", ""))] if words] or ["c++", "g++", "clang++"]
+    except ValueError:  # CXX is no command
+        return None
+    return next(filter(None, map(shutil.which, named)), None)
 
 
 def _token() -> dict[str, Any]:

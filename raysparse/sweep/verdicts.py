@@ -36,7 +36,7 @@ class Facts:
 
 def checks(facts: Facts) -> list[Check]:
     """All of them, in the order in which one would mend things."""
-    parts = (_nodes, _versions, _gpus, _protected, _token_files, _bound, _storage, _disks, _clocks)
+    parts = (_nodes, _versions, _gpus, _compilers, _protected, _token_files, _bound, _storage, _disks, _clocks)
     return [check for part in parts for check in part(facts)]
 
 
@@ -144,6 +144,21 @@ def _gpus(facts: Facts) -> Iterator[Check]:
         yield Check("GPUs", "ok", f"{len(seen)} on {_where(facts)}: {', '.join(sorted(kinds))}; {versions}")
     elif sound:
         yield Check("GPUs", "ok", f"none on {_where(facts)}: trials run on CPUs")
+
+
+def _compilers(facts: Facts) -> Iterator[Check]:
+    at_work = {name: node["compiler"] for name, node in facts.nodes.items() if not node.get("head")}
+    if missing := [name for name, compiler in at_work.items() if compiler is None]:
+        yield Check(
+            "compiler",
+            "warn",
+            f"no C++ compiler on {', '.join(missing)}: on its CPU `runtime: auto` runs on PyTorch, without what "
+            "sparsity saves; `runtime: sparse` and torch.compile fail",
+            "apt-get install g++ there (setup_commands of cluster.yaml), or set CXX to one",
+        )
+    elif at_work:
+        where = _count(len(at_work), "worker") if facts.cluster else "this machine"
+        yield Check("compiler", "ok", f"{', '.join(sorted(set(map(str, at_work.values()))))} on {where}")
 
 
 def _protected(facts: Facts) -> Iterator[Check]:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from raysparse import cli
+from raysparse import cli, native
 from raysparse.errors import UsageError
 from raysparse.sweep import _probe, doctor
 from raysparse.sweep.verdicts import Check, Facts, checks, worst
@@ -24,6 +24,7 @@ NODE: dict[str, Any] = {
     "python": "3.11.7",
     "versions": {"ray": "2.60.0", "torch": "2.14.1", "raysparse": "0.1.0"},
     "gpus": [{"name": "NVIDIA A10G", "driver": "580.65", "memory_mib": "23028"}],
+    "compiler": "/usr/bin/c++",
     "token": {"mode": "token", "path": "/home/ray/.ray/auth_token", "rights": 0o600, "in_environment": False},
     "listening": {},
     "without_token": None,
@@ -33,6 +34,7 @@ NODE: dict[str, Any] = {
 }
 HEAD = NODE | {
     "gpus": [],
+    "compiler": None,  # nor has it work
     "ray": {"CPU": 0, "GPU": 0},
     "head": True,
     "listening": {"dashboard": ["127.0.0.1"], "GCS": ["10.0.0.1"]},
@@ -63,7 +65,7 @@ def test_a_sound_cluster_has_nothing_to_mend() -> None:
     found = checks(cluster())
     assert {check.status for check in found} == {"ok"}, found
     assert not [check for check in found if check.todo]
-    names = ["nodes", "versions", "GPUs", "token", "token file", "bind address", "storage", "disk", "clock"]
+    names = ["nodes", "versions", "GPUs", "compiler", "token", "token file", "bind address", "storage", "disk", "clock"]
     assert [check.name for check in found] == names
 
 
@@ -90,6 +92,7 @@ def test_a_sound_cluster_has_nothing_to_mend() -> None:
             "warn",
             "drivers differ: 550.1 on w1; 580.65 on w2",
         ),
+        (cluster(("w2", "compiler", None)), "compiler", "warn", "no C.. compiler on w2: .* runs on PyTorch"),
         (cluster(("head", "without_token", 200)), "token", "fail", "answers 200 without a token"),
         (cluster(("w2", "token.mode", None)), "token", "fail", "not token on w2"),
         (cluster(("head", "without_token", None)), "token", "warn", "does not answer"),
@@ -173,6 +176,33 @@ def test_a_socket_of_this_machine_is_found() -> None:
         one.listen()
         found = _probe.facts(None, {"mine": one.getsockname()[1]}, None)
     assert found["listening"] == {"mine": ["127.0.0.1"]}
+
+
+@pytest.mark.parametrize(
+    ("asked", "names", "found"),
+    [
+        (None, ["g++"], "g++"),
+        (None, [], None),
+        ("my++ -O1", ["my++", "c++"], "my++"),
+        ("my++", ["c++"], None),
+        ("'", [], None),
+    ],
+)
+def test_the_compiler_is_the_one_that_kernels_are_made_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, names: list[str], found: str | None
+) -> None:
+    for name in names:
+        (tmp_path / name).touch(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    if asked:
+        monkeypatch.setenv("CXX", asked)
+    assert _probe.facts(None, {}, None)["compiler"] == (str(tmp_path / found) if found else None)
+    if found is None:
+        with pytest.raises(UsageError, match=r"compiler is missing|is no command"):
+            native._compiler()
+    else:
+        assert native._compiler()[0] == found
 
 
 def test_storage_is_written_whole_and_missed_where_it_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
