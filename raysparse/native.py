@@ -35,6 +35,10 @@ _ERROR_LINES = 5  # of the compiler's complaint
 _DIGITS = 16  # of a digest, in a name
 
 
+class CompilerFails(UsageError):
+    """The compiler does not take a source, or hangs on it: one process does not ask it twice."""
+
+
 def default_root() -> Path:
     """Where compiled kernels lie: $RAYSPARSE_NATIVE, or raysparse/native in the user's cache folder."""
     return cache_folder("RAYSPARSE_NATIVE", "native")
@@ -49,13 +53,16 @@ def load(source: Path) -> ctypes.CDLL:
     what to do.
     """
     library = _loaded(source, _compiler(), (*_FLAGS, *_instructions()), default_root())
+    if isinstance(library, CompilerFails):
+        raise CompilerFails(str(library))
     if hasattr(library, "raysparse_use_pool"):
         library.raysparse_use_pool(_pool())
     return library
 
 
 @functools.cache
-def _loaded(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], root: Path) -> ctypes.CDLL:
+def _loaded(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], root: Path) -> ctypes.CDLL | CompilerFails:
+    """An error is an answer too, which is kept: with `auto` a trial asks again at each evaluation."""
     made_from = (compiler, _version(compiler), flags, platform.system(), platform.machine())
     _check_folder(root)
     name = f"{source.stem}-{_digest(source, made_from)}"
@@ -64,7 +71,10 @@ def _loaded(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], roo
             return ctypes.CDLL(str(path))
         except OSError:
             pass  # made on a machine with other system libraries: made anew
-    path = _compile(source, compiler, flags, root, name)
+    try:
+        path = _compile(source, compiler, flags, root, name)
+    except CompilerFails as error:
+        return error
     try:
         return ctypes.CDLL(str(path))
     except OSError as error:
@@ -163,7 +173,7 @@ def _compile(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], ro
                 check=False,
             )
             if done.returncode:
-                raise UsageError(_complaint(source, compiler, done))
+                raise _complaint(source, compiler, done)
             path = root / f"{name}-{sha256(made)[:_DIGITS]}.so"
             with atomic_path(path) as temporary:
                 shutil.copyfile(made, temporary)
@@ -173,15 +183,14 @@ def _compile(source: Path, compiler: tuple[str, ...], flags: tuple[str, ...], ro
             "libraries are kept) or TMPDIR (where they are made) to a folder of yours"
         ) from error
     except subprocess.TimeoutExpired as error:
-        raise UsageError(f"{compiler[0]} did not compile {source.name} in {COMPILE_S} s; set CXX to another") from error
+        said = f"{compiler[0]} did not compile {source.name} in {COMPILE_S} s; set CXX to another"
+        raise CompilerFails(said) from error
     return path
 
 
-def _complaint(source: Path, compiler: tuple[str, ...], done: subprocess.CompletedProcess[str]) -> str:
+def _complaint(source: Path, compiler: tuple[str, ...], done: subprocess.CompletedProcess[str]) -> UsageError:
     said = "\n".join((done.stderr or done.stdout).strip().splitlines()[:_ERROR_LINES])
     full = os.strerror(errno.ENOSPC) in said
-    return (
-        f"{shlex.join(compiler)} cannot compile {source.name} (exit {done.returncode}); "
-        + (f"free space in {tempfile.gettempdir()}" if full else "set CXX to another compiler, GCC or clang")
-        + f". It said: {said or 'nothing'}"
-    )
+    todo = f"free space in {tempfile.gettempdir()}" if full else "set CXX to another compiler, GCC or clang"
+    what = f"{shlex.join(compiler)} cannot compile {source.name} (exit {done.returncode})"
+    return (UsageError if full else CompilerFails)(f"{what}; {todo}. It said: {said or 'nothing'}")

@@ -165,17 +165,20 @@ def test_a_compiler_that_fails_is_quoted_and_leaves_nothing(source: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    ("said", "advice"), [("x.cpp:1: error", "set CXX to another"), ("No space left on device", "free space in ")]
+    ("said", "advice", "asked"),
+    [("x.cpp:1: error", "set CXX to another", 1), ("No space left on device", "free space in ", 2)],
 )
-def test_a_full_disk_is_no_fault_of_the_compiler(
-    source: Path, monkeypatch: pytest.MonkeyPatch, said: str, advice: str
+def test_a_compiler_that_fails_is_asked_once_but_a_full_disk_is_no_fault_of_its(
+    source: Path, monkeypatch: pytest.MonkeyPatch, said: str, advice: str, asked: int
 ) -> None:
-    compiler = source.parent / "compiler"
-    compiler.write_text(f"#!/bin/sh\necho '{said}' >&2\nexit 1\n")
+    compiler, calls = source.parent / "compiler", source.parent / "calls"
+    compiler.write_text(f"#!/bin/sh\n[ $1 = --version ] || echo >> {calls}\necho '{said}' >&2\nexit 1\n")
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(UsageError, match=rf"cannot compile answer\.cpp \(exit 1\); {advice}.*It said: {said}"):
-        native.load(source)
+    for _ in range(2):
+        with pytest.raises(UsageError, match=rf"cannot compile answer\.cpp \(exit 1\); {advice}.*It said: {said}"):
+            native.load(source)
+    assert len(calls.read_text()) == asked
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there may be no folder that root cannot write to")
