@@ -161,7 +161,7 @@ def print_difference(found: Facts) -> None:
     a, b = found["trials"]
     console = _console()
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("")
+    table.add_column("", overflow="fold")
     for trial in (a, b):
         table.add_column(trial["trial_id"], overflow="fold")
     for name, values in found["settings"].items():

@@ -15,6 +15,7 @@ from raysparse.cli.app import AsJson, Cpus, Data, SweepChanges, app, load_sweep
 from raysparse.errors import UsageError
 from raysparse.files import size_text
 from raysparse.space import Sweep
+from raysparse.terminal import print_table
 
 
 @app.command()
@@ -69,7 +70,7 @@ def plan(
 
 
 def show(sweep: Sweep, found: dict[str, Any]) -> None:
-    """The price as two tables, at most 100 columns wide."""
+    """The price as two tables, at most 100 columns wide; with whole numbers where a terminal is narrower."""
     planned, full, expected = found["plan"], found["full"], found["expected"]
     console = Console(width=None if Console().is_terminal else 100, highlight=False)
     title = f"{planned['name']}: {planned['search_trials']} trials of {planned['steps_per_trial']:,} steps"
@@ -90,7 +91,7 @@ def show(sweep: Sweep, found: dict[str, Any]) -> None:
             _range(test, "{:.3f}"),
             _range(train, "{:.3f}"),
         )
-    console.print(methods)
+    print_table(methods, console)
     drawn = planned["search_trials"] - len(planned["trials"])
     if drawn > 0:
         console.print(f"and {drawn} more that {sweep.search.sampler if sweep.search else ''} draws as it learns")
@@ -113,7 +114,7 @@ def show(sweep: Sweep, found: dict[str, Any]) -> None:
             one = expected[name]
             spread = "" if one["low"] == one["high"] else f" ({form(one['low'])} to {form(one['high'])})"
             table.add_row(label, form(full[name]), form(one["mean"]) + spread)
-    console.print(table)
+    print_table(table, console)
     console.print(_notes(sweep, found), soft_wrap=False)
 
 
