@@ -261,6 +261,14 @@ def test_a_mistake_is_told_without_a_traceback(run: Run, results: Path, words: l
     assert "Traceback" not in err
 
 
+def test_a_sweep_that_ended_before_its_first_trial_is_told_in_words(run: Run, results: Path) -> None:
+    (results / "journal.jsonl").unlink()
+    (results / "lock").unlink()
+    assert run("show", results, "dense") == (2, "", "error: there is no trial 'dense': none has begun yet\n")
+    code, out, _ = run("watch", results)
+    assert (code, out) == (1, f"no driver runs, 0 trials are open; go on with: raysparse resume '{results}'\n")
+
+
 def test_nothing_is_said_to_run_where_the_driver_was_killed(run: Run, results: Path) -> None:
     ledger, config = Ledger(results), {"sparse": {"sparsity": 0.5}}
     ledger.add(event("planned", trial_id="set-ab4", method="set", point={"method": "set"}, config=config, **PLANNED))

@@ -200,13 +200,14 @@ def _ending(view: View) -> str:
     failed = sum(row.state == "FAILED" for row in view.board.rows.values())
     retry = "retry" in (view.what_to_do or "")
     todo = sum(row.open for row in view.board.rows.values())
+    gone = f" ({view.driver.who} is gone)" if view.driver.who else ""
     words = {
         "running": "running",
         "finished": "finished"
         + f", {failed} failed" * bool(failed)
         + ("; to try them again" if retry else "; its report"),
         "interrupted": f"interrupted with {todo} trials open; go on with",
-        "gone": f"no driver runs ({view.driver.who or 'none'} is gone), {todo} trials are open; go on with",
+        "gone": f"no driver runs{gone}, {todo} trials are open; go on with",
         "trials": "no sweep",
     }[view.state]
     return f"{words}: {view.what_to_do}" if view.what_to_do else words

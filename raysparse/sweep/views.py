@@ -102,6 +102,8 @@ def pick(board: Board, prefix: str) -> Row:
     ]
     if len(found) == 1 and prefix:
         return board.rows[found[0]]
+    if not names:
+        raise UsageError(f"there is no trial {prefix!r}: none has begun yet")
     if not found:
         raise UsageError(unknown("trial", prefix, names[:50]))
     shown = ", ".join(found[:6]) + (", ..." if len(found) > 6 else "")
