@@ -53,7 +53,7 @@ def _opened(folder: Path, manifest: Mapping[str, Any], name: str) -> Table:
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(
                 f"{path} is missing and cannot be made from {folder / 'share'} ({error}); give this user the right to "
-                "write there, make room, or prepare the data set again"
+                f"write there, make room, or {_again(folder)}"
             ) from error
     try:
         opened = Table(path)

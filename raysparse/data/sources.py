@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
@@ -103,8 +104,9 @@ def content_hash(paths: Sequence[Path], root: Path) -> str:
 def remembered(state: str, root: Path, compute: Callable[[], str]) -> str:
     """A sha256 or md5 that takes long to compute, kept under the hex digest of all that it depends on."""
     memory = root / "sources" / f"{state[:32]}.sha256"
-    if memory.is_file() and len(known := memory.read_text(encoding="ascii").strip()) in (32, 64):
-        return known
+    known = memory.read_bytes().strip() if memory.is_file() else b""
+    if re.fullmatch(rb"[0-9a-f]{32}|[0-9a-f]{64}", known):  # else damaged, and made again
+        return known.decode()
     computed = compute()
     files.write_text(memory, computed + "\n")
     return computed

@@ -98,3 +98,12 @@ def test_content_hash_is_of_names_and_bytes_and_is_remembered(tmp_path: Path, mo
     assert sources.content_hash([a, b], tmp_path / "root") != first
     with pytest.raises(UsageError, match=r"cannot read .*absent"):
         sources.content_hash([folder / "absent"], tmp_path / "root")
+
+
+@pytest.mark.parametrize("damage", [b"", b"\xd3" * 65, b"z" * 64 + b"\n", b"\0" * 64])
+def test_a_damaged_memory_of_a_hash_is_made_again(tmp_path: Path, damage: bytes) -> None:
+    assert sources.remembered("ab" * 32, tmp_path, lambda: "c" * 64) == "c" * 64
+    [memory] = (tmp_path / "sources").iterdir()
+    memory.write_bytes(damage)
+    assert sources.remembered("ab" * 32, tmp_path, lambda: "d" * 64) == "d" * 64
+    assert sources.remembered("ab" * 32, tmp_path, lambda: "e" * 64) == "d" * 64
