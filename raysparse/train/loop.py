@@ -8,7 +8,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -71,6 +71,7 @@ class Trainer:
         optimizer: torch.optim.Optimizer,
         engine: SparseEngine,
         examples: Any,
+        origin: Mapping[str, str | None],
         noise_schedule: NoiseSchedule,
         evaluator: Evaluator,
         costs: Costs,
@@ -84,6 +85,7 @@ class Trainer:
         self.optimizer = optimizer
         self.engine = engine
         self.examples = examples
+        self.origin = origin  # what the examples are: a resume takes no others
         self.noise_schedule = noise_schedule
         self.evaluator = evaluator
         self.costs = costs

@@ -56,7 +56,7 @@ def load(folder: Path, device: str | torch.device = "cpu") -> Restored:
     """
     place = latest(folder)
     content = state.manifest(place)
-    trial = configs.parse(_with_own_first_stage(content["config"], place), str(place / state.MANIFEST))
+    trial = configs.parse(_with_own_first_stage(content, place), str(place / state.MANIFEST))
     weights = state.read(place, "ema", content)
     engine = state.read(place, "engine", content)["engine"]
     masks: dict[str, Tensor] = engine["masks"]
@@ -161,9 +161,12 @@ def _network(trial: TrialConfig, model: nn.Module, ranges: Sequence[Mapping[str,
     return ByTimestep(model, masks, trial.sparse.settings().bounds())
 
 
-def _with_own_first_stage(config: Mapping[str, Any], place: Path) -> Mapping[str, Any]:
-    """The settings, with the first stage that lies in an imported folder, wherever that was moved."""
-    own = place / FIRST_STAGE
+def _with_own_first_stage(content: Mapping[str, Any], place: Path) -> Mapping[str, Any]:
+    """The settings, with the first stage that lies in an imported folder, wherever that was moved; with the hash of the
+    one whose latents were trained on, so that no other decodes the samples."""
+    config, own, identity = content["config"], place / FIRST_STAGE, state.origin(content).get("first_stage")
+    if identity is not None:
+        config = configs.with_value(config, "first_stage.sha256", identity)
     return configs.with_value(config, "first_stage.weights", str(own)) if own.is_dir() else config
 
 

@@ -86,6 +86,7 @@ def build(config: TrialConfig, *, device: str = "cpu", rank: int = 0, world_size
         optimizer=optimizer,
         engine=engine,
         examples=training,
+        origin=_origin(config, training),
         noise_schedule=NoiseSchedule(**config.diffusion.model_dump()),
         evaluator=evaluator(config, device=device, rank=rank, world_size=world_size),
         costs=costs(config, model_options(config), _mean_points(training)),
@@ -222,6 +223,13 @@ def _training(config: TrialConfig, folder: Path) -> Any:
             f"data.train_examples is {count}, but the data set has only {len(examples)}; lower it or leave it out"
         )
     return examples.first(count)
+
+
+def _origin(config: TrialConfig, training: Any) -> dict[str, str | None]:
+    """What was trained on, wherever it lies: hashes of the sketches or pictures, and of what encoded them. Not of the
+    latents, which another machine rounds otherwise."""
+    stage = first_stage(config)
+    return {"examples": training.images_hash, "first_stage": stage and stage.identity}
 
 
 def _with_decoder(examples: Any, decode: Callable[[torch.Tensor], torch.Tensor] | None) -> Any:

@@ -55,6 +55,7 @@ def save(trainer: Trainer, folder: Path) -> Path:
         "step": trainer.step,
         "world_size": trainer.world_size,
         "totals": dataclasses.asdict(trainer.totals),
+        "origin": trainer.origin,
     }
     return write(folder, _parts(trainer), facts)
 
@@ -102,6 +103,11 @@ def load(trainer: Trainer, folder: Path) -> None:
             f"{folder} is a checkpoint of trial {content['trial_id']}, not of {trainer.config.trial_id}: "
             f"{_differences(content['config'], json.loads(trainer.config.dump_json()))}; "
             "give the settings that it was made with, or another output folder"
+        )
+    if others := [what for what, digest in origin(content).items() if digest != trainer.origin.get(what)]:
+        raise UsageError(
+            f"{folder} was trained on other data: its {' and '.join(others)} had another content; give back what it "
+            "began with, or another output folder to train anew"
         )
     if missing := [part for part in PARTS if part not in content["trees"]]:
         raise UsageError(
@@ -159,6 +165,12 @@ def manifest(folder: Path) -> dict[str, Any]:
     if not all(type(content.get(name)) is kind for name, kind in CONTENT.items()):
         raise _of_something_else(folder)
     return content
+
+
+def origin(content: Mapping[str, Any]) -> dict[str, str | None]:
+    """Of a manifest's content: hashes of the examples and of the first stage, nothing where they were not kept yet."""
+    kept = content.get("origin")
+    return kept if isinstance(kept, dict) else {}
 
 
 def _of_something_else(folder: Path) -> UsageError:

@@ -12,7 +12,8 @@ import torch
 from train_checkpoints import RIGL, STEP, in_results, save, trial
 
 from raysparse.errors import UsageError
-from raysparse.train import restored, state
+from raysparse.models import autoencoder
+from raysparse.train import draw, restored, state
 
 
 @pytest.fixture(params=["latent_unet", "ddpm_unet", "chirodiff"])
@@ -199,3 +200,15 @@ def test_a_checkpoint_may_be_moved_and_its_folder_read_only(tmp_path):
     for path in moved.iterdir():
         path.chmod(0o444)
     assert restored.load(moved).folder == moved
+
+
+def test_samples_are_decoded_by_the_first_stage_that_was_trained_on(tmp_path):
+    stage = {"options": json.loads(json.dumps(autoencoder.SMALL))}
+    checkpoint = save(
+        tmp_path / "c", trial(first_stage=stage, data={"name": "imagefolder", "options": {"size_px": 16}})
+    )
+    content = state.manifest(checkpoint) | {"origin": {"examples": "a", "first_stage": "b" * 64}}
+    parts = {part: state.read(checkpoint, part, content) for part in state.PARTS}
+    state.write(checkpoint, parts, {name: content[name] for name in ("trial_id", "config", "step", "origin")})
+    with pytest.raises(UsageError, match=f"sha256 is {'b' * 64}, but first_stage.weights None have the identity"):
+        next(draw.draw(checkpoint, 1))

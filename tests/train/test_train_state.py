@@ -229,6 +229,18 @@ def test_a_checkpoint_of_before_has_no_seconds_of_compilation(tiny, rigl, checkp
     assert (trainer.step, trainer.totals.compile_s) == (4, 0.0)
 
 
+def test_a_resume_takes_no_other_data(tiny, rigl, checkpoint):
+    trainer = setup.build(tiny(rigl))
+    kept = dict(trainer.origin)
+    assert state.manifest(checkpoint)["origin"] == kept
+    for what in ("examples", "first_stage"):
+        trainer.origin = kept | {what: "another"}
+        assert_refused_unchanged(trainer, checkpoint, f"trained on other data: its {what} had another content; give")
+    seal(checkpoint, lambda content: content.__delitem__("origin"))  # as checkpoints were before
+    state.load(trainer, checkpoint)
+    assert trainer.step == 4
+
+
 def test_saving_twice_replaces_and_an_empty_folder_is_filled(tiny, rigl, checkpoint):
     trainer = setup.build(tiny(rigl))
     state.save(trainer, checkpoint)
