@@ -56,12 +56,14 @@ def draw(
 def write(images: Iterator[Tensor], folder: Path, on_done: Callable[[int], None] = lambda _: None) -> Path:
     """Write FOLDER/00000.png ... and FOLDER/sheet.png with the first SHEET of them; -> the sheet.
 
-    The folder is written beside its place and renamed, so it is whole or absent. UsageError where it is not empty.
+    A new folder is written beside its place and renamed, so it is whole or absent; an empty one stays, for it may be a
+    link, a mount or where the user stands, and gets the sheet last. UsageError where it is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} is there already and not empty; give another folder")
-    files.check_writable(folder.parent)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".drawing-"))
+    home = folder if folder.is_dir() else folder.parent
+    files.check_writable(home)
+    temporary = Path(tempfile.mkdtemp(dir=home, prefix=".drawing-"))
     try:
         kept: list[Tensor] = []
         done = 0
@@ -72,8 +74,12 @@ def write(images: Iterator[Tensor], folder: Path, on_done: Callable[[int], None]
             kept.append(batch[: max(0, SHEET - sum(map(len, kept)))])
             on_done(done)
         (temporary / "sheet.png").write_bytes(grid_png(torch.cat(kept)))
-        temporary.chmod(0o755)  # mkdtemp makes 0700
-        temporary.replace(folder)
+        if home is folder:
+            for path in sorted(temporary.iterdir()):
+                path.replace(folder / path.name)
+        else:
+            temporary.chmod(0o755)  # mkdtemp makes 0700
+            temporary.replace(folder)
     except OSError as error:
         raise UsageError(f"cannot write {folder}: {error.strerror}; check permissions and free space") from error
     finally:

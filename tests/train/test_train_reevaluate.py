@@ -164,6 +164,18 @@ def test_samples_as_pictures(trained, tmp_path):
         draw.write(iter(batches), tmp_path / "pictures")
 
 
+def test_pictures_fill_an_empty_folder_where_it_is(tmp_path, monkeypatch):
+    one = torch.zeros(1, 3, 4, 4, dtype=torch.uint8)
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    assert draw.write(iter([one]), tmp_path / "link") == tmp_path / "link" / "sheet.png"
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["00000.png", "sheet.png"]
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    draw.write(iter([one]), Path())
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["00000.png", "sheet.png"]
+
+
 def test_samples_equal_what_evaluation_measures(trained):
     trial, out = trained
     model = restored.load(out).model
