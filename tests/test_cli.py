@@ -75,6 +75,16 @@ def test_a_place_that_cannot_be_written_is_told_without_a_traceback(run, tmp_pat
     assert "Traceback" not in err
 
 
+def test_a_folder_in_the_place_of_a_file_is_told_without_a_traceback(run, tmp_path: Path) -> None:
+    command = ["train", *settings(), "--output", str(tmp_path / "out")]
+    assert run(*command)[0] == 0
+    [record] = (tmp_path / "out" / "records").iterdir()
+    record.unlink()
+    record.mkdir()
+    code, _, err = run(*command)
+    assert (code, err) == (2, f"error: {record}: Is a directory; check permissions and free space\n")
+
+
 def test_a_report_that_cannot_be_written_leaves_a_finished_sweep(
     run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,7 +27,8 @@ app = typer.Typer(
 
 # What is a person's to mend as much as a wrong setting is.
 UNWRITABLE = {
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR, errno.ENAMETOOLONG,
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
+    errno.ENAMETOOLONG,
 }  # fmt: skip
 
 Changes = Annotated[
@@ -59,7 +60,8 @@ def main() -> None:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
-        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        place = error.filename2 or error.filename  # of a rename the second: the first is a temporary name
+        what = f"{place}: {error.strerror}" if place else str(error)
         typer.echo(f"error: {what}; check permissions and free space", err=True)
         sys.exit(2)
 

@@ -133,7 +133,7 @@ def read(results: Path) -> dict[str, Any]:
     except OSError as error:
         raise UsageError(f"{results} is not a sweep's results folder: it has no sweep.json") from error
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"{path} is damaged: {error}") from error
+        raise UsageError(f"{path} is damaged: restore the file from a copy ({error})") from error
     if not isinstance(content, dict) or not {"digest", "sweep", "command", "versions"} <= set(content):
         raise UsageError(f"{path} is not a sweep's: it lacks digest, sweep, command or versions")
     return content

@@ -149,7 +149,9 @@ def manifest(folder: Path) -> dict[str, Any]:
         content: dict[str, Any] = outer["content"]
         intact = outer["sha256"] == _sha256(json.dumps(content, sort_keys=True).encode())
     except (FileNotFoundError, NotADirectoryError):
-        raise UsageError(f"{folder} is no checkpoint: it has no {MANIFEST}") from None
+        raise UsageError(
+            f"{folder} is no checkpoint: it has no {MANIFEST}; where it was one, remove it to go on from the one before"
+        ) from None
     except (KeyError, TypeError):
         raise _of_something_else(folder) from None
     except (OSError, ValueError, RecursionError) as error:
