@@ -44,7 +44,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.chmod(0o644)  # mkstemp makes 0600; a shared folder's other readers need more
         temporary.replace(path)
         sync(path.parent)  # else a crash may take the name back, and what was written after it stays
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)  # a full disk, told by an open file or by pyarrow, has no name
         temporary.unlink(missing_ok=True)
         raise
 

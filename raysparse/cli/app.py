@@ -28,7 +28,7 @@ app = typer.Typer(
 # What is a person's to mend as much as a wrong setting is.
 UNWRITABLE = {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR,
-    errno.ENAMETOOLONG,
+    errno.ENAMETOOLONG, errno.EFBIG,
 }  # fmt: skip
 
 Changes = Annotated[

@@ -73,7 +73,8 @@ def _write(path: Path, key: Mapping[str, str], found: Reference) -> None:
     parts = {"features": found.features, "mean": found.statistics.mean, "root": found.statistics.root}
     tensors: dict[str, NDArray[Any]] = {name: np.ascontiguousarray(value) for name, value in parts.items()}
     with atomic_path(path) as temporary:
-        safetensors.numpy.save_file(tensors, temporary, metadata={**key, "digest": _content(tensors)})
+        # Not save_file, whose error of a full disk is no OSError.
+        temporary.write_bytes(safetensors.numpy.save(tensors, metadata={**key, "digest": _content(tensors)}))
 
 
 def _read(path: Path, key: Mapping[str, str]) -> Reference | None:

@@ -73,9 +73,9 @@ def write(folder: Path, parts: Mapping[str, Any], facts: Mapping[str, Any]) -> P
             tensors: dict[str, Tensor] = {}
             trees[part] = _pack(state, part, tensors)
             path = temporary / f"{part}.safetensors"
-            safetensors.torch.save_file(tensors, path)
-            path.chmod(0o644)  # safetensors makes 0600; a shared folder's other readers need more
-            hashes[path.name] = _sha256(path.read_bytes())
+            data = safetensors.torch.save(tensors)  # not save_file, whose error of a full disk is no OSError
+            path.write_bytes(data)
+            hashes[path.name] = _sha256(data)
             sync(path)
         content = {"format": FORMAT, **facts, "trees": trees, "sha256": hashes}
         text = json.dumps(content, sort_keys=True)

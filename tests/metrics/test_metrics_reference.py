@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import resource
+
 import numpy as np
 import pytest
-import safetensors.numpy
 import torch
 
 from raysparse.metrics import fidelity
-from raysparse.metrics import reference as module
 from raysparse.metrics.fidelity import fid, statistics
 from raysparse.metrics.reference import reference
 
@@ -103,13 +103,12 @@ def test_without_a_folder_nothing_is_kept_and_a_failed_computation_leaves_nothin
     assert not list(tmp_path.iterdir())
 
 
-def test_an_interrupted_write_leaves_no_file(tmp_path, monkeypatch):
-    def broken(tensors, path, metadata):
-        path.write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(module.safetensors.numpy, "save_file", broken)
-    with pytest.raises(OSError, match="disk full"):
-        ask(Counting(), tmp_path)
+def test_a_full_disk_leaves_no_file_and_is_an_os_error_that_names_it(tmp_path):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limit[1]))
+    try:
+        with pytest.raises(OSError, match=r"File too large: '.*/reference-\w+.safetensors'"):
+            ask(Counting(), tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert not list(tmp_path.iterdir())
-    assert safetensors.numpy.save_file is broken

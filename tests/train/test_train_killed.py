@@ -38,7 +38,7 @@ def die_at(place: Any, name: str, call: int) -> None:
 DEATHS: dict[str, tuple[int, Callable[[int], None]]] = {
     "between prune and grow": (4, lambda layers: die_at(pattern.Pattern, "grown", layers + 2)),
     "between two layers": (4, lambda layers: die_at(optimizer_state.Undo, "zero", layers + 2)),
-    "between two files": (4, lambda layers: die_at(safetensors.torch, "save_file", 7)),
+    "between two files": (4, lambda layers: die_at(safetensors.torch, "save", 7)),
     "before the rename": (4, lambda layers: die_at(state, "_move_onto", 2)),
     "as an old one is removed": (12, lambda layers: die_at(shutil, "rmtree", 1)),
 }

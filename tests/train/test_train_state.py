@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 from pathlib import Path
 
@@ -204,15 +205,15 @@ def test_another_format_is_refused(tiny, rigl, checkpoint):
 def test_a_save_that_fails_leaves_the_one_before(tiny, rigl, checkpoint, monkeypatch):
     trainer = setup.build(tiny(rigl))
     state.load(trainer, checkpoint)
-    save_file, calls = safetensors.torch.save_file, []
+    write_bytes, calls = Path.write_bytes, []
 
     def full_disk(*args):
         calls.append(args)
         if len(calls) == 3:
             raise OSError(28, "No space left on device")
-        save_file(*args)
+        write_bytes(*args)
 
-    monkeypatch.setattr(safetensors.torch, "save_file", full_disk)
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space left"):
         state.save(trainer, checkpoint.parent / "step-000000008")
     calls.clear()
@@ -220,6 +221,18 @@ def test_a_save_that_fails_leaves_the_one_before(tiny, rigl, checkpoint, monkeyp
         state.save(trainer, checkpoint)
     assert [path.name for path in checkpoint.parent.iterdir()] == ["step-000000004"]
     state.load(setup.build(tiny(rigl)), checkpoint)
+
+
+def test_a_full_disk_is_an_os_error(tiny, rigl, tmp_path):
+    trainer = setup.build(tiny(rigl))
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limit[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            state.save(trainer, tmp_path / "step-000000000")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_checkpoint_of_before_has_no_seconds_of_compilation(tiny, rigl, checkpoint):
