@@ -144,14 +144,16 @@ class TrialTable:
         cells = [_cells(row) for row in self._rows]
         widths = [max(cell_len(text) for text in column) for column in zip(_COLUMNS, *cells, strict=True)]
         shown = dict(zip(_COLUMNS, widths, strict=True))
-        missed_least = iter(_MISSED_LEAST)
+        if not any(map(_others, self._rows)):
+            del shown[_OTHERS]
+        missed_least = (name for name in _MISSED_LEAST if name in shown)
         while (room := options.max_width - sum(list(shown.values())[:-1]) - 2 * (len(shown) - 1)) < _STATE:
             if (name := next(missed_least, None)) is None:
                 break
             del shown[name]
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
         for name in shown:
-            table.add_column(name, justify="left" if name in ("trial", "state") else "right", no_wrap=True)
+            table.add_column(name, justify="left" if name in ("trial", _OTHERS, "state") else "right", no_wrap=True)
         for row, texts in zip(self._rows, cells, strict=True):
             state = Text(texts[-1])
             state.truncate(max(room, _STATE), overflow="ellipsis")
@@ -164,24 +166,34 @@ _WORDS = ("running", "open", "pending", "completed", "stopped", "failed")
 _SHOWN = ("PENDING", "FAILED", "STOPPED", "COMPLETED", "RUNNING")
 _RANK = {"RUNNING": 0, "FAILED": 1, "STOPPED": 1, "COMPLETED": 1, "PENDING": 2}
 _STYLES = {"FAILED": "red", "STOPPED": "dim", "RUNNING": "bold", "COMPLETED": "green"}
-_COLUMNS = ("trial", "S", "p", "ΔTe", "seed", "step", "FID", "state")
-_MISSED_LEAST = ("seed", "ΔTe", "p", "S", "step")
+_OTHERS = "other settings"
+_COLUMNS = ("trial", "S", "p", "ΔTe", _OTHERS, "seed", "step", "FID", "state")
+_MISSED_LEAST = ("seed", _OTHERS, "ΔTe", "p", "S", "step")
+_SIGNS = {"sparsity": "S", "prune_ratio": "p", "update_interval": "ΔTe"}
 _STATE = 9  # cells that the last column has at least: `completed`
 
 
 def _cells(row: Row) -> list[str]:
-    settings = [row.setting(name) for name in ("sparsity", "prune_ratio", "update_interval")]
+    settings = [row.setting(name) for name in _SIGNS]
     state = _word(row)
     if row.since is not None:
         state += f" for {duration(max(time.time() - row.since, 0))}"
     return [
         row.trial_id,
         *("" if value is None else f"{value:.3g}" for value in settings),
+        _others(row),
         str(row.seed),
         f"{row.step:,}/{row.total_steps:,}",
         _fid(row),
         printable(f"{state}: {row.reason}") if row.reason else state,
     ]
+
+
+def _others(row: Row) -> str:
+    """The point's settings that have no column of their own: `lr=0.003 pattern=block`."""
+    found = {name: value for name, value in row.point.items() if name != "method" and name not in _SIGNS}
+    words = {name: f"{value:.3g}" if isinstance(value, float) else str(value) for name, value in found.items()}
+    return printable(" ".join(f"{name.rpartition('.')[2]}={text}" for name, text in words.items()))
 
 
 def _fid(row: Row) -> str:
@@ -246,9 +258,9 @@ def print_lines(console: Console, *lines: str) -> None:
 
 
 def _name(row: Row) -> str:
-    settings = (("S", "sparsity"), ("p", "prune_ratio"), ("ΔTe", "update_interval"))
-    shown = [f"{sign}={row.setting(name):.3g}" for sign, name in settings if row.setting(name) is not None]
-    return " ".join([row.trial_id, *shown, *([f"seed={row.seed}"] if row.stage == "confirm" else [])])
+    shown = [f"{sign}={row.setting(name):.3g}" for name, sign in _SIGNS.items() if row.setting(name) is not None]
+    seed = f"seed={row.seed}" if row.stage == "confirm" else ""
+    return " ".join(filter(None, [row.trial_id, *shown, _others(row), seed]))
 
 
 def _line(text: str, style: str = "") -> Text:

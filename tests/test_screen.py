@@ -54,6 +54,24 @@ def test_a_narrow_window_has_fewer_columns_and_whole_ones(width: int) -> None:
         assert all("…" not in word for word in words[: len(head.split()) - 2])
 
 
+def test_trials_that_differ_in_other_settings_are_told_apart() -> None:
+    board, point = Board(), {"method": "rigl", "sparsity": 0.5, "optimizer.lr": 0.003, "pattern": "block"}
+    for number, lr in enumerate((0.003, 0.001)):
+        name, config = f"rigl-{number:010d}", {"sparse": {"sparsity": 0.5}}
+        told = {"trial_id": name, "method": "rigl", "total_steps": 100, "config": config}
+        board.apply(event("planned", stage="search", point=point | {"optimizer.lr": lr}, **told))
+    head, *lines = drawn(board, 80, 24)[1:4]
+    assert head.split() == ["trial", "S", "p", "ΔTe", "other", "settings", "step", "FID", "state"]
+    assert [line.split()[1:4] for line in lines] == [
+        ["0.5", "lr=0.003", "pattern=block"],
+        ["0.5", "lr=0.001", "pattern=block"],
+    ]
+    assert "other" not in drawn(board, 60, 24)[1]
+    assert "other" not in drawn(board_of(7), 200, 24)[1]
+    said = event_line(event("started", trial_id="rigl-0000000001"), board)
+    assert said == "started    rigl-0000000001 S=0.5 lr=0.001 pattern=block"
+
+
 @pytest.mark.parametrize("count", [0, 1, 7, 40, 600])
 @pytest.mark.parametrize(("width", "height"), [(100, 30), (80, 24), (200, 50)])
 def test_it_fits_the_window_and_keeps_every_number(count: int, width: int, height: int) -> None:

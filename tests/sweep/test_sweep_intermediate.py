@@ -114,7 +114,7 @@ def test_the_pareto_front_is_of_results(ledger: Ledger) -> None:
 
 def test_what_is_shown_says_which_is_which(searched: Ledger) -> None:
     rows = list(searched.board.rows.values())
-    assert [screen._cells(row)[6] for row in rows] == ["20.000", "10.000", "(1009.000)"]
+    assert [screen._cells(row)[7] for row in rows] == ["20.000", "10.000", "(1009.000)"]
     (hint,) = screen.intermediate_hint(rows)
     assert hint.startswith("in brackets: intermediate FID, of 8 samples and 1 DDIM steps: no result")
     assert screen.intermediate_hint(rows[:2]) == []
