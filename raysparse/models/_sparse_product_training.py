@@ -153,8 +153,7 @@ class SparseLayer(nn.Module):
         return _PAIRS.of(self.kernel) + _OF_PAIRS * int(mask.count_nonzero())
 
     def forward(self, x: Tensor) -> Tensor:
-        columns = x.numel() // x.shape[1 if self.window else -1]
-        if not self.pays or not products.worth_it(columns, self.layer.weight):
+        if not self.pays or not products.worth_it(self.layer, x):
             return cast(Tensor, self.layer(x))
         with torch.autocast("cpu", enabled=False):
             x = x.bfloat16() if self.in_pairs else x.float()

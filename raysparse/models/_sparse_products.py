@@ -10,7 +10,7 @@ import copy
 import ctypes
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -89,9 +89,17 @@ def check(model: nn.Module) -> None:
     native.load(pairs.SOURCE)
 
 
-def worth_it(columns: int, weight: Tensor) -> bool:
-    """Whether so many columns fill the kernel's vectors and take longer than its call."""
-    return columns >= _FEW and columns * weight.numel() >= _SMALL
+def worth_it(layer: nn.Module, x: Tensor) -> bool:
+    """Whether x is one that the layer takes, and its columns fill the kernel's vectors and take longer than its call.
+
+    Any other is the layer's own, with PyTorch's words where it does not fit: the kernel would read beside it.
+    """
+    weight, images = cast(Tensor, layer.weight), isinstance(layer, nn.Conv2d)
+    if x.device.type != "cpu" or x.dim() < 1 or (images and x.dim() != 4):
+        return False
+    inputs = x.shape[1 if images else -1]
+    columns = x.numel() // max(inputs, 1)
+    return inputs == weight.shape[1] and columns >= _FEW and columns * weight.numel() >= _SMALL
 
 
 def supported(layer: nn.Module) -> TypeGuard[nn.Linear | nn.Conv2d]:
@@ -365,7 +373,7 @@ class SparseProduct(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x, bias = x.detach(), self.layer.bias
-        if not worth_it(x.numel() // x.shape[1 if self._window else -1], self.layer.weight):
+        if not worth_it(self.layer, x):
             return self._dense(x)
         if self._window:
             return self._kernel.convolve(x, self._values, bias, self._window)

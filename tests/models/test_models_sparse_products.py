@@ -191,6 +191,26 @@ def test_few_columns_are_left_to_pytorch(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
+    ("layer", "shape", "words"),
+    [
+        (nn.Linear(64, 64), (400, 48), "shapes cannot be multiplied"),
+        (nn.Linear(64, 64), (400, 80), "shapes cannot be multiplied"),
+        (nn.Conv2d(8, 8, 3), (4, 9, 16, 16), "to have 8 channels, but got 9"),
+        (nn.Conv2d(8, 8, 3), (4, 8, 16, 16, 1), "Expected 3D .* or 4D"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_pytorchs_words(
+    layer: nn.Module, shape: tuple[int, ...], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel takes pointers: it would read beside x."""
+    monkeypatch.setattr(_sparse_products.Kernel, "_run", None)
+    fast = with_sparse_products(nn.Sequential(thinned(layer, 0.1)))
+    assert isinstance(fast[0], _sparse_products.SparseProduct)
+    with pytest.raises(RuntimeError, match=words):
+        fast(torch.ones(shape))
+
+
+@pytest.mark.parametrize(
     ("cpu", "alike", "most"),
     [
         ("intel", 1, 0.45),
