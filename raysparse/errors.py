@@ -23,8 +23,8 @@ class RanksApart(UsageError):
     """
 
 
-class OtherFormat(UsageError):
-    """A file of another version of raysparse: whole, and not to be taken for damaged."""
+class OtherCheckpoint(UsageError):
+    """A whole one of another trial, other data or another version of raysparse: not to be taken for damaged and removed."""
 
 
 class WorkerDied(RuntimeError):

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from raysparse import config as settings
-from raysparse.errors import OtherFormat, UsageError
+from raysparse.errors import OtherCheckpoint, UsageError
 from raysparse.files import atomic_path, remove_leftovers
 from raysparse.resources import Resources
 from raysparse.results import Report
@@ -183,7 +183,7 @@ def load_latest(trainer: Any, checkpoints: Path, *, removes: bool) -> None:
     """Put the trainer where its last whole checkpoint is, or leave it at step 0.
 
     removes: rank 0 also removes what is damaged or half written. OSError: storage that failed for minutes; what cannot
-    be read now is no reason to remove it, nor to go back further than the other ranks. OtherFormat: another version's.
+    be read now is no reason to remove it, nor to go back further than the other ranks. OtherCheckpoint: it stays.
     """
     from raysparse.train import state
 
@@ -193,7 +193,7 @@ def load_latest(trainer: Any, checkpoints: Path, *, removes: bool) -> None:
         try:
             patiently(functools.partial(_load, trainer, path), f"{path}", needed=True, done="read")
             return
-        except OtherFormat:
+        except OtherCheckpoint:
             raise
         except UsageError as error:
             trial_log.note(f"{error}; going back to the checkpoint before it")

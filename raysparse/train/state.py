@@ -28,7 +28,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from raysparse.errors import OtherFormat, UsageError
+from raysparse.errors import OtherCheckpoint, UsageError
 from raysparse.files import TEMPORARY, remove_folder, sync
 from raysparse.train import fits
 from raysparse.train.folders import CHECKPOINT, checkpoints
@@ -94,23 +94,23 @@ def write(folder: Path, parts: Mapping[str, Any], facts: Mapping[str, Any]) -> P
 def load(trainer: Trainer, folder: Path) -> None:
     """Put a trainer, built from the same trial, into the state of a checkpoint.
 
-    UsageError that names the file where one is missing, truncated or altered, and where the trial is another one;
-    then the trainer is as it was.
+    UsageError that names the file where one is missing, truncated or altered, OtherCheckpoint where the trial or
+    what it was trained on is another; then the trainer is as it was.
     """
     content = manifest(folder)
     if content["trial_id"] != trainer.config.trial_id:
-        raise UsageError(
+        raise OtherCheckpoint(
             f"{folder} is a checkpoint of trial {content['trial_id']}, not of {trainer.config.trial_id}: "
             f"{_differences(content['config'], json.loads(trainer.config.dump_json()))}; "
             "give the settings that it was made with, or another output folder"
         )
     if others := [what for what, digest in origin(content).items() if digest != trainer.origin.get(what)]:
-        raise UsageError(
+        raise OtherCheckpoint(
             f"{folder} was trained on other data: its {' and '.join(others)} had another content; give back what it "
             "began with, or another output folder to train anew"
         )
     if missing := [part for part in PARTS if part not in content["trees"]]:
-        raise UsageError(
+        raise OtherCheckpoint(
             f"{folder} was imported and has no {', '.join(missing)}: it can be sampled, evaluated and exported, not "
             "trained on; train from a checkpoint of `raysparse train`"
         )
@@ -161,7 +161,7 @@ def manifest(folder: Path) -> dict[str, Any]:
     if not isinstance(content, dict) or "format" not in content:
         raise _of_something_else(folder)
     if content["format"] != FORMAT:
-        raise OtherFormat(
+        raise OtherCheckpoint(
             f"{path} has format {content['format']}, this raysparse reads {FORMAT}; use the one that wrote it"
         )
     if not all(type(content.get(name)) is kind for name, kind in CONTENT.items()):

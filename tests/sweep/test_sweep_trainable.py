@@ -159,6 +159,20 @@ def test_a_checkpoint_of_another_version_is_kept_and_said(told: dict[str, Any], 
     assert [path.name for path in sorted(checkpoints.iterdir())] == ["step-000000002", "step-000000004"]
 
 
+def test_a_checkpoint_of_other_data_is_kept_and_said(
+    told: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who gives back the data can go on."""
+    first = run(told, kill_at=4)
+    with monkeypatch.context() as patch:
+        patch.setattr("raysparse.train.setup._origin", lambda *_: {"examples": "another", "first_stage": None})
+        (last,) = run(told)
+    assert "trained on other data: its examples had another content" in last["failed"]
+    checkpoints = tmp_path / "checkpoints" / told["trial_id"]
+    assert [path.name for path in sorted(checkpoints.iterdir())] == ["step-000000002", "step-000000004"]
+    assert fids(run(told))[:2] == fids(first)
+
+
 def test_a_report_that_was_lost_beside_its_checkpoint_is_made_again(told: dict[str, Any], tmp_path: Path) -> None:
     first = run(told, kill_at=4)
     (tmp_path / "trials" / told["trial_id"] / "reports.jsonl").unlink()
