@@ -15,6 +15,7 @@ from typing import Any
 
 from raysparse import files
 from raysparse.data import decoding, table
+from raysparse.data import manifest as manifests
 from raysparse.data.image import Latents, Pictures
 from raysparse.data.partial import locked
 from raysparse.data.table import Table
@@ -28,10 +29,7 @@ def open_split(folder: Path, manifest: Mapping[str, Any], split: str) -> Picture
     options, classes = manifest["options"], len(manifest["classes"])
     labels = opened.numbers("label")[: place["rows"]] if options["conditional"] else None
     if labels is not None and labels.max() >= classes:
-        raise UsageError(
-            f"{folder / 'manifest.json'} is damaged ({classes} classes, but the labels go to {labels.max()}); "
-            f"{_again(folder)}"
-        )
+        raise manifests.damaged(folder, f"{classes} classes, but the labels go to {labels.max()}")
     common: dict[str, Any] = {
         "table": opened,
         "count": place["rows"],
@@ -53,7 +51,7 @@ def _opened(folder: Path, manifest: Mapping[str, Any], name: str) -> Table:
         except (OSError, ValueError, KeyError) as error:
             raise UsageError(
                 f"{path} is missing and cannot be made from {folder / 'share'} ({error}); give this user the right to "
-                f"write there, make room, or {_again(folder)}"
+                f"write there, make room, or {manifests.again(folder)}"
             ) from error
     try:
         opened = Table(path)
@@ -116,11 +114,11 @@ def _check_file(path: Path, facts: Mapping[str, Any], folder: Path, *, whole: bo
     try:
         size = path.stat().st_size
     except FileNotFoundError as error:
-        raise UsageError(f"{path} is missing; {_again(folder)}") from error
+        raise UsageError(f"{path} is missing; {manifests.again(folder)}") from error
     if size != facts["bytes"]:
-        raise UsageError(f"{path} is damaged ({size} bytes instead of {facts['bytes']}); {_again(folder)}")
+        raise UsageError(f"{path} is damaged ({size} bytes instead of {facts['bytes']}); {manifests.again(folder)}")
     if whole and files.sha256(path) != facts["sha256"]:
-        raise UsageError(f"{path} is damaged (its checksum differs); {_again(folder)}")
+        raise UsageError(f"{path} is damaged (its checksum differs); {manifests.again(folder)}")
 
 
 def check_encoder(folder: Path, manifest: Mapping[str, Any], identity: str | None) -> None:
@@ -134,10 +132,6 @@ def check_encoder(folder: Path, manifest: Mapping[str, Any], identity: str | Non
         f"{folder} holds {got}, but the settings ask for {wanted}; run `raysparse prepare` with the first_stage that "
         "the trial names"
     )
-
-
-def _again(folder: Path) -> str:
-    return f"delete the folder {folder} and run `raysparse prepare` again"
 
 
 def hashes(opened: Table, rows: int, size_px: int) -> dict[str, str]:

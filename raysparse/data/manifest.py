@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from raysparse.data.sketch import Representation
-from raysparse.errors import usage_error_from
+from raysparse.errors import UsageError, usage_error_from
 
 SPLITS = ("train", "validation", "reference")
 
@@ -21,6 +22,16 @@ def complaint(content: Any) -> str | None:
     except ValidationError as error:
         return str(usage_error_from(error, "", kind)).splitlines()[0].removeprefix(": ")
     return None
+
+
+def damaged(folder: Path, why: object) -> UsageError:
+    """That of a prepared folder's manifest."""
+    return UsageError(f"{folder / 'manifest.json'} is damaged ({why}); {again(folder)}")
+
+
+def again(folder: Path) -> str:
+    """What to do where a file of a prepared folder is damaged."""
+    return f"delete the folder {folder} and run `raysparse prepare` again"
 
 
 def is_image(content: dict[str, Any]) -> bool:

@@ -138,9 +138,9 @@ def _open_sketches(folder: Path, manifest: dict[str, Any], split: str) -> Exampl
     place, classes, held = manifest["splits"][split], len(manifest["classes"]), len(arrays["offsets"]) - 1
     labels = arrays.get("labels")
     if place["stop"] > held:
-        raise _damaged(folder, f"splits.{split}.stop is {place['stop']}, the arrays hold {held} examples")
+        raise manifests.damaged(folder, f"splits.{split}.stop is {place['stop']}, the arrays hold {held} examples")
     if labels is not None and labels.max() >= classes:
-        raise _damaged(folder, f"{classes} classes, but the labels go to {labels.max()}")
+        raise manifests.damaged(folder, f"{classes} classes, but the labels go to {labels.max()}")
     return Examples(
         points=arrays["points"],
         offsets=arrays["offsets"][place["start"] : place["stop"] + 1],
@@ -159,14 +159,10 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise UsageError(f"{folder} is not a prepared data set (no manifest.json); run `raysparse prepare`") from error
     except (ValueError, OSError, RecursionError) as error:
-        raise _damaged(folder, error) from error
+        raise manifests.damaged(folder, error) from error
     if wrong:
-        raise _damaged(folder, wrong)
+        raise manifests.damaged(folder, wrong)
     return manifest
-
-
-def _damaged(folder: Path, why: object) -> UsageError:
-    return UsageError(f"{folder / 'manifest.json'} is damaged ({why}); {_again(folder)}")
 
 
 def verify(folder: Path) -> None:
@@ -177,7 +173,7 @@ def verify(folder: Path) -> None:
     for name, facts in manifest["arrays"].items():
         _map_array(folder, name, facts)
         if files.sha256(folder / f"{name}.npy") != facts["sha256"]:
-            raise UsageError(f"{folder / name}.npy is damaged (its checksum differs); {_again(folder)}")
+            raise UsageError(f"{folder / name}.npy is damaged (its checksum differs); {manifests.again(folder)}")
 
 
 def build(spec: Spec, options: BaseModel, *, source_hash: str, root: Path, make: Callable[[], Contents]) -> Path:
@@ -246,18 +242,14 @@ def _map_array(folder: Path, name: str, facts: Mapping[str, Any]) -> NDArray[Any
     try:
         size = path.stat().st_size
         if size != facts["bytes"]:
-            raise UsageError(f"{path} is damaged ({size} bytes instead of {facts['bytes']}); {_again(folder)}")
+            raise UsageError(f"{path} is damaged ({size} bytes instead of {facts['bytes']}); {manifests.again(folder)}")
         # offsets are small and indexed at every batch: in memory they cost no page faults
         mapped: NDArray[Any] = np.load(path, mmap_mode="r" if name == "points" else None, allow_pickle=False)
     except FileNotFoundError as error:
-        raise UsageError(f"{path} is missing; {_again(folder)}") from error
+        raise UsageError(f"{path} is missing; {manifests.again(folder)}") from error
     except ValueError as error:
-        raise UsageError(f"{path} is damaged ({error}); {_again(folder)}") from error
+        raise UsageError(f"{path} is damaged ({error}); {manifests.again(folder)}") from error
     return mapped
-
-
-def _again(folder: Path) -> str:
-    return f"delete the folder {folder} and run `raysparse prepare` again"
 
 
 @contextmanager
