@@ -179,7 +179,11 @@ _Loader.add_implicit_resolver(
 
 def read_yaml(text: str) -> Any:
     """What a YAML text says. yaml.YAMLError, RecursionError, or ValueError (of a date that there is not)."""
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
+    loader = _Loader(text)
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
 
 
 def load_yaml(path: Path) -> dict[str, Any]:
