@@ -144,7 +144,7 @@ class TrialTable:
         cells = [_cells(row) for row in self._rows]
         widths = [max(cell_len(text) for text in column) for column in zip(_COLUMNS, *cells, strict=True)]
         shown = dict(zip(_COLUMNS, widths, strict=True))
-        if not any(map(_others, self._rows)):
+        if not any(texts[_COLUMNS.index(_OTHERS)] for texts in cells):
             del shown[_OTHERS]
         missed_least = (name for name in _MISSED_LEAST if name in shown)
         while (room := options.max_width - sum(list(shown.values())[:-1]) - 2 * (len(shown) - 1)) < _STATE:
@@ -166,10 +166,10 @@ _WORDS = ("running", "open", "pending", "completed", "stopped", "failed")
 _SHOWN = ("PENDING", "FAILED", "STOPPED", "COMPLETED", "RUNNING")
 _RANK = {"RUNNING": 0, "FAILED": 1, "STOPPED": 1, "COMPLETED": 1, "PENDING": 2}
 _STYLES = {"FAILED": "red", "STOPPED": "dim", "RUNNING": "bold", "COMPLETED": "green"}
-_OTHERS = "other settings"
-_COLUMNS = ("trial", "S", "p", "ΔTe", _OTHERS, "seed", "step", "FID", "state")
-_MISSED_LEAST = ("seed", _OTHERS, "ΔTe", "p", "S", "step")
 _SIGNS = {"sparsity": "S", "prune_ratio": "p", "update_interval": "ΔTe"}
+_OTHERS = "other settings"
+_COLUMNS = ("trial", *_SIGNS.values(), _OTHERS, "seed", "step", "FID", "state")
+_MISSED_LEAST = ("seed", _OTHERS, "ΔTe", "p", "S", "step")
 _STATE = 9  # cells that the last column has at least: `completed`
 
 
