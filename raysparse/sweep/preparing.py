@@ -43,8 +43,7 @@ def prepare(sweep: Sweep, *, choices: bool = True, progress: Progress | None = N
     from raysparse.sweep import encode
     from raysparse.train import plan, setup
 
-    plan.check_planned(sweep, choices=choices)
-    trials = [space.trial(sweep, point) for point in space.tried_points(sweep, choices=choices)]
+    trials = plan.check_planned(sweep, choices=choices)
     # Of trials that differ in sparsity or optimizer alone one is enough for the rest.
     sections = {"data", "model", "first_stage", "diffusion", "train", "evaluate"}
     different = {(trial.model_dump_json(include=sections), trial.sparse.setting("teacher")): trial for trial in trials}

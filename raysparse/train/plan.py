@@ -76,13 +76,16 @@ def plan(sweep: Sweep, *, cpus: int | None = None, seconds: Seconds | None = Non
     }
 
 
-def check_planned(sweep: Sweep, *, choices: bool = True) -> None:
-    """UsageError naming the first point, of space.tried_points, whose trial its settings would end."""
+def check_planned(sweep: Sweep, *, choices: bool = True) -> list[TrialConfig]:
+    """The trials of space.tried_points. UsageError naming the first point whose trial its settings would end."""
+    trials = []
     for point in space.tried_points(sweep, choices=choices):
         try:
-            checks.check_settings(space.trial(sweep, point))
+            trials.append(space.trial(sweep, point))
+            checks.check_settings(trials[-1])
         except UsageError as error:
             raise UsageError(f"{sweep.name}, {point}: {error}") from None
+    return trials
 
 
 def _confirmed(sweep: Sweep) -> int:
