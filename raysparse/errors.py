@@ -24,7 +24,7 @@ class RanksApart(UsageError):
 
 
 class OtherCheckpoint(UsageError):
-    """A whole one of another trial, other data or another version of raysparse: not to be taken for damaged and removed."""
+    """A whole one of another trial, other data or another version of raysparse: it is not damaged, and stays."""
 
 
 class WorkerDied(RuntimeError):
